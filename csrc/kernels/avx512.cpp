@@ -1,0 +1,21 @@
+// The avx512 level: AVX-512 F, BW, DQ, VL and VNNI.
+#define CPULLM_TILE_ROWS 14
+#include "simd_avx512.h"
+//
+#include "rows-inl.h"
+//
+#include "linear_f32-inl.h"
+#include "linear_i8-inl.h"
+
+namespace cpullm {
+
+void use_avx512(Kernels& k) {
+  k.tile_i8 = tile_rows_i8;
+  k.tile_f32 = tile_rows_f32;
+  k.quantize_rows = quantize_rows;
+  k.load_rows = load_rows;
+  k.linear_i8 = linear_i8;
+  k.linear_f32 = linear_f32;
+}
+
+}  // namespace cpullm

@@ -1,0 +1,112 @@
+// The contract between operators and kernels: plain structs and one table of function pointers.
+//
+// Kernels know nothing of torch, the STL or threads. They work on a range of rows and panels; the caller splits.
+// Letters: m rows, n output columns, k inputs. Sizes are in elements unless the name says otherwise.
+#pragma once
+
+#include <cstdint>
+
+namespace cpullm {
+
+constexpr int64_t kPanel = 32;      // output columns of one panel
+constexpr int64_t kStep = 4;        // inputs of one block of codes (one lane of a 4-way dot product)
+constexpr int64_t kChunk = 32;      // k is padded to a multiple of it, and so is every group
+constexpr int64_t kActBlock = 128;  // inputs that share one activation scale, for every group, m and level
+constexpr int64_t kMaxTile = 16;    // most rows any level interleaves
+
+enum class Float : int { f32, bf16, f16 };                      // element type of activations, outputs, scales
+enum class Zeros : int { symmetric = 0, integer, minimum };     // what Weight::zeros holds
+
+// A packed matrix W [n, k]; W = scale * (code - zero), or scale * code + minimum.
+struct Weight {
+  const uint8_t* codes;    // [panels, k_padded/4, 16 * bits]: 4 bits: byte 4c+i = column c | column c+16 << 4, input i
+  const uint16_t* scales;  // [panels, groups, 32] fp16 or bf16
+  const void* zeros;       // null; or uint8 [panels, groups, 32]; or minima of the scales' type, same shape
+  int64_t n, k, k_padded;  // k_padded = k rounded up to kChunk
+  int64_t group, groups;   // inputs per group (a multiple of kChunk), ceil(k / group)
+  int bits;                // 4 or 8
+  Zeros form;              // integer and minimum need bits = 4
+  Float scale_type;        // f16 or bf16
+};
+
+// Rows to be read: x [m, k] with unit stride in k, optionally gathered: input j is x[row, order[j]].
+struct Rows {
+  const void* x;
+  int64_t m, k, stride;  // stride: elements between rows
+  Float type;
+  const int32_t* order;  // null or [k], every entry checked by the caller to lie in [0, k)
+};
+
+// int8 activations: x[row, j] ~ q * scale[row, j / kActBlock]. A row with inf or nan in a block gets scale nan there.
+// Rows are interleaved in tiles of `tile`: q is [ceil(m/tile), k_padded/4, tile, 4]; tile = 1 is plain row-major.
+struct QuantizedRows {
+  int8_t* q;       // -127..127, zero where j >= k
+  float* scale;    // [m, blocks], blocks = ceil(k_padded / kActBlock)
+  int16_t* sums;   // [m, k_padded / kChunk]: sums of kChunk consecutive q
+  int64_t m, k_padded, blocks, tile;
+};
+
+// fp32 activations, interleaved: x is [ceil(m/tile), k_padded, tile]; zero where j >= k.
+struct FloatRows {
+  float* x;
+  int64_t m, k_padded, tile;
+};
+
+// y [m, n] = result + bias.
+struct Output {
+  void* y;
+  int64_t stride;     // elements between rows
+  Float type;
+  const float* bias;  // null or [n]
+};
+
+struct Range {
+  int64_t begin, end;
+};
+
+struct Kernels {
+  const char* isa;
+  // Rows per tile for a product of m rows (1..kMaxTile).
+  int64_t (*tile_i8)(int64_t m);
+  int64_t (*tile_f32)(int64_t m);
+  // Fills the tiles that hold rows [rows.begin, rows.end); begin is a multiple of tile.
+  void (*quantize_rows)(const Rows& in, const QuantizedRows& out, Range rows);
+  void (*load_rows)(const Rows& in, const FloatRows& out, Range rows);
+  // All m rows times the columns of panels [panels.begin, panels.end). scratch: kScratchBytes, 64-byte aligned.
+  void (*linear_i8)(const Weight& w, const QuantizedRows& x, const Output& out, Range panels, void* scratch);
+  void (*linear_f32)(const Weight& w, const FloatRows& x, const Output& out, Range panels, void* scratch);
+  // out[k] = row `row` of W, exact.
+  void (*dequantize_row)(const Weight& w, int64_t row, void* out, Float type);
+};
+
+// Bytes of private memory a linear kernel may use: unpacked codes of one K block and partial sums of one row block.
+constexpr int64_t kScratchBytes = 64 * 1024 + 512 * kPanel * 4 + 4096;
+
+// Levels fill the table from the slowest to the fastest; each overwrites what it does better.
+void use_ref(Kernels& k);
+#ifndef CPULLM_REF_ONLY
+void use_avx2(Kernels& k);
+void use_avx_vnni(Kernels& k);
+void use_avx512(Kernels& k);
+void use_amx(Kernels& k);
+#endif
+
+struct Level {
+  const char* name;
+  bool (*supported)();       // CPUID and operating-system state
+  void (*use)(Kernels& k);
+};
+
+constexpr int kLevels =
+#ifdef CPULLM_REF_ONLY
+    1;
+#else
+    5;
+#endif
+extern const Level kLadder[kLevels];
+
+// The table of the highest reachable level not above `cap` (null or empty: no cap). Returns null and points *error at
+// a static text when `cap` is unknown or unreachable here.
+const Kernels* select_kernels(const char* cap, const char** error);
+
+}  // namespace cpullm

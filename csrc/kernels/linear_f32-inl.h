@@ -1,0 +1,199 @@
+// y[m, n] = x[m, k] W[n, k]^T with exact fp32 activations, written once over Simd.
+//
+// w = fma(code, scale, base), base = -zero * scale (exact) or the float minimum: the same fp32 weights as ref.cpp.
+// Few rows dequantise in registers; many rows dequantise kFloatBlockK inputs of a panel to fp32 (64 KiB, stays in L2)
+// and run every tile over it. The order of additions differs between the two, so results depend on m within
+// 2 k eps (|x| |W|).
+#pragma once
+
+namespace cpullm {
+namespace {
+
+constexpr int64_t kFloatBlockK = 512;
+
+// Scales and bases of the two vectors of column pass `half`, group g.
+static inline void load_affine(const Weight& w, int64_t at, int half, Simd::F* scale, Simd::F* base) {
+  for (int i = 0; i < 2; ++i) {
+    const int64_t c = at + half * Simd::kLanes + 16 * i;
+    scale[i] = load_scale(w.scales + c, w.scale_type);
+    if (w.form == Zeros::minimum) {
+      base[i] = load_scale(static_cast<const uint16_t*>(w.zeros) + c, w.scale_type);
+    } else if (w.form == Zeros::integer) {
+      const Simd::I z = Simd::load_u8_as_i32(static_cast<const uint8_t*>(w.zeros) + c);
+      base[i] = Simd::mul(Simd::to_float(Simd::isub(Simd::izero(), z)), scale[i]);
+    } else {
+      base[i] = Simd::mul(Simd::set1(w.bits == 8 ? -128.0f : -8.0f), scale[i]);
+    }
+  }
+}
+
+// Four inputs of two vectors of columns as fp32 weights: out[i][j] = column vector i, input j.
+template <int kBits>
+static inline void dequantize_block(const uint8_t* block, int half, const Simd::F* scale, const Simd::F* base,
+                                    Simd::F out[2][4]) {
+  using S = Simd;
+  if (kBits == 4) {
+    const S::I v = S::load_packed4_raw(block, half);
+    for (int j = 0; j < 4; ++j) {
+      out[0][j] = S::fma(S::code4_to_float(S::shift_right(v, 8 * j)), scale[0], base[0]);
+      out[1][j] = S::fma(S::code4_to_float(S::shift_right(v, 8 * j + 4)), scale[1], base[1]);
+    }
+  } else {
+    S::I v[2];
+    S::load_u8(block, half, v[0], v[1]);
+    for (int i = 0; i < 2; ++i)
+      for (int j = 0; j < 4; ++j)
+        out[i][j] = S::fma(S::code8_to_float(S::shift_right(v[i], 8 * j)), scale[i], base[i]);
+  }
+}
+
+// R rows x one panel straight from the codes. Four partial sums per output (input mod 4), added pairwise at the end.
+template <int R, int kBits>
+void direct_f32(const Weight& w, const float* x, int64_t tile, int64_t panel, float* y) {
+  using S = Simd;
+  constexpr int64_t kBytes = 16 * kBits;
+  for (int h = 0; h < S::kHalves; ++h) {
+    S::F sum[R][2][4];
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < 2; ++i)
+        for (int j = 0; j < 4; ++j) sum[r][i][j] = S::zero();
+    const uint8_t* codes = w.codes + panel * (w.k_padded / kStep) * kBytes;
+    const float* p = x;
+    int64_t k = 0;
+    for (int64_t g = 0; g < w.groups; ++g) {
+      S::F scale[2], base[2];
+      load_affine(w, (panel * w.groups + g) * kPanel, h, scale, base);
+      const int64_t end = min_of((g + 1) * w.group, w.k_padded);
+      for (; k < end; k += kStep) {
+        if (h == 0) _mm_prefetch(reinterpret_cast<const char*>(codes) + 4096, _MM_HINT_T0);
+        S::F v[2][4];
+        dequantize_block<kBits>(codes, h, scale, base, v);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j)
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) {
+            const S::F a = S::set1(p[j * tile + r]);
+            sum[r][0][j] = S::fma(a, v[0][j], sum[r][0][j]);
+            sum[r][1][j] = S::fma(a, v[1][j], sum[r][1][j]);
+          }
+        codes += kBytes;
+        p += kStep * tile;
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < 2; ++i)
+        S::store(y + r * kPanel + h * S::kLanes + 16 * i,
+                 (sum[r][i][0] + sum[r][i][1]) + (sum[r][i][2] + sum[r][i][3]));
+  }
+}
+
+// panel [k, 32] fp32 from the codes of inputs [k0, k1).
+template <int kBits>
+void dequantize_panel(const Weight& w, int64_t panel, int64_t k0, int64_t k1, float* out) {
+  using S = Simd;
+  constexpr int64_t kBytes = 16 * kBits;
+  const uint8_t* codes = w.codes + (panel * (w.k_padded / kStep) + k0 / kStep) * kBytes;
+  for (int64_t k = k0; k < k1;) {
+    const int64_t g = k / w.group;
+    const int64_t end = min_of((g + 1) * w.group, k1);
+    S::F scale[S::kHalves][2], base[S::kHalves][2];
+    for (int h = 0; h < S::kHalves; ++h) load_affine(w, (panel * w.groups + g) * kPanel, h, scale[h], base[h]);
+    for (; k < end; k += kStep, codes += kBytes)
+      for (int h = 0; h < S::kHalves; ++h) {
+        S::F v[2][4];
+        dequantize_block<kBits>(codes, h, scale[h], base[h], v);
+        for (int i = 0; i < 2; ++i)
+          for (int j = 0; j < 4; ++j) S::store(out + (k - k0 + j) * kPanel + h * S::kLanes + 16 * i, v[i][j]);
+      }
+  }
+}
+
+template <int R>
+void tile_f32(const float* w, const float* x, int64_t tile, int64_t k, float* y, bool first) {
+  using S = Simd;
+  for (int h = 0; h < S::kHalves; ++h) {
+    S::F sum[R][2];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < 2; ++i)
+        sum[r][i] = first ? S::zero() : S::load(y + r * kPanel + h * S::kLanes + 16 * i);
+    const float* p = w + h * S::kLanes;
+    for (int64_t j = 0; j < k; ++j) {
+      const S::F w0 = S::load(p + j * kPanel), w1 = S::load(p + j * kPanel + 16);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const S::F a = S::set1(x[j * tile + r]);
+        sum[r][0] = S::fma(a, w0, sum[r][0]);
+        sum[r][1] = S::fma(a, w1, sum[r][1]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < 2; ++i) S::store(y + r * kPanel + h * S::kLanes + 16 * i, sum[r][i]);
+  }
+}
+
+void run_tile_f32(int64_t rows, const float* w, const float* x, int64_t tile, int64_t k, float* y, bool first) {
+  switch (rows) {
+    case 1: return tile_f32<1>(w, x, tile, k, y, first);
+    case 2: return tile_f32<2>(w, x, tile, k, y, first);
+    case 3: return tile_f32<3>(w, x, tile, k, y, first);
+    case 4: return tile_f32<4>(w, x, tile, k, y, first);
+#if CPULLM_TILE_ROWS > 5
+    case 5: return tile_f32<5>(w, x, tile, k, y, first);
+    case 6: return tile_f32<6>(w, x, tile, k, y, first);
+    case 7: return tile_f32<7>(w, x, tile, k, y, first);
+    case 8: return tile_f32<8>(w, x, tile, k, y, first);
+    case 9: return tile_f32<9>(w, x, tile, k, y, first);
+    case 10: return tile_f32<10>(w, x, tile, k, y, first);
+    case 11: return tile_f32<11>(w, x, tile, k, y, first);
+    case 12: return tile_f32<12>(w, x, tile, k, y, first);
+#endif
+    default: return;
+  }
+}
+
+template <int kBits>
+void run_direct_f32(int64_t rows, const Weight& w, const float* x, int64_t tile, int64_t panel, float* y) {
+  if (rows == 1) return direct_f32<1, kBits>(w, x, tile, panel, y);
+  if (rows == 2) return direct_f32<2, kBits>(w, x, tile, panel, y);
+}
+
+constexpr int64_t kDirectFloatRows = 2;
+
+int64_t tile_rows_f32(int64_t m) { return even_tile(m, m <= kDirectFloatRows ? kDirectFloatRows : Simd::kFloatRows); }
+
+void linear_f32(const Weight& w, const FloatRows& x, const Output& out, Range panels, void* scratch) {
+  float* weights = static_cast<float*>(scratch);
+  float* partial = weights + kFloatBlockK * kPanel;
+  const int64_t block_rows = kBlockRows / x.tile * x.tile;
+  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+    if (x.m <= kDirectFloatRows) {
+      if (w.bits == 4) {
+        run_direct_f32<4>(x.m, w, x.x, x.tile, panel, partial);
+      } else {
+        run_direct_f32<8>(x.m, w, x.x, x.tile, panel, partial);
+      }
+      for (int64_t r = 0; r < x.m; ++r) store_panel(out, w.n, r, panel, partial + r * kPanel);
+      continue;
+    }
+    for (int64_t row0 = 0; row0 < x.m; row0 += block_rows) {
+      const int64_t row_end = min_of(row0 + block_rows, x.m);
+      for (int64_t k0 = 0; k0 < w.k_padded; k0 += kFloatBlockK) {
+        const int64_t k1 = min_of(k0 + kFloatBlockK, w.k_padded);
+        if (w.bits == 4) {
+          dequantize_panel<4>(w, panel, k0, k1, weights);
+        } else {
+          dequantize_panel<8>(w, panel, k0, k1, weights);
+        }
+        for (int64_t r = row0; r < row_end; r += x.tile)
+          run_tile_f32(min_of(x.tile, x.m - r), weights, x.x + r * x.k_padded + k0 * x.tile, x.tile, k1 - k0,
+                       partial + (r - row0) * kPanel, k0 == 0);
+      }
+      for (int64_t r = row0; r < row_end; ++r) store_panel(out, w.n, r, panel, partial + (r - row0) * kPanel);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace cpullm

@@ -1,0 +1,232 @@
+// y[m, n] = x[m, k] W[n, k]^T with int8 activations, written once over Simd. Same chain as ref.cpp, bit for bit.
+//
+// One tile = R rows x 32 columns. Few rows read the packed nibbles directly: a panel is streamed from memory once per
+// tile of R <= kPackedRows. Many rows first unpack kBlockK inputs of the panel to bytes (32 KiB, stays in L1), then
+// run every tile of R <= kTileRows over it.
+// Registers at R = 14 on avx512: 28 accumulators, 2 vectors of codes, 1 broadcast = 31 of 32. The fp32 chains live in
+// memory (L1) and are touched once per segment.
+// Ranges: one segment is at most 128 inputs, |acc| <= 128 * 255 * 127 < 2^23 and |sum q| <= 16256 < 2^15, so acc is
+// exact in fp32 and the zero-point product is one exact 16-bit multiply.
+#pragma once
+
+namespace cpullm {
+namespace {
+
+constexpr int64_t kBlockK = 1024;    // inputs unpacked at a time: a multiple of kActBlock
+
+enum class Codes { packed4, unpacked4, u8 };
+
+// What one tile needs to know. Pointers stand at the tile's first row and at the panel.
+struct TileArgs {
+  const uint8_t* codes;    // block of input k_begin
+  const uint16_t* scales;  // [groups, 32] of the panel
+  const void* zeros;       // [groups, 32] of the panel
+  const int8_t* q;         // [.., tile, 4] at input k_begin
+  const float* x_scale;    // [rows, blocks]
+  const int16_t* sums;     // [rows, chunks]
+  float* y;                // [rows, 32] partial sums, read and written
+  int64_t k_begin, k_end, group, blocks, chunks, tile;
+  Zeros form;
+  Float scale_type;
+  bool first;  // k_begin == 0: y starts at zero
+};
+
+template <int R, Codes kCodes>
+void tile_i8(const TileArgs& a) {
+  using S = Simd;
+  using I = S::I;
+  using F = S::F;
+  constexpr int H = S::kHalves;
+  constexpr int64_t kBlockBytes = kCodes == Codes::packed4 ? 64 : 128;
+  constexpr int kSymmetricZero = kCodes == Codes::u8 ? S::kBias8 : 8;
+  const uint8_t* codes = a.codes;
+  const int8_t* q = a.q;
+  const int64_t q_step = a.tile * kStep;
+  int64_t group = a.k_begin / a.group;
+  int64_t group_end = (group + 1) * a.group;
+  for (int64_t k = a.k_begin; k < a.k_end;) {
+    const int64_t block = k / kActBlock;
+    const int64_t block_end = min_of((block + 1) * kActBlock, a.k_end);
+    F sum[H][R][2];
+    for (int h = 0; h < H; ++h)
+      for (int r = 0; r < R; ++r) sum[h][r][0] = sum[h][r][1] = S::zero();
+    while (k < block_end) {
+      const int64_t end = min_of(group_end, block_end);
+      int32_t total[R];  // sum of q over the segment
+      for (int r = 0; r < R; ++r) {
+        total[r] = 0;
+        for (int64_t c = k / kChunk; c < end / kChunk; ++c) total[r] += a.sums[r * a.chunks + c];
+      }
+      const int64_t at = group * kPanel;
+      for (int h = 0; h < H; ++h) {
+        typename S::template Dot<kCodes == Codes::u8> dot[R][2];
+        for (int r = 0; r < R; ++r) {
+          dot[r][0].clear();
+          dot[r][1].clear();
+        }
+        const uint8_t* w = codes;
+        const int8_t* x = q;
+        for (int64_t c = k; c < end; c += kChunk) {
+#pragma GCC unroll 8
+          for (int s = 0; s < 8; ++s) {
+            I lo, hi;
+            if (kCodes == Codes::packed4) {
+              if (R <= 4 && h == 0) _mm_prefetch(reinterpret_cast<const char*>(w) + 4096, _MM_HINT_T0);
+              S::load_packed4(w, h, lo, hi);
+            } else {
+              S::load_u8(w, h, lo, hi);
+            }
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) {
+              const I v = S::broadcast4(x + r * kStep);
+              dot[r][0].step(lo, v);
+              dot[r][1].step(hi, v);
+            }
+            w += kBlockBytes;
+            x += q_step;
+          }
+#pragma GCC unroll 16
+          for (int r = 0; r < R; ++r) {
+            dot[r][0].end_chunk();
+            dot[r][1].end_chunk();
+          }
+        }
+        const int64_t c0 = at + h * S::kLanes, c1 = c0 + 16;
+        const F scale0 = load_scale(a.scales + c0, a.scale_type), scale1 = load_scale(a.scales + c1, a.scale_type);
+        if (a.form == Zeros::minimum) {
+          const uint16_t* minima = static_cast<const uint16_t*>(a.zeros);
+          const F min0 = load_scale(minima + c0, a.scale_type), min1 = load_scale(minima + c1, a.scale_type);
+#pragma GCC unroll 16
+          for (int r = 0; r < R; ++r) {
+            const F t = S::set1(float(total[r]));
+            sum[h][r][0] = S::fma(min0, t, S::fma(S::to_float(dot[r][0].result()), scale0, sum[h][r][0]));
+            sum[h][r][1] = S::fma(min1, t, S::fma(S::to_float(dot[r][1].result()), scale1, sum[h][r][1]));
+          }
+        } else if (a.form == Zeros::integer) {
+          const uint8_t* zeros = static_cast<const uint8_t*>(a.zeros);
+          const I z0 = S::load_u8_as_i32(zeros + c0), z1 = S::load_u8_as_i32(zeros + c1);
+#pragma GCC unroll 16
+          for (int r = 0; r < R; ++r) {
+            const I t = S::iset1(total[r]);
+            const I acc0 = S::isub(dot[r][0].result(), S::madd16(z0, t));
+            const I acc1 = S::isub(dot[r][1].result(), S::madd16(z1, t));
+            sum[h][r][0] = S::fma(S::to_float(acc0), scale0, sum[h][r][0]);
+            sum[h][r][1] = S::fma(S::to_float(acc1), scale1, sum[h][r][1]);
+          }
+        } else {
+#pragma GCC unroll 16
+          for (int r = 0; r < R; ++r) {
+            const I t = S::iset1(kSymmetricZero * total[r]);
+            sum[h][r][0] = S::fma(S::to_float(S::isub(dot[r][0].result(), t)), scale0, sum[h][r][0]);
+            sum[h][r][1] = S::fma(S::to_float(S::isub(dot[r][1].result(), t)), scale1, sum[h][r][1]);
+          }
+        }
+      }
+      codes += (end - k) / kStep * kBlockBytes;
+      q += (end - k) / kStep * q_step;
+      k = end;
+      if (k == group_end) {
+        ++group;
+        group_end += a.group;
+      }
+    }
+    const bool start = a.first && block == 0;
+    for (int r = 0; r < R; ++r) {
+      const F s = S::set1(a.x_scale[r * a.blocks + block]);
+      for (int h = 0; h < H; ++h) {
+        for (int i = 0; i < 2; ++i) {
+          float* y = a.y + r * kPanel + h * S::kLanes + 16 * i;
+          S::store(y, S::fma(sum[h][r][i], s, start ? S::zero() : S::load(y)));
+        }
+      }
+    }
+  }
+}
+
+template <Codes kCodes>
+void run_tile(int64_t rows, const TileArgs& a) {
+  switch (rows) {
+    case 1: return tile_i8<1, kCodes>(a);
+    case 2: return tile_i8<2, kCodes>(a);
+    case 3: return tile_i8<3, kCodes>(a);
+    case 4: return tile_i8<4, kCodes>(a);
+    default: break;
+  }
+  if (kCodes == Codes::packed4) return;  // never more than kPackedRows
+  switch (rows) {
+    case 5: return tile_i8<5, kCodes>(a);
+#if CPULLM_TILE_ROWS > 5
+    case 6: return tile_i8<6, kCodes>(a);
+    case 7: return tile_i8<7, kCodes>(a);
+    case 8: return tile_i8<8, kCodes>(a);
+    case 9: return tile_i8<9, kCodes>(a);
+    case 10: return tile_i8<10, kCodes>(a);
+    case 11: return tile_i8<11, kCodes>(a);
+    case 12: return tile_i8<12, kCodes>(a);
+    case 13: return tile_i8<13, kCodes>(a);
+    case 14: return tile_i8<14, kCodes>(a);
+#endif
+    default: return;
+  }
+}
+
+// Up to this many rows read the packed codes directly, in tiles of at most kPackedRows.
+constexpr int64_t kDirectRows = 2 * Simd::kPackedRows;
+
+int64_t tile_rows_i8(int64_t m) { return even_tile(m, m <= kDirectRows ? Simd::kPackedRows : Simd::kTileRows); }
+
+void linear_i8(const Weight& w, const QuantizedRows& x, const Output& out, Range panels, void* scratch) {
+  const bool unpack = w.bits == 4 && x.m > kDirectRows;
+  uint8_t* bytes = static_cast<uint8_t*>(scratch);
+  float* partial = reinterpret_cast<float*>(bytes + 64 * 1024);
+  const int64_t block_bytes = 16 * w.bits;
+  const int64_t block_rows = kBlockRows / x.tile * x.tile;
+  // Few rows on a wide level go through the whole of k at once: nothing is unpacked, the stream must not pause.
+  const int64_t block_k = unpack || w.bits == 8 || Simd::kHalves > 1 ? kBlockK : w.k_padded;
+  TileArgs a;
+  a.group = w.group;
+  a.blocks = x.blocks;
+  a.chunks = x.k_padded / kChunk;
+  a.tile = x.tile;
+  a.form = w.form;
+  a.scale_type = w.scale_type;
+  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+    const uint8_t* panel_codes = w.codes + panel * (w.k_padded / kStep) * block_bytes;
+    a.scales = w.scales + panel * w.groups * kPanel;
+    a.zeros = w.form == Zeros::integer   ? static_cast<const uint8_t*>(w.zeros) + panel * w.groups * kPanel
+              : w.form == Zeros::minimum ? static_cast<const void*>(static_cast<const uint16_t*>(w.zeros) +
+                                                                    panel * w.groups * kPanel)
+                                         : nullptr;
+    for (int64_t row0 = 0; row0 < x.m; row0 += block_rows) {
+      const int64_t row_end = min_of(row0 + block_rows, x.m);
+      for (int64_t k0 = 0; k0 < w.k_padded; k0 += block_k) {
+        a.k_begin = k0;
+        a.k_end = min_of(k0 + block_k, w.k_padded);
+        a.first = k0 == 0;
+        a.codes = panel_codes + k0 / kStep * block_bytes;
+        if (unpack) {
+          for (int64_t s = 0; s < (a.k_end - k0) / kStep; ++s) Simd::unpack4(a.codes + 64 * s, bytes + 128 * s);
+          a.codes = bytes;
+        }
+        for (int64_t r = row0; r < row_end; r += x.tile) {
+          a.q = x.q + r * x.k_padded + k0 * x.tile;
+          a.x_scale = x.scale + r * x.blocks;
+          a.sums = x.sums + r * a.chunks;
+          a.y = partial + (r - row0) * kPanel;
+          const int64_t rows = min_of(x.tile, x.m - r);
+          if (w.bits == 8) {
+            run_tile<Codes::u8>(rows, a);
+          } else if (unpack) {
+            run_tile<Codes::unpacked4>(rows, a);
+          } else {
+            run_tile<Codes::packed4>(rows, a);
+          }
+        }
+      }
+      for (int64_t r = row0; r < row_end; ++r) store_panel(out, w.n, r, panel, partial + (r - row0) * kPanel);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace cpullm

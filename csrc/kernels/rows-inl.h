@@ -1,0 +1,125 @@
+// Activations in, results out: quantisation, fp32 loading, bias and rounding. Written once over Simd.
+#pragma once
+
+namespace cpullm {
+namespace {
+
+constexpr int64_t kBlockRows = 512;  // rows whose partial sums are kept while a panel's next inputs are unpacked
+
+static inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static inline Simd::F load_scale(const uint16_t* p, Float type) {
+  return type == Float::f16 ? Simd::load_f16(p) : Simd::load_bf16(p);
+}
+
+// Rows per tile so that ceil(m / tile) tiles are as even as possible and none holds more than `most` rows.
+static inline int64_t even_tile(int64_t m, int64_t most) {
+  const int64_t tiles = (m + most - 1) / most;
+  return (m + tiles - 1) / tiles;
+}
+
+// 32-input chunk of one row as floats: zero where j >= k.
+static inline void load_chunk(const Rows& in, const char* row, int64_t j0, float* v) {
+  constexpr int kVecs = int(kChunk) / Simd::kLanes;
+  if (in.order || j0 + kChunk > in.k) {
+    for (int64_t j = 0; j < kChunk; ++j)
+      v[j] = j0 + j < in.k ? load_float(row, in.order ? in.order[j0 + j] : j0 + j, in.type) : 0.0f;
+    return;
+  }
+  if (in.type == Float::f32) {
+    const float* p = reinterpret_cast<const float*>(row) + j0;
+    for (int i = 0; i < kVecs; ++i) Simd::store(v + i * Simd::kLanes, Simd::load(p + i * Simd::kLanes));
+  } else {
+    const uint16_t* p = reinterpret_cast<const uint16_t*>(row) + j0;
+    for (int i = 0; i < kVecs; ++i) Simd::store(v + i * Simd::kLanes, load_scale(p + i * Simd::kLanes, in.type));
+  }
+}
+
+static inline const char* row_address(const Rows& in, int64_t r) {
+  return static_cast<const char*>(in.x) + r * in.stride * (in.type == Float::f32 ? 4 : 2);
+}
+
+// q = round(x * 127 / amax) per row and block of kActBlock inputs; scale = amax / 127. Same results as ref.cpp.
+[[maybe_unused]] void quantize_rows(const Rows& in, const QuantizedRows& out, Range rows) {
+  constexpr int kVecs = int(kChunk) / Simd::kLanes;
+  const int64_t chunks = out.k_padded / kChunk;
+  alignas(64) float v[kActBlock];
+  alignas(64) int8_t q[kActBlock];
+  for (int64_t r = rows.begin; r < rows.end; ++r) {
+    const char* row = row_address(in, r);
+    int8_t* tile = out.q + (r / out.tile) * out.tile * out.k_padded + (r % out.tile) * kStep;
+    for (int64_t b = 0; b < out.blocks; ++b) {
+      const int64_t j0 = b * kActBlock;
+      const int64_t width = min_of(kActBlock, out.k_padded - j0);
+      Simd::I top_bits = Simd::izero();
+      for (int64_t j = 0; j < width; j += kChunk) {
+        load_chunk(in, row, j0 + j, v + j);
+        for (int i = 0; i < kVecs; ++i)
+          top_bits = Simd::max_u32(top_bits, Simd::magnitude(Simd::load(v + j + i * Simd::kLanes)));
+      }
+      const uint32_t amax = Simd::reduce_max_u32(top_bits);
+      const bool finite = amax < 0x7f800000u;
+      const float top = bits_to_float(amax);
+      const bool tiny = top < 0x1p-100f;
+      out.scale[r * out.blocks + b] = !finite ? bits_to_float(0x7fc00000u) : tiny ? 0.0f : top * (1.0f / 127.0f);
+      if (!finite || tiny) {
+        memset(q, 0, size_t(width));
+        for (int64_t j = 0; j < width; j += kChunk) out.sums[r * chunks + (j0 + j) / kChunk] = 0;
+      } else {
+        const Simd::F inverse = Simd::set1(127.0f / top);
+        for (int64_t j = 0; j < width; j += kChunk) {
+          Simd::I sum = Simd::izero();
+          for (int i = 0; i < kVecs; ++i) {
+            const int64_t at = j + i * Simd::kLanes;
+            const Simd::I n = Simd::round(Simd::mul(Simd::load(v + at), inverse));
+            sum = Simd::iadd(sum, n);
+            Simd::store_i8(q + at, n);
+          }
+          out.sums[r * chunks + (j0 + j) / kChunk] = int16_t(Simd::reduce_add(sum));
+        }
+      }
+      int8_t* to = tile + j0 * out.tile;
+      if (out.tile == 1) {
+        memcpy(to, q, size_t(width));
+      } else {
+        for (int64_t s = 0; s < width / kStep; ++s) memcpy(to + s * out.tile * kStep, q + s * kStep, kStep);
+      }
+    }
+  }
+}
+
+[[maybe_unused]] void load_rows(const Rows& in, const FloatRows& out, Range rows) {
+  alignas(64) float v[kChunk];
+  for (int64_t r = rows.begin; r < rows.end; ++r) {
+    const char* row = row_address(in, r);
+    float* tile = out.x + (r / out.tile) * out.tile * out.k_padded + r % out.tile;
+    for (int64_t j = 0; j < out.k_padded; j += kChunk) {
+      load_chunk(in, row, j, v);
+      for (int64_t i = 0; i < kChunk; ++i) tile[(j + i) * out.tile] = v[i];
+    }
+  }
+}
+
+// Writes the 32 sums y of row r, panel `panel`, plus bias, rounded to the output's type.
+static inline void store_panel(const Output& out, int64_t n, int64_t r, int64_t panel, const float* y) {
+  const int64_t col = panel * kPanel;
+  const int64_t at = r * out.stride + col;
+  if (col + kPanel > n) {
+    for (int64_t c = 0; c < n - col; ++c) store_float(out.y, at + c, out.type, out.bias ? y[c] + out.bias[col + c] : y[c]);
+    return;
+  }
+  for (int i = 0; i < int(kPanel); i += Simd::kLanes) {
+    Simd::F v = Simd::load(y + i);
+    if (out.bias) v = v + Simd::load(out.bias + col + i);
+    if (out.type == Float::f32) {
+      Simd::store(static_cast<float*>(out.y) + at + i, v);
+    } else if (out.type == Float::bf16) {
+      Simd::store_bf16(static_cast<uint16_t*>(out.y) + at + i, v);
+    } else {
+      Simd::store_f16(static_cast<uint16_t*>(out.y) + at + i, v);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace cpullm

@@ -1,0 +1,158 @@
+// Vector vocabulary of the avx2 level, and of avx_vnni when CPULLM_VNNI is defined. See linear_i8-inl.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include "half.h"
+#include "kernels.h"
+
+namespace cpullm {
+namespace {
+
+struct Simd {
+  using F = __m256;   // 8 floats
+  using I = __m256i;  // 8 int32, or 32 bytes
+  static constexpr int kLanes = 8;
+  static constexpr int kHalves = 2;  // column passes over a panel: columns 0-7 and 16-23, then 8-15 and 24-31
+
+  static F zero() { return _mm256_setzero_ps(); }
+  static F set1(float v) { return _mm256_set1_ps(v); }
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F to_float(I v) { return _mm256_cvtepi32_ps(v); }
+  static I izero() { return _mm256_setzero_si256(); }
+  static I iset1(int32_t v) { return _mm256_set1_epi32(v); }
+  static I iadd(I a, I b) { return _mm256_add_epi32(a, b); }
+  static I isub(I a, I b) { return _mm256_sub_epi32(a, b); }
+  static I madd16(I a, I b) { return _mm256_madd_epi16(a, b); }
+  static I max_u32(I a, I b) { return _mm256_max_epu32(a, b); }
+  static I magnitude(F v) { return _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff)); }
+  static uint32_t reduce_max_u32(I v) {
+    __m128i m = _mm_max_epu32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
+    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1));
+    return uint32_t(_mm_cvtsi128_si32(m));
+  }
+  static int32_t reduce_add(I v) {
+    __m128i m = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    m = _mm_add_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+    m = _mm_add_epi32(m, _mm_shuffle_epi32(m, 0xb1));
+    return _mm_cvtsi128_si32(m);
+  }
+  static I round(F v) { return _mm256_cvtps_epi32(v); }
+  static void store_i8(int8_t* p, I v) {
+    const __m128i w = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(w, w));
+  }
+  static F load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static F load_bf16(const uint16_t* p) {
+    return _mm256_castsi256_ps(
+        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+  }
+  static void store_f16(uint16_t* p, F v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  // Round to nearest even; nan becomes a quiet nan.
+  static void store_bf16(uint16_t* p, F v) {
+    const I u = _mm256_castps_si256(v);
+    const I odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const I r = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const I quiet = _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40));
+    const I nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const I b = _mm256_blendv_epi8(r, quiet, nan);
+    const __m128i h = _mm_packus_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), h);
+  }
+  static I load_u8_as_i32(const uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+
+  // Four inputs of one row, broadcast to every lane.
+  static I broadcast4(const int8_t* p) {
+    int32_t v;
+    memcpy(&v, p, 4);
+    return _mm256_set1_epi32(v);
+  }
+
+  // The two vectors of column pass `half` of one block: columns 8 half .. 8 half + 7 and those 16 further on.
+  static I load_packed4_raw(const uint8_t* block, int half) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + 32 * half));
+  }
+  static void load_packed4(const uint8_t* block, int half, I& lo, I& hi) {
+    const I v = load_packed4_raw(block, half);
+    const I mask = _mm256_set1_epi8(15);
+    lo = _mm256_and_si256(v, mask);
+    hi = _mm256_and_si256(_mm256_srli_epi16(v, 4), mask);
+  }
+  static void load_u8(const uint8_t* block, int half, I& lo, I& hi) {
+    lo = load_packed4_raw(block, half);
+    hi = load_packed4_raw(block + 64, half);
+  }
+  static void unpack4(const uint8_t* block, uint8_t* out) {
+    for (int half = 0; half < 2; ++half) {
+      I lo, hi;
+      load_packed4(block, half, lo, hi);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32 * half), lo);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 64 + 32 * half), hi);
+    }
+  }
+
+#ifdef CPULLM_VNNI
+  static constexpr const char* kName = "avx_vnni";
+  static constexpr int kBias8 = 128;
+  // Dot products of u8 codes and s8 activations, exact in int32.
+  template <bool kWide>
+  struct Dot {
+    I acc;
+    void clear() { acc = izero(); }
+    void step(I codes, I x) { __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(codes), "x"(x)); }
+    void end_chunk() {}
+    I result() const { return acc; }
+  };
+#else
+  static constexpr const char* kName = "avx2";
+  static constexpr int kBias8 = 0;
+  // Without VNNI. Narrow (codes 0..15): a pair of products is at most 2 * 15 * 127 = 3810, so the 8 steps of a chunk
+  // stay below 8 * 3810 = 30480 in int16. Wide (codes 0..255 = value + 128): |value| * (+-x), a pair is at most
+  // 2 * 128 * 127 = 32512 < 32768, widened at every step; the bias of 128 is gone (kBias8 = 0).
+  template <bool kWide>
+  struct Dot {
+    I acc, acc16;
+    void clear() {
+      acc = izero();
+      acc16 = izero();
+    }
+    void step(I codes, I x) {
+      if (kWide) {
+        const I value = _mm256_xor_si256(codes, _mm256_set1_epi8(char(0x80)));
+        const I pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(value), _mm256_sign_epi8(x, value));
+        acc = _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+      } else {
+        acc16 = _mm256_add_epi16(acc16, _mm256_maddubs_epi16(codes, x));
+      }
+    }
+    void end_chunk() {
+      if (!kWide) {
+        acc = _mm256_add_epi32(acc, _mm256_madd_epi16(acc16, _mm256_set1_epi16(1)));
+        acc16 = izero();
+      }
+    }
+    I result() const { return acc; }
+  };
+#endif
+
+  static I shift_right(I v, int bits) { return _mm256_srli_epi32(v, bits); }
+  static F code4_to_float(I v) { return _mm256_cvtepi32_ps(_mm256_and_si256(v, _mm256_set1_epi32(15))); }
+  static F code8_to_float(I v) { return _mm256_cvtepi32_ps(_mm256_and_si256(v, _mm256_set1_epi32(255))); }
+
+#ifdef CPULLM_VNNI
+  static constexpr int kPackedRows = 4, kTileRows = 5, kFloatRows = 4, kFloatPackedRows = 2;
+#else
+  static constexpr int kPackedRows = 2, kTileRows = 4, kFloatRows = 4, kFloatPackedRows = 2;
+#endif
+};
+
+}  // namespace
+}  // namespace cpullm

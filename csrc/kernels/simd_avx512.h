@@ -1,0 +1,114 @@
+// Vector vocabulary of the avx512 level (AVX-512 F/BW/DQ/VL + VNNI). See linear_i8-inl.h for how it is used.
+#pragma once
+
+// GCC 12's own intrinsics trip this warning.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
+#include <immintrin.h>
+
+#include "half.h"
+#include "kernels.h"
+
+namespace cpullm {
+namespace {
+
+struct Simd {
+  using F = __m512;   // 16 floats
+  using I = __m512i;  // 16 int32, or 64 bytes
+  static constexpr int kLanes = 16;
+  static constexpr int kHalves = 1;  // column passes over a panel: each handles two vectors
+  static constexpr const char* kName = "avx512";
+
+  static F zero() { return _mm512_setzero_ps(); }
+  static F set1(float v) { return _mm512_set1_ps(v); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
+  static I izero() { return _mm512_setzero_si512(); }
+  static I iset1(int32_t v) { return _mm512_set1_epi32(v); }
+  static I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I isub(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static I madd16(I a, I b) { return _mm512_madd_epi16(a, b); }
+  static I max_u32(I a, I b) { return _mm512_max_epu32(a, b); }
+  static I magnitude(F v) { return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)); }
+  static uint32_t reduce_max_u32(I v) { return _mm512_reduce_max_epu32(v); }
+  static int32_t reduce_add(I v) { return _mm512_reduce_add_epi32(v); }
+  static I round(F v) { return _mm512_cvtps_epi32(v); }
+  static void store_i8(int8_t* p, I v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
+  static F load_f16(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static F load_bf16(const uint16_t* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+  }
+  static void store_f16(uint16_t* p, F v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  // Round to nearest even; nan becomes a quiet nan.
+  static void store_bf16(uint16_t* p, F v) {
+    const I u = _mm512_castps_si512(v);
+    const I odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    I r = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    r = _mm512_mask_or_epi32(r, nan, _mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(r));
+  }
+  static I load_u8_as_i32(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+
+  // Four inputs of one row, broadcast to every lane.
+  static I broadcast4(const int8_t* p) {
+    int32_t v;
+    memcpy(&v, p, 4);
+    return _mm512_set1_epi32(v);
+  }
+
+  // The two vectors of column pass `half` (always 0 here) of one block: columns 0..15 and 16..31.
+  static void load_packed4(const uint8_t* block, int, I& lo, I& hi) {
+    const I v = _mm512_loadu_si512(block);
+    const I mask = _mm512_set1_epi8(15);
+    lo = _mm512_and_si512(v, mask);
+    hi = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
+  }
+  static void load_u8(const uint8_t* block, int, I& lo, I& hi) {
+    lo = _mm512_loadu_si512(block);
+    hi = _mm512_loadu_si512(block + 64);
+  }
+  static void unpack4(const uint8_t* block, uint8_t* out) {
+    I lo, hi;
+    load_packed4(block, 0, lo, hi);
+    _mm512_storeu_si512(out, lo);
+    _mm512_storeu_si512(out + 64, hi);
+  }
+
+  // Dot products of u8 codes and s8 activations, exact in int32: 4 products of at most 255 * 127 per lane and step.
+  // Inline assembly keeps the accumulators in registers: GCC 12 spills arrays of them around the intrinsic.
+  template <bool kWide>
+  struct Dot {
+    I acc;
+    void clear() { acc = izero(); }
+    void step(I codes, I x) { __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(x)); }
+    void end_chunk() {}
+    I result() const { return acc; }
+  };
+  static constexpr int kBias8 = 128;  // what the int8 dot product leaves in: codes are value + 128
+
+  // fp32 values of four consecutive inputs from packed codes: lane c, input i.
+  static I shift_right(I v, int bits) { return _mm512_srli_epi32(v, unsigned(bits)); }
+  static F code4_to_float(I v) {  // the low 4 bits of each lane
+    const F table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_permutexvar_ps(v, table);
+  }
+  static F code8_to_float(I v) { return _mm512_cvtepi32_ps(_mm512_and_si512(v, _mm512_set1_epi32(255))); }
+  static I load_packed4_raw(const uint8_t* block, int) { return _mm512_loadu_si512(block); }
+
+  // Tile shapes: rows per tile when codes come packed (few rows) and from the unpacked buffer (many rows).
+  static constexpr int kPackedRows = 4, kTileRows = 14, kFloatRows = 12, kFloatPackedRows = 4;
+};
+
+}  // namespace
+}  // namespace cpullm

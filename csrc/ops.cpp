@@ -1,0 +1,390 @@
+// Operators: schemas, argument checks, allocation and the split into threads. The only file that includes torch, and
+// only its stable ABI (>= 2.10). No size or index that comes from a caller reaches a kernel unchecked.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "kernels/kernels.h"
+
+namespace cpullm {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// ---- the kernel table ----------------------------------------------------------------------------------------------
+
+std::atomic<const Kernels*> active{nullptr};
+
+std::string reachable_levels() {
+  std::string names;
+  for (const Level& level : kLadder)
+    if (level.supported()) names += (names.empty() ? "" : ", ") + std::string(level.name);
+  return names;
+}
+
+std::string set_isa(std::string cap) {
+  const char* error = nullptr;
+  const Kernels* table = select_kernels(cap.c_str(), &error);
+  STD_TORCH_CHECK(table, "CPULLM_ISA: '", cap, "' ", error, "; reachable here: ", reachable_levels());
+  active.store(table);
+  return table->isa;
+}
+
+// The active table; the first call selects it, so an unreachable CPULLM_ISA is an error here and not at import.
+const Kernels& kernels() {
+  const Kernels* table = active.load(std::memory_order_acquire);
+  if (!table) {
+    const char* cap = std::getenv("CPULLM_ISA");
+    set_isa(cap ? cap : "");
+    table = active.load();
+  }
+  return *table;
+}
+
+std::string isa() { return kernels().isa; }
+
+// Every level, lowest first, as "name:1" (reachable) or "name:0", comma-separated.
+std::string isa_levels() {
+  std::string out;
+  for (const Level& level : kLadder)
+    out += (out.empty() ? "" : ",") + std::string(level.name) + (level.supported() ? ":1" : ":0");
+  return out;
+}
+
+// ---- memory --------------------------------------------------------------------------------------------------------
+
+// A buffer that grows and is kept per thread: no allocation per call once warm.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { std::free(data_); }
+  // 64-byte aligned, uninitialised; earlier contents are lost.
+  template <class T>
+  T* get(int64_t count) {
+    const size_t bytes = (size_t(count) * sizeof(T) + 63) / 64 * 64;
+    if (bytes > bytes_) {
+      std::free(data_);
+      bytes_ = 0;
+      data_ = std::aligned_alloc(64, bytes);
+      STD_TORCH_CHECK(data_, "torch_cpullm: cannot allocate ", bytes, " bytes of scratch memory");
+      bytes_ = bytes;
+    }
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+thread_local Buffer kernel_scratch;                              // of the thread that runs a kernel
+thread_local Buffer rows_buffer, scale_buffer, sums_buffer, bias_buffer;  // of the thread that calls the operator
+
+Tensor empty_cpu(const int64_t* sizes, int64_t dims, ScalarType type) {
+  int64_t strides[64];
+  STD_TORCH_CHECK(dims <= 64, "torch_cpullm: at most 64 dimensions are supported, got ", dims);
+  int64_t stride = 1;
+  for (int64_t i = dims - 1; i >= 0; --i) {
+    strides[i] = stride;
+    stride *= sizes[i] > 1 ? sizes[i] : 1;
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, torch::stable::detail::to<int32_t>(
+                                                             torch::stable::detail::from(type)),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// ---- checks --------------------------------------------------------------------------------------------------------
+
+std::string shape_of(const Tensor& t) {
+  std::string s = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
+  return s + "]";
+}
+
+Float float_type(const Tensor& t, const char* op, const char* name) {
+  const ScalarType type = t.scalar_type();
+  if (type == ScalarType::Float) return Float::f32;
+  if (type == ScalarType::BFloat16) return Float::bf16;
+  STD_TORCH_CHECK(type == ScalarType::Half, op, ": ", name, " must be float32, bfloat16 or float16");
+  return Float::f16;
+}
+
+void check_packed(const Tensor& t, const char* op, const char* name, int64_t d0, int64_t d1, int64_t d2) {
+  STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == d0 && t.size(1) == d1 && t.size(2) == d2, op, ": ", name,
+                  " must have shape [", d0, ", ", d1, ", ", d2, "], got ", shape_of(t));
+  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous(), op, ": ", name, " must be a contiguous CPU tensor");
+}
+
+Weight check_weight(const char* op, const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros, int64_t n,
+                    int64_t k, int64_t group) {
+  constexpr int64_t kMost = int64_t(1) << 40;
+  STD_TORCH_CHECK(n > 0 && n < kMost, op, ": n must be positive, got ", n);
+  STD_TORCH_CHECK(k > 0 && k < kMost, op, ": k must be positive, got ", k);
+  STD_TORCH_CHECK(group > 0 && group < kMost && group % kChunk == 0, op, ": group_size must be a positive multiple of ",
+                  kChunk, ", got ", group);
+  Weight w;
+  w.n = n;
+  w.k = k;
+  w.k_padded = (k + kChunk - 1) / kChunk * kChunk;
+  w.group = group;
+  w.groups = (k + group - 1) / group;
+  const int64_t panels = (n + kPanel - 1) / kPanel;
+  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte, op, ": codes must be uint8");
+  STD_TORCH_CHECK(codes.dim() == 3 && (codes.size(2) == 64 || codes.size(2) == 128), op,
+                  ": codes must have shape [panels, k/4, 64] (4 bits) or [panels, k/4, 128] (8 bits), got ",
+                  shape_of(codes));
+  w.bits = codes.size(2) == 64 ? 4 : 8;
+  check_packed(codes, op, "codes", panels, w.k_padded / kStep, 16 * w.bits);
+  check_packed(scales, op, "scales", panels, w.groups, kPanel);
+  const ScalarType scale_type = scales.scalar_type();
+  STD_TORCH_CHECK(scale_type == ScalarType::Half || scale_type == ScalarType::BFloat16, op,
+                  ": scales must be float16 or bfloat16");
+  w.scale_type = scale_type == ScalarType::Half ? Float::f16 : Float::bf16;
+  w.form = Zeros::symmetric;
+  w.zeros = nullptr;
+  if (zeros) {
+    STD_TORCH_CHECK(w.bits == 4, op, ": zeros are supported for 4-bit codes only");
+    check_packed(*zeros, op, "zeros", panels, w.groups, kPanel);
+    const bool integer = zeros->scalar_type() == ScalarType::Byte;
+    STD_TORCH_CHECK(integer || zeros->scalar_type() == scale_type, op,
+                    ": zeros must be uint8 (zero points) or of the scales' type (minima)");
+    w.form = integer ? Zeros::integer : Zeros::minimum;
+    w.zeros = zeros->const_data_ptr();
+  }
+  w.codes = static_cast<const uint8_t*>(codes.const_data_ptr());
+  w.scales = static_cast<const uint16_t*>(scales.const_data_ptr());
+  return w;
+}
+
+// x as rows with unit stride; `holder` keeps a contiguous copy alive where one was needed.
+Rows check_rows(const char* op, const Tensor& x, std::optional<Tensor>& holder) {
+  STD_TORCH_CHECK(x.is_cpu(), op, ": x must be a CPU tensor");
+  STD_TORCH_CHECK(x.dim() >= 1, op, ": x must have at least one dimension");
+  Rows rows{};
+  rows.type = float_type(x, op, "x");
+  const int64_t last = x.dim() - 1;
+  rows.k = x.size(last);
+  STD_TORCH_CHECK(rows.k > 0, op, ": the last dimension of x must not be empty, got ", shape_of(x));
+  rows.m = x.numel() / rows.k;
+  rows.stride = rows.k;
+  const Tensor* source = &x;
+  if (x.dim() == 2 && x.stride(1) == 1 && x.stride(0) >= rows.k) {
+    rows.stride = x.stride(0);
+  } else if (!x.is_contiguous()) {
+    holder = torch::stable::contiguous(x);
+    source = &*holder;
+  }
+  rows.x = source->const_data_ptr();
+  return rows;
+}
+
+const int32_t* check_order(const char* op, const OptionalTensor& perm, int64_t k) {
+  if (!perm) return nullptr;
+  STD_TORCH_CHECK(perm->is_cpu() && perm->scalar_type() == ScalarType::Int && perm->dim() == 1 && perm->size(0) == k &&
+                      perm->is_contiguous(),
+                  op, ": perm must be a contiguous int32 CPU tensor of shape [", k, "], got ", shape_of(*perm));
+  const int32_t* order = static_cast<const int32_t*>(perm->const_data_ptr());
+  for (int64_t j = 0; j < k; ++j)
+    STD_TORCH_CHECK(order[j] >= 0 && order[j] < k, op, ": perm[", j, "] = ", order[j], " is outside [0, ", k, ")");
+  return order;
+}
+
+const float* check_bias(const char* op, const OptionalTensor& bias, int64_t n) {
+  if (!bias) return nullptr;
+  STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == n && bias->is_contiguous(), op,
+                  ": bias must be a contiguous CPU tensor of shape [", n, "], got ", shape_of(*bias));
+  const Float type = float_type(*bias, op, "bias");
+  if (type == Float::f32) return static_cast<const float*>(bias->const_data_ptr());
+  const int64_t padded = (n + kChunk - 1) / kChunk * kChunk;
+  float* out = bias_buffer.get<float>(padded);
+  const Rows rows{bias->const_data_ptr(), 1, n, n, type, nullptr};
+  kernels().load_rows(rows, FloatRows{out, 1, padded, 1}, {0, 1});
+  return out;
+}
+
+// ---- work ----------------------------------------------------------------------------------------------------------
+
+// Splits [0, count) into at most one contiguous range per thread; a range is worth at least kMinWork multiply-adds.
+template <class F>
+void parallel(int64_t count, int64_t work_each, const F& f) {
+  constexpr int64_t kMinWork = 1 << 16;
+  const int64_t grain = work_each >= kMinWork ? 1 : kMinWork / (work_each > 0 ? work_each : 1);
+  if (count <= grain) {
+    f(0, count);
+  } else {
+    torch::stable::parallel_for(0, count, grain, f);
+  }
+}
+
+QuantizedRows quantize(const Kernels& table, const Rows& rows, int64_t tile) {
+  QuantizedRows q;
+  q.m = rows.m;
+  q.k_padded = (rows.k + kChunk - 1) / kChunk * kChunk;
+  q.blocks = (q.k_padded + kActBlock - 1) / kActBlock;
+  q.tile = tile;
+  const int64_t tiles = (rows.m + tile - 1) / tile;
+  q.q = rows_buffer.get<int8_t>(tiles * tile * q.k_padded);
+  q.scale = scale_buffer.get<float>(rows.m * q.blocks);
+  q.sums = sums_buffer.get<int16_t>(rows.m * (q.k_padded / kChunk));
+  parallel(tiles, 8 * tile * q.k_padded, [&](int64_t begin, int64_t end) {
+    table.quantize_rows(rows, q, {begin * tile, std::min(end * tile, rows.m)});
+  });
+  return q;
+}
+
+enum class Compute : int64_t { int8 = 0, fp32 = 1 };
+
+Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros,
+              const OptionalTensor& bias, const OptionalTensor& perm, int64_t n, int64_t group_size, int64_t compute) {
+  constexpr const char* op = "cpullm::linear";
+  std::optional<Tensor> holder;
+  Rows rows = check_rows(op, x, holder);
+  const Weight w = check_weight(op, codes, scales, zeros, n, rows.k, group_size);
+  rows.order = check_order(op, perm, rows.k);
+  STD_TORCH_CHECK(compute == int64_t(Compute::int8) || compute == int64_t(Compute::fp32), op,
+                  ": compute must be 0 (int8) or 1 (fp32), got ", compute);
+  int64_t sizes[64];
+  const int64_t dims = x.dim();
+  STD_TORCH_CHECK(dims <= 64, op, ": x has too many dimensions: ", dims);
+  for (int64_t i = 0; i + 1 < dims; ++i) sizes[i] = x.size(i);
+  sizes[dims - 1] = n;
+  Tensor y = empty_cpu(sizes, dims, x.scalar_type());
+  if (rows.m == 0) return y;
+  const Kernels& table = kernels();
+  const Output out{y.mutable_data_ptr(), n, rows.type, check_bias(op, bias, n)};
+  const int64_t panels = (n + kPanel - 1) / kPanel;
+  const int64_t work = rows.m * w.k_padded * kPanel;
+  if (compute == int64_t(Compute::int8)) {
+    const QuantizedRows q = quantize(table, rows, table.tile_i8(rows.m));
+    parallel(panels, work, [&](int64_t begin, int64_t end) {
+      table.linear_i8(w, q, out, {begin, end}, kernel_scratch.get<char>(kScratchBytes));
+    });
+  } else {
+    const int64_t tile = table.tile_f32(rows.m);
+    const int64_t tiles = (rows.m + tile - 1) / tile;
+    const FloatRows f{rows_buffer.get<float>(tiles * tile * w.k_padded), rows.m, w.k_padded, tile};
+    parallel(tiles, tile * w.k_padded, [&](int64_t begin, int64_t end) {
+      table.load_rows(rows, f, {begin * tile, std::min(end * tile, rows.m)});
+    });
+    parallel(panels, 4 * work, [&](int64_t begin, int64_t end) {
+      table.linear_f32(w, f, out, {begin, end}, kernel_scratch.get<char>(kScratchBytes));
+    });
+  }
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_activations(const Tensor& x) {
+  constexpr const char* op = "cpullm::quantize_activations";
+  std::optional<Tensor> holder;
+  const Rows rows = check_rows(op, x, holder);
+  const int64_t k_padded = (rows.k + kChunk - 1) / kChunk * kChunk;
+  QuantizedRows q;
+  q.m = rows.m;
+  q.k_padded = k_padded;
+  q.blocks = (k_padded + kActBlock - 1) / kActBlock;
+  q.tile = 1;
+  const int64_t q_size[] = {q.m, k_padded}, s_size[] = {q.m, q.blocks}, t_size[] = {q.m, k_padded / kChunk};
+  Tensor values = empty_cpu(q_size, 2, ScalarType::Char);
+  Tensor scale = empty_cpu(s_size, 2, ScalarType::Float);
+  Tensor sums = empty_cpu(t_size, 2, ScalarType::Short);
+  q.q = static_cast<int8_t*>(values.mutable_data_ptr());
+  q.scale = static_cast<float*>(scale.mutable_data_ptr());
+  q.sums = static_cast<int16_t*>(sums.mutable_data_ptr());
+  const Kernels& table = kernels();
+  if (q.m > 0) table.quantize_rows(rows, q, {0, q.m});
+  return {values, scale, sums};
+}
+
+Tensor dequantize(const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros, int64_t n, int64_t k,
+                  int64_t group_size) {
+  const Weight w = check_weight("cpullm::dequantize", codes, scales, zeros, n, k, group_size);
+  const int64_t sizes[] = {n, k};
+  Tensor out = empty_cpu(sizes, 2, ScalarType::Float);
+  float* y = static_cast<float*>(out.mutable_data_ptr());
+  const Kernels& table = kernels();
+  parallel(n, 8 * k, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) table.dequantize_row(w, row, y + row * k, Float::f32);
+  });
+  return out;
+}
+
+Tensor embedding(const Tensor& ids, const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros, int64_t n,
+                 int64_t k, int64_t group_size, ScalarType dtype) {
+  constexpr const char* op = "cpullm::embedding";
+  const Weight w = check_weight(op, codes, scales, zeros, n, k, group_size);
+  const bool wide = ids.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(ids.is_cpu() && (wide || ids.scalar_type() == ScalarType::Int), op,
+                  ": ids must be an int64 or int32 CPU tensor");
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op,
+      ": dtype must be float32, bfloat16 or float16");
+  const Float type = dtype == ScalarType::Float ? Float::f32 : dtype == ScalarType::Half ? Float::f16 : Float::bf16;
+  const Tensor flat = ids.is_contiguous() ? ids : torch::stable::contiguous(ids);
+  const void* p = flat.const_data_ptr();
+  const int64_t count = ids.numel();
+  const auto id_at = [&](int64_t i) {
+    return wide ? static_cast<const int64_t*>(p)[i] : int64_t(static_cast<const int32_t*>(p)[i]);
+  };
+  for (int64_t i = 0; i < count; ++i)
+    STD_TORCH_CHECK(id_at(i) >= 0 && id_at(i) < n, op, ": id ", id_at(i), " is outside [0, ", n, ")");
+  int64_t sizes[64];
+  const int64_t dims = ids.dim() + 1;
+  STD_TORCH_CHECK(dims <= 64, op, ": ids has too many dimensions: ", dims - 1);
+  for (int64_t i = 0; i + 1 < dims; ++i) sizes[i] = ids.size(i);
+  sizes[dims - 1] = k;
+  Tensor out = empty_cpu(sizes, dims, dtype);
+  char* y = static_cast<char*>(out.mutable_data_ptr());
+  const int64_t row_bytes = k * (type == Float::f32 ? 4 : 2);
+  const Kernels& table = kernels();
+  parallel(count, 8 * k, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) table.dequantize_row(w, id_at(i), y + i * row_bytes, type);
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace cpullm
+
+STABLE_TORCH_LIBRARY(cpullm, m) {
+  // y = x W^T + bias. x [.., k] fp32 | bf16 | fp16; codes uint8 [ceil(n/32), k'/4, 64 | 128], k' = k rounded up to 32;
+  // scales fp16 | bf16 [ceil(n/32), groups, 32]; zeros none | uint8 | the scales' type, of the scales' shape;
+  // bias [n]; perm int32 [k]: input j is x[.., perm[j]]; compute 0 = int8 activations, 1 = fp32. Returns [.., n], x's type.
+  m.def(
+      "linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, Tensor? perm, int n, int group_size, "
+      "int compute) -> Tensor");
+  // Rows of the same packed matrix: ids int64 | int32 [..] -> [.., k] of dtype.
+  m.def(
+      "embedding(Tensor ids, Tensor codes, Tensor scales, Tensor? zeros, int n, int k, int group_size, "
+      "ScalarType dtype) -> Tensor");
+  m.def("dequantize(Tensor codes, Tensor scales, Tensor? zeros, int n, int k, int group_size) -> Tensor");
+  // What the int8 kernels see of x [.., k]: q int8 [m, k'], scale fp32 [m, ceil(k'/128)], sums int16 [m, k'/32].
+  m.def("quantize_activations(Tensor x) -> (Tensor, Tensor, Tensor)");
+  m.def("isa() -> str");
+  m.def("set_isa(str cap) -> str");
+  m.def("isa_levels() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cpullm, CPU, m) {
+  m.impl("linear", TORCH_BOX(&cpullm::linear));
+  m.impl("embedding", TORCH_BOX(&cpullm::embedding));
+  m.impl("dequantize", TORCH_BOX(&cpullm::dequantize));
+  m.impl("quantize_activations", TORCH_BOX(&cpullm::quantize_activations));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cpullm, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&cpullm::isa));
+  m.impl("set_isa", TORCH_BOX(&cpullm::set_isa));
+  m.impl("isa_levels", TORCH_BOX(&cpullm::isa_levels));
+}

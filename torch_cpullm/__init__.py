@@ -1,0 +1,40 @@
+"""INT4 inference of HuggingFace language models on x86 CPUs.
+
+``torch_cpullm.optimize(model)``; the rest of HuggingFace stays as it is. Importing this package loads nothing heavy: torch,
+the compiled operators and transformers come with the first use of a name.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import launch as _launch  # records torch's thread count before anybody changes it
+
+if TYPE_CHECKING:
+    from .coverage import Report, report
+    from .formats.gguf import load_gguf
+    from .hf import CpuLlmConfig
+    from .swap import optimize, restore
+
+__version__ = "0.1.0"
+__all__ = ["CpuLlmConfig", "Report", "__version__", "load_gguf", "optimize", "report", "restore"]
+
+_HOME = {
+    "CpuLlmConfig": ".hf",
+    "Report": ".coverage",
+    "load_gguf": ".formats.gguf",
+    "optimize": ".swap",
+    "report": ".coverage",
+    "restore": ".swap",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

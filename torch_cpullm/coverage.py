@@ -1,0 +1,118 @@
+"""What became of every module of an optimised model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from . import ops
+from .linear import PackedEmbedding, PackedLinear
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module. kind: linear, embedding or parameter; state: int4, int8 or float; bytes as stored, biases left out."""
+
+    name: str
+    kind: str
+    state: str
+    reason: str
+    bits: int | None
+    group_size: int | None
+    compute: str | None
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass
+class Report:
+    """Rows in module order, and the kernels' instruction set. ``str(report)`` is a table; layers alike share a line."""
+
+    rows: list[Row] = field(default_factory=list)
+    isa: str = ""
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of all listed weights in the model's dtype."""
+        return sum(row.bytes_before for row in self.rows)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all listed weights as they are now; a shared weight counts once."""
+        return sum(row.bytes_after for row in self.rows)
+
+    @property
+    def left_in_float(self) -> list[Row]:
+        """Weight matrices that are neither quantised nor excluded by the settings; lookup tables do not count."""
+        return [row for row in self.rows if row.state == "float" and row.kind != "embedding" and row.reason != EXCLUDED]
+
+    def __str__(self) -> str:
+        merged: dict[tuple, list[Row]] = {}
+        for row in self.rows:
+            pattern = re.sub(r"\.\d+(?=\.|$)", ".*", row.name)
+            merged.setdefault((pattern, row.state, row.reason, row.bits, row.group_size, row.compute), []).append(row)
+        lines = [f"{'module':<44} {'count':>5} {'state':<6} {'group':>5} {'compute':<7} {'MB before':>9} {'MB after':>9}"]
+        for (pattern, state, reason, _, group, compute), rows in merged.items():
+            before, after = (sum(getattr(row, name) for row in rows) / 1e6 for name in ("bytes_before", "bytes_after"))
+            name = pattern if len(pattern) <= 44 else "…" + pattern[-43:]
+            lines.append(
+                f"{name:<44} {len(rows):>5} {state:<6} {group or '':>5} {compute or '':<7} {before:>9.2f} {after:>9.2f}"
+            )
+            if reason:
+                lines.append(f"    {reason}")
+        quantised = sum(row.state != "float" for row in self.rows)
+        lines.append(
+            f"{quantised} of {len(self.rows)} modules quantised, {self.bytes_before / 1e6:.1f} MB -> "
+            f"{self.bytes_after / 1e6:.1f} MB, kernels: {self.isa}"
+        )
+        return "\n".join(lines)
+
+
+EXCLUDED = "excluded by modules_to_not_convert or head_bits"
+
+
+def report(model: nn.Module) -> Report:
+    """One row per weight of ``model``, read off the model as it is now: swapped or not, and why not."""
+    reasons: dict[str, str] = getattr(model, "_cpullm_skipped", {})
+    rows = []
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, (PackedLinear, PackedEmbedding)):
+            packed = module.packed
+            first = id(packed) not in seen
+            seen.add(id(packed))
+            rows.append(
+                Row(
+                    name,
+                    "linear" if isinstance(module, PackedLinear) else "embedding",
+                    f"int{packed.bits}",
+                    "" if first else "shares its packed weight with an earlier module",
+                    packed.bits,
+                    packed.group_size,
+                    module.compute if isinstance(module, PackedLinear) else None,
+                    packed.n * packed.k * module.dtype.itemsize if first else 0,
+                    packed.nbytes if first else 0,
+                )
+            )
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() < 2:
+                continue
+            first = id(parameter) not in seen
+            seen.add(id(parameter))
+            size = parameter.nbytes if first else 0
+            full = name if key == "weight" else f"{name}.{key}" if name else key
+            kind = "embedding" if isinstance(module, nn.Embedding) else "linear" if key == "weight" else "parameter"
+            reason = reasons.get(name) or _why_float(kind, parameter.dim(), bool(reasons))
+            rows.append(Row(full, kind, "float", reason, None, None, None, size, size))
+    return Report(rows, ops.isa())
+
+
+def _why_float(kind: str, dims: int, optimised: bool) -> str:
+    if kind == "embedding":
+        return "lookup table, not the model's input embedding"
+    if dims > 2:
+        return f"{dims}-D parameter (experts, convolutions): no packed kernel for it"
+    return "not a linear layer"

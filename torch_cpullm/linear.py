@@ -1,0 +1,162 @@
+"""Modules with packed weights: what optimize() puts in the place of nn.Linear and nn.Embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .packing import PackedWeight, QuantizedWeight, dequantize, pack, unpack
+
+
+class _PackedModule(nn.Module):
+    """Holds a PackedWeight outside the reach of ``.to(dtype)``; saves and loads it in canonical row-major form."""
+
+    def __init__(self, packed: PackedWeight, dtype: torch.dtype) -> None:
+        super().__init__()
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+        self.packed = packed
+        self.dtype = dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """A placeholder [n, k] for code that reads the weight's shape, dtype or device: every element is NaN.
+
+        The values are in :attr:`packed`; :meth:`dequantize` gives them.
+        """
+        return torch.full((), torch.nan, dtype=self.dtype).expand(self.packed.n, self.packed.k)
+
+    def dequantize(self) -> Tensor:
+        """The weight the kernels use, float32 [n, k]."""
+        return dequantize(self.packed)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        probe = fn(torch.zeros(1, dtype=self.dtype))
+        if probe.device.type != "cpu":
+            raise RuntimeError(
+                f"a model optimised by torch_cpullm stays on the CPU; it cannot be moved to {probe.device}. "
+                "torch_cpullm.restore(model) gives a float model back, which can."
+            )
+        if probe.dtype in (torch.float32, torch.bfloat16, torch.float16):
+            self.dtype = probe.dtype
+        return super()._apply(fn, recurse)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        # Packed weights are never written: a copy shares them.
+        memo[id(self.packed)] = self.packed
+        copy = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copy
+        for name, value in self.__dict__.items():
+            copy.__dict__[name] = _deepcopy(value, memo)
+        return copy
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight = unpack(self.packed)
+        codes = weight.codes
+        if weight.bits == 4:
+            if weight.k % 2:
+                codes = torch.cat([codes, codes.new_zeros(weight.n, 1)], 1)
+            codes = codes[:, ::2] | codes[:, 1::2] << 4
+        destination[prefix + "weight_codes"] = codes
+        destination[prefix + "weight_scales"] = weight.scales
+        if weight.zeros is not None:
+            destination[prefix + "weight_zeros"] = weight.zeros
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        names = [prefix + name for name in ("weight_codes", "weight_scales", "weight_zeros")]
+        codes, scales, zeros = (state_dict.get(name) for name in names)
+        if codes is None or scales is None:
+            missing.extend(name for name, value in zip(names, (codes, scales), strict=False) if value is None)
+        else:
+            try:
+                self.packed = pack(_canonical(codes, scales, zeros, self.packed))
+            except ValueError as error:
+                errors.append(f"{prefix.rstrip('.')}: {error}")
+        rest = {name: value for name, value in state_dict.items() if name not in names}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected, errors)
+        for name in names:
+            if name in unexpected:
+                unexpected.remove(name)
+
+    def _form(self) -> str:
+        p = self.packed
+        zeros = "symmetric" if p.zeros is None else "zero point" if p.zeros.dtype == torch.uint8 else "minimum"
+        return f"bits={p.bits}, group_size={p.group_size}, {zeros}, dtype={str(self.dtype).removeprefix('torch.')}"
+
+
+def _deepcopy(value: Any, memo: dict[int, Any]) -> Any:
+    from copy import deepcopy
+
+    return deepcopy(value, memo)
+
+
+def _canonical(codes: Tensor, scales: Tensor, zeros: Tensor | None, like: PackedWeight) -> QuantizedWeight:
+    """A saved weight checked against the module that loads it."""
+    width = -(-like.k // 2) if like.bits == 4 else like.k
+    if codes.dtype != torch.uint8 or list(codes.shape) != [like.n, width]:
+        raise ValueError(f"weight_codes must be uint8 {[like.n, width]}, got {codes.dtype} {list(codes.shape)}")
+    if like.bits == 4:
+        codes = torch.stack([codes & 15, codes >> 4], -1).view(like.n, -1)[:, : like.k]
+    return QuantizedWeight(codes, scales, zeros, like.bits, like.group_size)
+
+
+class PackedLinear(_PackedModule):
+    """``y = x W^T + bias`` with packed W [out_features, in_features]; x [.., in_features] fp32 | bf16 | fp16.
+
+    For inference only. compute: ``"int8"`` or ``"fp32"``, see :func:`torch_cpullm.ops.linear`.
+    """
+
+    def __init__(
+        self, packed: PackedWeight, bias: Tensor | None = None, *, dtype: torch.dtype, compute: str = "int8"
+    ) -> None:
+        super().__init__(packed, dtype)
+        ops.check_compute(compute)
+        self.in_features, self.out_features = packed.k, packed.n
+        self.compute = compute
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "torch_cpullm's packed linears are for inference and have no gradient; "
+                "use torch.no_grad(), or torch_cpullm.restore(model) to train"
+            )
+        return ops.linear(x, self.packed, self.bias, None, self.compute)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{self._form()}, compute={self.compute}"
+        )
+
+
+class PackedEmbedding(_PackedModule):
+    """Rows of packed W [num_embeddings, embedding_dim]: ids [..] -> [.., embedding_dim] of ``dtype``.
+
+    multiplier: rows are multiplied by it in ``dtype`` (models that scale their embeddings).
+    """
+
+    def __init__(
+        self,
+        packed: PackedWeight,
+        *,
+        dtype: torch.dtype,
+        padding_idx: int | None = None,
+        multiplier: float | None = None,
+    ) -> None:
+        super().__init__(packed, dtype)
+        self.num_embeddings, self.embedding_dim = packed.n, packed.k
+        self.padding_idx = padding_idx
+        self.multiplier = multiplier
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = ops.embedding(ids, self.packed, self.dtype)
+        return rows if self.multiplier is None else rows * self.multiplier
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self._form()}"

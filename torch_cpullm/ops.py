@@ -1,0 +1,136 @@
+"""Typed wrappers of the compiled operators, their fake kernels, and the choice of instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .packing import CHUNK, PANEL, STEP, PackedWeight, round_up
+
+_LIBRARY = Path(__file__).with_name("_C.abi3.so")
+if not _LIBRARY.exists():
+    raise ImportError(
+        f"torch_cpullm: the compiled library {_LIBRARY.name} is missing beside {Path(__file__).name}; "
+        "install the package with `pip install --no-build-isolation .` (or `make build` in a checkout)"
+    )
+torch.ops.load_library(str(_LIBRARY))
+
+COMPUTE = {"int8": 0, "fp32": 1}
+"""Names of the compute types and the numbers the operator takes."""
+
+
+def check_compute(compute: str) -> None:
+    """Raise ValueError unless ``compute`` names a compute type."""
+    if compute not in COMPUTE:
+        raise ValueError(f"compute must be one of {', '.join(map(repr, COMPUTE))}, got {compute!r}")
+
+
+# ---- instruction set ------------------------------------------------------------------------------------------------
+
+
+def isa() -> str:
+    """Name of the level in use: ref, avx2, avx_vnni, avx512 or amx.
+
+    The environment variable ``CPULLM_ISA`` caps it. Raises RuntimeError, listing the reachable levels, when that names
+    an unknown or unreachable one.
+    """
+    return torch.ops.cpullm.isa.default()
+
+
+def isa_levels() -> dict[str, bool]:
+    """Every level, lowest first, and whether this machine can run it."""
+    pairs = (item.split(":") for item in torch.ops.cpullm.isa_levels.default().split(","))
+    return {name: flag == "1" for name, flag in pairs}
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Cap the instruction set inside a ``with`` block, for the whole process. Raises RuntimeError as :func:`isa`."""
+    before = isa()
+    torch.ops.cpullm.set_isa.default(name)
+    try:
+        yield
+    finally:
+        torch.ops.cpullm.set_isa.default(before)
+
+
+# ---- operators ------------------------------------------------------------------------------------------------------
+
+
+def linear(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, perm: Tensor | None = None, compute: str = "int8"
+) -> Tensor:
+    """``y = x W^T + bias``.
+
+    x: float32 | bfloat16 | float16 [.., k], any strides. weight: W [n, k]. bias: [n], any of these dtypes.
+    perm: int32 [k], input j of W is ``x[.., perm[j]]``. compute: ``"int8"`` quantises x to int8 per row and 128 inputs;
+    ``"fp32"`` is exact up to rounding. Returns [.., n] of x's dtype. Raises RuntimeError naming the argument that is wrong.
+    """
+    check_compute(compute)
+    return torch.ops.cpullm.linear.default(
+        x, weight.codes, weight.scales, weight.zeros, bias, perm, weight.n, weight.group, COMPUTE[compute]
+    )
+
+
+def embedding(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """Rows of W [n, k]: ids int64 | int32 [..] -> [.., k] of ``dtype``. Raises RuntimeError for an id outside [0, n)."""
+    return torch.ops.cpullm.embedding.default(
+        ids, weight.codes, weight.scales, weight.zeros, weight.n, weight.k, weight.group, dtype
+    )
+
+
+def dequantize(weight: PackedWeight) -> Tensor:
+    """W as float32 [n, k], bit-equal to :func:`torch_cpullm.packing.dequantize` without the float-minimum form and
+    within one rounding of it with."""
+    return torch.ops.cpullm.dequantize.default(
+        weight.codes, weight.scales, weight.zeros, weight.n, weight.k, weight.group
+    )
+
+
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What int8 compute sees of x [.., k]: q int8 [m, k'], scale float32 [m, ceil(k'/128)], sums int16 [m, k'/32]."""
+    return torch.ops.cpullm.quantize_activations.default(x)
+
+
+@torch.library.register_fake("cpullm::linear")
+def _linear_fake(x, codes, scales, zeros, bias, perm, n, group_size, compute):
+    return x.new_empty((*x.shape[:-1], n))
+
+
+@torch.library.register_fake("cpullm::embedding")
+def _embedding_fake(ids, codes, scales, zeros, n, k, group_size, dtype):
+    return ids.new_empty((*ids.shape, k), dtype=dtype)
+
+
+@torch.library.register_fake("cpullm::dequantize")
+def _dequantize_fake(codes, scales, zeros, n, k, group_size):
+    return codes.new_empty((n, k), dtype=torch.float32)
+
+
+@torch.library.register_fake("cpullm::quantize_activations")
+def _quantize_activations_fake(x):
+    m, kp = x.numel() // x.shape[-1], round_up(x.shape[-1], CHUNK)
+    return (
+        x.new_empty((m, kp), dtype=torch.int8),
+        x.new_empty((m, -(-kp // 128)), dtype=torch.float32),
+        x.new_empty((m, kp // CHUNK), dtype=torch.int16),
+    )
+
+
+__all__ = [
+    "COMPUTE",
+    "PANEL",
+    "STEP",
+    "check_compute",
+    "dequantize",
+    "embedding",
+    "isa",
+    "isa_levels",
+    "linear",
+    "quantize_activations",
+    "use_isa",
+]

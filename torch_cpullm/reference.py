@@ -1,0 +1,96 @@
+"""Oracles: what the operators mean, in plain torch. They quantise exactly as the kernels do, so a kernel may differ from
+them by rounding only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .packing import CHUNK, PackedWeight, dequantize, resolve_group, round_up, unpack
+
+ACT_BLOCK = 128  # inputs that share one activation scale
+
+
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 activations of x [.., k], blocks of 128 inputs: ``q = round(x * (127 / amax))``, ``scale = amax / 127``.
+
+    Returns q int8 [m, k'], scale float32 [m, ceil(k'/128)], sums int16 [m, k'/32]; k' = k rounded up to 32. A block with
+    inf or nan has scale nan and q zero; a block below 2^-100 is zero.
+    """
+    k = x.shape[-1]
+    x = x.reshape(-1, k).float()
+    kp, full = round_up(k, CHUNK), round_up(k, ACT_BLOCK)
+    blocks = torch.nn.functional.pad(x, (0, full - k)).view(x.shape[0], -1, ACT_BLOCK)
+    finite = torch.isfinite(blocks).all(-1)
+    amax = torch.where(finite, blocks.abs().amax(-1), torch.zeros(()))
+    usable = finite & (amax >= 2.0**-100)
+    safe = torch.where(usable, amax, torch.ones(()))
+    inverse = torch.where(usable, torch.tensor(127.0) / safe, torch.zeros(()))  # `127.0 / t` is a reciprocal
+    values = torch.where(finite[..., None], blocks, torch.zeros(()))
+    q = torch.round(values * inverse[..., None]).to(torch.int8).view(x.shape[0], full)[:, :kp]
+    scale = torch.where(usable, amax * torch.tensor(1.0 / 127.0), torch.zeros(()))
+    scale = torch.where(finite, scale, torch.full((), torch.nan))
+    sums = q.view(x.shape[0], -1, CHUNK).sum(-1, dtype=torch.int16)
+    return q.contiguous(), scale, sums
+
+
+def linear(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, perm: Tensor | None = None, compute: str = "int8"
+) -> Tensor:
+    """``y = x W^T + bias`` in float64 over the same quantised values, rounded once to x's dtype at the end.
+
+    Shapes as :func:`torch_cpullm.ops.linear`.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if perm is not None:
+        rows = rows[:, perm.long()]
+    w = unpack(weight)
+    values = dequantize(w).double()
+    if compute == "int8":
+        q, scale, _ = quantize_activations(rows)
+        rows = q.double() * scale.double().repeat_interleave(ACT_BLOCK, 1)[:, : q.shape[1]]
+        values = torch.nn.functional.pad(_exact(w), (0, q.shape[1] - w.k))
+    elif w.zeros is not None and w.zeros.dtype != torch.uint8:
+        values = dequantize(w).double()
+    y = rows.double() @ values.T
+    if bias is not None:
+        y = y + bias.double()
+    return y.to(x.dtype).view(*x.shape[:-1], weight.n)
+
+
+def _exact(w) -> Tensor:
+    """W in float64 without any rounding."""
+    group = resolve_group(w.group_size, w.k)
+    scales = w.scales.double().repeat_interleave(group, 1)[:, : w.k]
+    if w.zeros is None:
+        return (w.codes.double() - (8 if w.bits == 4 else 128)) * scales
+    zeros = w.zeros.double().repeat_interleave(group, 1)[:, : w.k]
+    return (w.codes.double() - zeros) * scales if w.zeros.dtype == torch.uint8 else w.codes.double() * scales + zeros
+
+
+def error_bound(x: Tensor, weight: PackedWeight, compute: str = "int8", bias: Tensor | None = None) -> Tensor:
+    """Largest rounding error allowed of a kernel's float32 result, [m, n] float64: ``2 c eps (|x| |W|')``.
+
+    |W|' adds the magnitudes of the two terms of the float-minimum form. c counts the roundings of one output's chain:
+    int8: two per group and activation block, plus two; fp32: k + 2.
+    """
+    w = unpack(weight)
+    group = resolve_group(w.group_size, w.k)
+    scales = w.scales.double().repeat_interleave(group, 1)[:, : w.k].abs()
+    if w.zeros is None:
+        size = (w.codes.double() - (8 if w.bits == 4 else 128)).abs() * scales
+    elif w.zeros.dtype == torch.uint8:
+        size = (w.codes.double() - w.zeros.double().repeat_interleave(group, 1)[:, : w.k]).abs() * scales
+    else:
+        size = w.codes.double() * scales + w.zeros.double().abs().repeat_interleave(group, 1)[:, : w.k]
+    rows = x.reshape(-1, w.k)
+    if compute == "int8":
+        q, scale, _ = quantize_activations(rows)
+        rows = (q.double() * scale.double().repeat_interleave(ACT_BLOCK, 1)[:, : q.shape[1]])[:, : w.k]
+        roundings = 2 * (w.groups + 2 * scale.shape[1]) + 2
+    else:
+        roundings = w.k + 2
+    bound = rows.double().abs() @ size.T
+    if bias is not None:
+        bound = bound + bias.double().abs()
+    return 2 * roundings * 2.0**-24 * bound
