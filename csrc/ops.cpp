@@ -88,7 +88,7 @@ class Buffer {
 };
 
 thread_local Buffer kernel_scratch;                              // of the thread that runs a kernel
-thread_local Buffer rows_buffer, scale_buffer, sums_buffer, bias_buffer;  // of the thread that calls the operator
+thread_local Buffer rows_buffer, scale_buffer, zero_buffer, sums_buffer, bias_buffer;  // of the thread that calls the operator
 
 Tensor empty_cpu(const int64_t* sizes, int64_t dims, ScalarType type) {
   int64_t strides[64];
@@ -237,6 +237,7 @@ QuantizedRows quantize(const Kernels& table, const Rows& rows, int64_t tile) {
   const int64_t tiles = (rows.m + tile - 1) / tile;
   q.q = rows_buffer.get<int8_t>(tiles * tile * q.k_padded);
   q.scale = scale_buffer.get<float>(rows.m * q.blocks);
+  q.zero = zero_buffer.get<int16_t>(rows.m * q.blocks);
   q.sums = sums_buffer.get<int16_t>(rows.m * (q.k_padded / kChunk));
   parallel(tiles, 8 * tile * q.k_padded, [&](int64_t begin, int64_t end) {
     table.quantize_rows(rows, q, {begin * tile, std::min(end * tile, rows.m)});
@@ -285,7 +286,7 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const 
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> quantize_activations(const Tensor& x) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_activations(const Tensor& x) {
   constexpr const char* op = "cpullm::quantize_activations";
   std::optional<Tensor> holder;
   const Rows rows = check_rows(op, x, holder);
@@ -298,13 +299,50 @@ std::tuple<Tensor, Tensor, Tensor> quantize_activations(const Tensor& x) {
   const int64_t q_size[] = {q.m, k_padded}, s_size[] = {q.m, q.blocks}, t_size[] = {q.m, k_padded / kChunk};
   Tensor values = empty_cpu(q_size, 2, ScalarType::Char);
   Tensor scale = empty_cpu(s_size, 2, ScalarType::Float);
+  Tensor zero = empty_cpu(s_size, 2, ScalarType::Short);
   Tensor sums = empty_cpu(t_size, 2, ScalarType::Short);
   q.q = static_cast<int8_t*>(values.mutable_data_ptr());
   q.scale = static_cast<float*>(scale.mutable_data_ptr());
+  q.zero = static_cast<int16_t*>(zero.mutable_data_ptr());
   q.sums = static_cast<int16_t*>(sums.mutable_data_ptr());
   const Kernels& table = kernels();
   if (q.m > 0) table.quantize_rows(rows, q, {0, q.m});
-  return {values, scale, sums};
+  return {values, scale, zero, sums};
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_weights(const Tensor& weight, int64_t bits, int64_t group_size, bool sym,
+                                                    bool search, ScalarType scale_dtype) {
+  constexpr const char* op = "cpullm::quantize_weights";
+  STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 2 && weight.is_contiguous() && weight.numel() > 0, op,
+                  ": weight must be a contiguous non-empty CPU matrix [n, k], got ", shape_of(weight));
+  STD_TORCH_CHECK(bits == 4 || bits == 8, op, ": bits must be 4 or 8, got ", bits);
+  STD_TORCH_CHECK(group_size > 0 && group_size % kChunk == 0, op, ": group_size must be a positive multiple of ", kChunk,
+                  ", got ", group_size);
+  STD_TORCH_CHECK(scale_dtype == ScalarType::Half || scale_dtype == ScalarType::BFloat16, op,
+                  ": scale_dtype must be float16 or bfloat16");
+  const Float type = float_type(weight, op, "weight");
+  const int64_t n = weight.size(0), k = weight.size(1), groups = (k - 1) / group_size + 1;
+  WeightRecipe recipe;
+  recipe.k = k;
+  recipe.group = group_size;
+  recipe.bits = int(bits);
+  recipe.form = sym || bits == 8 ? Zeros::symmetric : Zeros::integer;
+  recipe.scale_type = scale_dtype == ScalarType::Half ? Float::f16 : Float::bf16;
+  recipe.search = search;
+  const int64_t codes_size[] = {n, k}, scales_size[] = {n, groups};
+  Tensor codes = empty_cpu(codes_size, 2, ScalarType::Byte), scales = empty_cpu(scales_size, 2, scale_dtype),
+         zeros = empty_cpu(scales_size, 2, ScalarType::Byte);
+  const char* w = static_cast<const char*>(weight.const_data_ptr());
+  auto* c = static_cast<uint8_t*>(codes.mutable_data_ptr());
+  auto* s = static_cast<uint16_t*>(scales.mutable_data_ptr());
+  auto* z = static_cast<uint8_t*>(zeros.mutable_data_ptr());
+  const Kernels& table = kernels();
+  parallel(n, 256 * k, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      table.quantize_weights(recipe, w + row * k * (type == Float::f32 ? 4 : 2), type, c + row * k, s + row * groups,
+                             z + row * groups, kernel_scratch.get<char>(kScratchBytes));
+  });
+  return {codes, scales, zeros};
 }
 
 Tensor dequantize(const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros, int64_t n, int64_t k,
@@ -369,8 +407,14 @@ STABLE_TORCH_LIBRARY(cpullm, m) {
       "embedding(Tensor ids, Tensor codes, Tensor scales, Tensor? zeros, int n, int k, int group_size, "
       "ScalarType dtype) -> Tensor");
   m.def("dequantize(Tensor codes, Tensor scales, Tensor? zeros, int n, int k, int group_size) -> Tensor");
-  // What the int8 kernels see of x [.., k]: q int8 [m, k'], scale fp32 [m, ceil(k'/128)], sums int16 [m, k'/32].
-  m.def("quantize_activations(Tensor x) -> (Tensor, Tensor, Tensor)");
+  // Round to nearest of a finite matrix [n, k] -> codes uint8 [n, k], scales [n, groups], zeros uint8 [n, groups] (not
+  // filled when symmetric). search: least squared error over clipped ranges.
+  m.def(
+      "quantize_weights(Tensor weight, int bits, int group_size, bool sym, bool search, ScalarType scale_dtype) -> "
+      "(Tensor, Tensor, Tensor)");
+  // What the int8 kernels see of x [.., k]: q int8 [m, k'], scale fp32 and zero int16 [m, ceil(k'/128)], sums of
+  // q - zero int16 [m, k'/32].
+  m.def("quantize_activations(Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("isa() -> str");
   m.def("set_isa(str cap) -> str");
   m.def("isa_levels() -> str");
@@ -380,6 +424,7 @@ STABLE_TORCH_LIBRARY_IMPL(cpullm, CPU, m) {
   m.impl("linear", TORCH_BOX(&cpullm::linear));
   m.impl("embedding", TORCH_BOX(&cpullm::embedding));
   m.impl("dequantize", TORCH_BOX(&cpullm::dequantize));
+  m.impl("quantize_weights", TORCH_BOX(&cpullm::quantize_weights));
   m.impl("quantize_activations", TORCH_BOX(&cpullm::quantize_activations));
 }
 

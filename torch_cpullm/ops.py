@@ -91,8 +91,22 @@ def dequantize(weight: PackedWeight) -> Tensor:
     )
 
 
-def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What int8 compute sees of x [.., k]: q int8 [m, k'], scale float32 [m, ceil(k'/128)], sums int16 [m, k'/32]."""
+def quantize_weights(
+    weight: Tensor, bits: int, group: int, sym: bool, search: bool, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Round to nearest of a finite contiguous matrix [n, k], see :func:`torch_cpullm.quant.quantize_rtn`.
+
+    Returns codes uint8 [n, k], scales [n, groups] of ``scale_dtype``, zero points uint8 [n, groups] (undefined if symmetric).
+    """
+    return torch.ops.cpullm.quantize_weights.default(weight, bits, group, sym, search, scale_dtype)
+
+
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What int8 compute sees of x [.., k]: ``x ~ (q - zero) * scale``, per row and block of 128 inputs.
+
+    Returns q int8 [m, k'], scale float32 and zero int16 [m, ceil(k'/128)], sums of ``q - zero`` int16 [m, k'/32];
+    k' = k rounded up to 32.
+    """
     return torch.ops.cpullm.quantize_activations.default(x)
 
 
@@ -111,12 +125,24 @@ def _dequantize_fake(codes, scales, zeros, n, k, group_size):
     return codes.new_empty((n, k), dtype=torch.float32)
 
 
+@torch.library.register_fake("cpullm::quantize_weights")
+def _quantize_weights_fake(weight, bits, group_size, sym, search, scale_dtype):
+    n, k = weight.shape
+    groups = -(-k // group_size)
+    return (
+        weight.new_empty((n, k), dtype=torch.uint8),
+        weight.new_empty((n, groups), dtype=scale_dtype),
+        weight.new_empty((n, groups), dtype=torch.uint8),
+    )
+
+
 @torch.library.register_fake("cpullm::quantize_activations")
 def _quantize_activations_fake(x):
     m, kp = x.numel() // x.shape[-1], round_up(x.shape[-1], CHUNK)
     return (
         x.new_empty((m, kp), dtype=torch.int8),
         x.new_empty((m, -(-kp // 128)), dtype=torch.float32),
+        x.new_empty((m, -(-kp // 128)), dtype=torch.int16),
         x.new_empty((m, kp // CHUNK), dtype=torch.int16),
     )
 
@@ -132,5 +158,6 @@ __all__ = [
     "isa_levels",
     "linear",
     "quantize_activations",
+    "quantize_weights",
     "use_isa",
 ]

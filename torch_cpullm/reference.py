@@ -11,27 +11,37 @@ from .packing import CHUNK, PackedWeight, dequantize, resolve_group, round_up, u
 ACT_BLOCK = 128  # inputs that share one activation scale
 
 
-def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """int8 activations of x [.., k], blocks of 128 inputs: ``q = round(x * (127 / amax))``, ``scale = amax / 127``.
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """int8 activations of x [.., k] in blocks of 128 inputs: ``q = clamp(round(x / scale) + zero, -127, 127)``.
 
-    Returns q int8 [m, k'], scale float32 [m, ceil(k'/128)], sums int16 [m, k'/32]; k' = k rounded up to 32. A block with
-    inf or nan has scale nan and q zero; a block below 2^-100 is zero.
+    A block's range, widened to include zero, maps to -127..127; zero is exact. Returns q int8 [m, k'], scale float32 and
+    zero int16 [m, ceil(k'/128)], sums of ``q - zero`` int16 [m, k'/32]; k' = k rounded up to 32. A block with inf or nan has
+    scale nan and q zero; a block whose scale is below 2^-100 is zero.
     """
     k = x.shape[-1]
     x = x.reshape(-1, k).float()
     kp, full = round_up(k, CHUNK), round_up(k, ACT_BLOCK)
     blocks = torch.nn.functional.pad(x, (0, full - k)).view(x.shape[0], -1, ACT_BLOCK)
     finite = torch.isfinite(blocks).all(-1)
-    amax = torch.where(finite, blocks.abs().amax(-1), torch.zeros(()))
-    usable = finite & (amax >= 2.0**-100)
-    safe = torch.where(usable, amax, torch.ones(()))
-    inverse = torch.where(usable, torch.tensor(127.0) / safe, torch.zeros(()))  # `127.0 / t` is a reciprocal
-    values = torch.where(finite[..., None], blocks, torch.zeros(()))
-    q = torch.round(values * inverse[..., None]).to(torch.int8).view(x.shape[0], full)[:, :kp]
-    scale = torch.where(usable, amax * torch.tensor(1.0 / 127.0), torch.zeros(()))
-    scale = torch.where(finite, scale, torch.full((), torch.nan))
-    sums = q.view(x.shape[0], -1, CHUNK).sum(-1, dtype=torch.int16)
-    return q.contiguous(), scale, sums
+    blocks = torch.where(finite[..., None], blocks, torch.zeros(()))
+    low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
+    scale = high * torch.tensor(1.0 / 254.0) - low * torch.tensor(1.0 / 254.0)
+    usable = finite & (scale >= 2.0**-100)
+    inverse = torch.where(usable, torch.ones(()) / torch.where(usable, scale, torch.ones(())), torch.zeros(()))
+    zero = torch.where(usable, torch.round(-127.0 - low * inverse), torch.zeros(()))
+    q = (torch.round(blocks * inverse[..., None]) + zero[..., None]).clamp_(-127, 127)
+    sums = (q - zero[..., None]).view(x.shape[0], -1, CHUNK).sum(-1).to(torch.int16)[:, : kp // CHUNK]
+    scale = torch.where(usable, scale, torch.where(finite, torch.zeros(()), torch.full((), torch.nan)))
+    q = q.view(x.shape[0], full)[:, :kp]
+    return q.to(torch.int8).contiguous(), scale, zero.to(torch.int16), sums.contiguous()
+
+
+def dequantize_activations(x: Tensor) -> Tensor:
+    """x [.., k] as int8 compute sees it, float64 [m, k]."""
+    q, scale, zero, _ = quantize_activations(x)
+    spread = (t.double().repeat_interleave(ACT_BLOCK, 1)[:, : q.shape[1]] for t in (scale, zero))
+    scale64, zero64 = spread
+    return ((q.double() - zero64) * scale64)[:, : x.shape[-1]]
 
 
 def linear(
@@ -47,11 +57,8 @@ def linear(
     w = unpack(weight)
     values = dequantize(w).double()
     if compute == "int8":
-        q, scale, _ = quantize_activations(rows)
-        rows = q.double() * scale.double().repeat_interleave(ACT_BLOCK, 1)[:, : q.shape[1]]
-        values = torch.nn.functional.pad(_exact(w), (0, q.shape[1] - w.k))
-    elif w.zeros is not None and w.zeros.dtype != torch.uint8:
-        values = dequantize(w).double()
+        rows = dequantize_activations(rows)
+        values = _exact(w)
     y = rows.double() @ values.T
     if bias is not None:
         y = y + bias.double()
@@ -85,9 +92,8 @@ def error_bound(x: Tensor, weight: PackedWeight, compute: str = "int8", bias: Te
         size = w.codes.double() * scales + w.zeros.double().abs().repeat_interleave(group, 1)[:, : w.k]
     rows = x.reshape(-1, w.k)
     if compute == "int8":
-        q, scale, _ = quantize_activations(rows)
-        rows = (q.double() * scale.double().repeat_interleave(ACT_BLOCK, 1)[:, : q.shape[1]])[:, : w.k]
-        roundings = 2 * (w.groups + 2 * scale.shape[1]) + 2
+        rows = dequantize_activations(rows)
+        roundings = 2 * (w.groups + 2 * -(-w.k // ACT_BLOCK)) + 2
     else:
         roundings = w.k + 2
     bound = rows.double().abs() @ size.T

@@ -5,7 +5,10 @@
 #include "rows-inl.h"
 //
 #include "linear_f32-inl.h"
+#include "lanes-inl.h"
 #include "linear_i8-inl.h"
+//
+#include "weights-inl.h"
 
 namespace cpullm {
 
@@ -16,6 +19,7 @@ void use_avx512(Kernels& k) {
   k.load_rows = load_rows;
   k.linear_i8 = linear_i8;
   k.linear_f32 = linear_f32;
+  k.quantize_weights = quantize_weights;
 }
 
 }  // namespace cpullm

@@ -37,12 +37,13 @@ struct Rows {
   const int32_t* order;  // null or [k], every entry checked by the caller to lie in [0, k)
 };
 
-// int8 activations: x[row, j] ~ q * scale[row, j / kActBlock]. A row with inf or nan in a block gets scale nan there.
-// Rows are interleaved in tiles of `tile`: q is [ceil(m/tile), k_padded/4, tile, 4]; tile = 1 is plain row-major.
+// int8 activations: x[row, j] ~ (q - zero) * scale, scale and zero [row, j / kActBlock]. A block with inf or nan gets scale
+// nan. Rows are interleaved in tiles of `tile`: q is [ceil(m/tile), k_padded/4, tile, 4]; tile = 1 is plain row-major.
 struct QuantizedRows {
-  int8_t* q;       // -127..127, zero where j >= k
+  int8_t* q;       // -127..127; the block's zero where j >= k
   float* scale;    // [m, blocks], blocks = ceil(k_padded / kActBlock)
-  int16_t* sums;   // [m, k_padded / kChunk]: sums of kChunk consecutive q
+  int16_t* zero;   // [m, blocks], -127..127
+  int16_t* sums;   // [m, k_padded / kChunk]: sums of kChunk consecutive (q - zero)
   int64_t m, k_padded, blocks, tile;
 };
 
@@ -60,6 +61,15 @@ struct Output {
   const float* bias;  // null or [n]
 };
 
+// How to quantise one row of a float matrix, group by group.
+struct WeightRecipe {
+  int64_t k, group;
+  int bits;          // 8: symmetric only
+  Zeros form;        // symmetric or integer
+  Float scale_type;  // scales are rounded to it before the codes are chosen
+  bool search;       // look for the clipped range with the least squared error; else the full range
+};
+
 struct Range {
   int64_t begin, end;
 };
@@ -75,6 +85,9 @@ struct Kernels {
   // All m rows times the columns of panels [panels.begin, panels.end). scratch: kScratchBytes, 64-byte aligned.
   void (*linear_i8)(const Weight& w, const QuantizedRows& x, const Output& out, Range panels, void* scratch);
   void (*linear_f32)(const Weight& w, const FloatRows& x, const Output& out, Range panels, void* scratch);
+  // Codes [k], scales and zeros [groups] of one finite row w [k]; the symmetric form leaves zeros alone.
+  void (*quantize_weights)(const WeightRecipe& recipe, const void* w, Float type, uint8_t* codes, uint16_t* scales,
+                           uint8_t* zeros, void* scratch);
   // out[k] = row `row` of W, exact.
   void (*dequantize_row)(const Weight& w, int64_t row, void* out, Float type);
 };

@@ -5,8 +5,10 @@
 // run every tile of R <= kTileRows over it.
 // Registers at R = 14 on avx512: 28 accumulators, 2 vectors of codes, 1 broadcast = 31 of 32. The fp32 chains live in
 // memory (L1) and are touched once per segment.
-// Ranges: one segment is at most 128 inputs, |acc| <= 128 * 255 * 127 < 2^23 and |sum q| <= 16256 < 2^15, so acc is
-// exact in fp32 and the zero-point product is one exact 16-bit multiply.
+// Zero points: sum (q - xz)(c - z) = sum q c - z sum (q - xz) - xz sum c. Both corrections are one 16-bit pair product:
+// lane (z, sum c), the same for all rows, times (sum (q - xz), xz), the same for all columns.
+// Ranges: one segment is at most 128 inputs: |sum q c| <= 128 * 127 * 255 < 2^23, sum c <= 128 * 255 < 2^15,
+// |sum (q - xz)| <= 128 * 254 < 2^15, so every int16 factor fits and the int32 result is exact in fp32 after correction.
 #pragma once
 
 namespace cpullm {
@@ -23,6 +25,8 @@ struct TileArgs {
   const void* zeros;       // [groups, 32] of the panel
   const int8_t* q;         // [.., tile, 4] at input k_begin
   const float* x_scale;    // [rows, blocks]
+  const int16_t* x_zero;   // [rows, blocks]
+  const int32_t* sums_c;   // [chunks from k_begin, 32]: code sums of the unpacked forms
   const int16_t* sums;     // [rows, chunks]
   float* y;                // [rows, 32] partial sums, read and written
   int64_t k_begin, k_end, group, blocks, chunks, tile;
@@ -52,15 +56,18 @@ void tile_i8(const TileArgs& a) {
       for (int r = 0; r < R; ++r) sum[h][r][0] = sum[h][r][1] = S::zero();
     while (k < block_end) {
       const int64_t end = min_of(group_end, block_end);
-      int32_t total[R];  // sum of q over the segment
+      int32_t total[R];  // sum of q - xz over the segment in the low half, xz in the high half
       for (int r = 0; r < R; ++r) {
-        total[r] = 0;
-        for (int64_t c = k / kChunk; c < end / kChunk; ++c) total[r] += a.sums[r * a.chunks + c];
+        int32_t t = 0;
+        for (int64_t c = k / kChunk; c < end / kChunk; ++c) t += a.sums[r * a.chunks + c];
+        total[r] = int32_t(uint32_t(t & 0xffff) | uint32_t(a.x_zero[r * a.blocks + block]) << 16);
       }
       const int64_t at = group * kPanel;
       for (int h = 0; h < H; ++h) {
-        typename S::template Dot<kCodes == Codes::u8> dot[R][2];
-        for (int r = 0; r < R; ++r) {
+        constexpr bool kSum = kCodes == Codes::packed4;  // sum the codes on the way: one more row of ones
+        constexpr int N = R + (kSum ? 1 : 0);
+        typename S::template Dot<kCodes == Codes::u8> dot[N][2];
+        for (int r = 0; r < N; ++r) {
           dot[r][0].clear();
           dot[r][1].clear();
         }
@@ -82,43 +89,58 @@ void tile_i8(const TileArgs& a) {
               dot[r][0].step(lo, v);
               dot[r][1].step(hi, v);
             }
+            if (kSum) {
+              dot[N - 1][0].step(lo, S::iset1(0x01010101));
+              dot[N - 1][1].step(hi, S::iset1(0x01010101));
+            }
             w += kBlockBytes;
             x += q_step;
           }
 #pragma GCC unroll 16
-          for (int r = 0; r < R; ++r) {
+          for (int r = 0; r < N; ++r) {
             dot[r][0].end_chunk();
             dot[r][1].end_chunk();
           }
         }
         const int64_t c0 = at + h * S::kLanes, c1 = c0 + 16;
+        I pair0, pair1;  // sum c in the high half, zero point in the low half
+        if (kSum) {
+          pair0 = dot[N - 1][0].result();
+          pair1 = dot[N - 1][1].result();
+        } else {
+          pair0 = pair1 = S::izero();
+          for (int64_t c = (k - a.k_begin) / kChunk; c < (end - a.k_begin) / kChunk; ++c) {
+            pair0 = S::iadd(pair0, S::load_i32(a.sums_c + c * kPanel + h * S::kLanes));
+            pair1 = S::iadd(pair1, S::load_i32(a.sums_c + c * kPanel + h * S::kLanes + 16));
+          }
+        }
+        pair0 = S::shift_left16(pair0);
+        pair1 = S::shift_left16(pair1);
+        if (a.form == Zeros::integer) {
+          const uint8_t* zeros = static_cast<const uint8_t*>(a.zeros);
+          pair0 = S::ior(pair0, S::load_u8_as_i32(zeros + c0));
+          pair1 = S::ior(pair1, S::load_u8_as_i32(zeros + c1));
+        } else if (a.form == Zeros::symmetric) {
+          pair0 = S::ior(pair0, S::iset1(kSymmetricZero));
+          pair1 = S::ior(pair1, S::iset1(kSymmetricZero));
+        }
         const F scale0 = load_scale(a.scales + c0, a.scale_type), scale1 = load_scale(a.scales + c1, a.scale_type);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          const I t = S::iset1(total[r]);
+          const I acc0 = S::isub(dot[r][0].result(), S::madd16(pair0, t));
+          const I acc1 = S::isub(dot[r][1].result(), S::madd16(pair1, t));
+          sum[h][r][0] = S::fma(S::to_float(acc0), scale0, sum[h][r][0]);
+          sum[h][r][1] = S::fma(S::to_float(acc1), scale1, sum[h][r][1]);
+        }
         if (a.form == Zeros::minimum) {
           const uint16_t* minima = static_cast<const uint16_t*>(a.zeros);
           const F min0 = load_scale(minima + c0, a.scale_type), min1 = load_scale(minima + c1, a.scale_type);
 #pragma GCC unroll 16
           for (int r = 0; r < R; ++r) {
-            const F t = S::set1(float(total[r]));
-            sum[h][r][0] = S::fma(min0, t, S::fma(S::to_float(dot[r][0].result()), scale0, sum[h][r][0]));
-            sum[h][r][1] = S::fma(min1, t, S::fma(S::to_float(dot[r][1].result()), scale1, sum[h][r][1]));
-          }
-        } else if (a.form == Zeros::integer) {
-          const uint8_t* zeros = static_cast<const uint8_t*>(a.zeros);
-          const I z0 = S::load_u8_as_i32(zeros + c0), z1 = S::load_u8_as_i32(zeros + c1);
-#pragma GCC unroll 16
-          for (int r = 0; r < R; ++r) {
-            const I t = S::iset1(total[r]);
-            const I acc0 = S::isub(dot[r][0].result(), S::madd16(z0, t));
-            const I acc1 = S::isub(dot[r][1].result(), S::madd16(z1, t));
-            sum[h][r][0] = S::fma(S::to_float(acc0), scale0, sum[h][r][0]);
-            sum[h][r][1] = S::fma(S::to_float(acc1), scale1, sum[h][r][1]);
-          }
-        } else {
-#pragma GCC unroll 16
-          for (int r = 0; r < R; ++r) {
-            const I t = S::iset1(kSymmetricZero * total[r]);
-            sum[h][r][0] = S::fma(S::to_float(S::isub(dot[r][0].result(), t)), scale0, sum[h][r][0]);
-            sum[h][r][1] = S::fma(S::to_float(S::isub(dot[r][1].result(), t)), scale1, sum[h][r][1]);
+            const F t = S::set1(float(int16_t(total[r])));
+            sum[h][r][0] = S::fma(min0, t, sum[h][r][0]);
+            sum[h][r][1] = S::fma(min1, t, sum[h][r][1]);
           }
         }
       }
@@ -170,6 +192,38 @@ void run_tile(int64_t rows, const TileArgs& a) {
   }
 }
 
+// Codes of one K block of a panel to bytes (4 bits; 8-bit codes are bytes already), and their sums per chunk and column.
+template <Codes kCodes>
+void prepare_block(const uint8_t* codes, int64_t k, uint8_t* bytes, int32_t* sums) {
+  using S = Simd;
+  for (int64_t c = 0; c < k / kChunk; ++c) {
+    const uint8_t* block = codes;
+    if (kCodes == Codes::unpacked4) {
+      for (int s = 0; s < 8; ++s) S::unpack4(codes + 64 * s, bytes + 128 * s);
+      block = bytes;
+      codes += 8 * 64;
+      bytes += 8 * 128;
+    } else {
+      codes += 8 * 128;
+    }
+    for (int h = 0; h < S::kHalves; ++h) {
+      typename S::template Dot<kCodes == Codes::u8> dot[2];
+      dot[0].clear();
+      dot[1].clear();
+      for (int s = 0; s < 8; ++s) {
+        S::I lo, hi;
+        S::load_u8(block + 128 * s, h, lo, hi);
+        dot[0].step(lo, S::iset1(0x01010101));
+        dot[1].step(hi, S::iset1(0x01010101));
+      }
+      dot[0].end_chunk();
+      dot[1].end_chunk();
+      S::store_i32(sums + c * kPanel + h * S::kLanes, dot[0].result());
+      S::store_i32(sums + c * kPanel + h * S::kLanes + 16, dot[1].result());
+    }
+  }
+}
+
 // Up to this many rows read the packed codes directly, in tiles of at most kPackedRows.
 constexpr int64_t kDirectRows = 2 * Simd::kPackedRows;
 
@@ -178,6 +232,7 @@ int64_t tile_rows_i8(int64_t m) { return even_tile(m, m <= kDirectRows ? Simd::k
 void linear_i8(const Weight& w, const QuantizedRows& x, const Output& out, Range panels, void* scratch) {
   const bool unpack = w.bits == 4 && x.m > kDirectRows;
   uint8_t* bytes = static_cast<uint8_t*>(scratch);
+  int32_t* sums_c = reinterpret_cast<int32_t*>(bytes + 32 * kBlockK);
   float* partial = reinterpret_cast<float*>(bytes + 64 * 1024);
   const int64_t block_bytes = 16 * w.bits;
   const int64_t block_rows = kBlockRows / x.tile * x.tile;
@@ -204,13 +259,17 @@ void linear_i8(const Weight& w, const QuantizedRows& x, const Output& out, Range
         a.k_end = min_of(k0 + block_k, w.k_padded);
         a.first = k0 == 0;
         a.codes = panel_codes + k0 / kStep * block_bytes;
+        a.sums_c = sums_c;
         if (unpack) {
-          for (int64_t s = 0; s < (a.k_end - k0) / kStep; ++s) Simd::unpack4(a.codes + 64 * s, bytes + 128 * s);
+          prepare_block<Codes::unpacked4>(a.codes, a.k_end - k0, bytes, sums_c);
           a.codes = bytes;
+        } else if (w.bits == 8) {
+          prepare_block<Codes::u8>(a.codes, a.k_end - k0, nullptr, sums_c);
         }
         for (int64_t r = row0; r < row_end; r += x.tile) {
           a.q = x.q + r * x.k_padded + k0 * x.tile;
           a.x_scale = x.scale + r * x.blocks;
+          a.x_zero = x.zero + r * x.blocks;
           a.sums = x.sums + r * a.chunks;
           a.y = partial + (r - row0) * kPanel;
           const int64_t rows = min_of(x.tile, x.m - r);

@@ -1,12 +1,61 @@
 // The meaning of every kernel in plain C++. Runs on any CPU; the other levels are checked against it.
 //
 // int8 chain of one output (all levels, bit for bit): a segment is a run of inputs inside one weight group and one
-// activation block;   acc = sum q * code - zero * sum q   (exact int32)
-//   block = fma(float(acc), scale, block)                 segments ascending
-//   block = fma(minimum, float(sum q), block)             float-minimum form only
-//   y     = fma(block, activation scale, y)               blocks ascending
+// activation block;   acc = sum (q - x_zero) * (code - zero)   (exact int32)
+//   block = fma(float(acc), scale, block)                      segments ascending
+//   block = fma(minimum, float(sum (q - x_zero)), block)       float-minimum form only (zero = 0)
+//   y     = fma(block, activation scale, y)                    blocks ascending
 #include "half.h"
 #include "kernels.h"
+
+namespace cpullm {
+namespace {
+
+// 16 floats, one at a time; what weights-inl.h is written in.
+struct Lanes {
+  float v[16];
+  template <class F>
+  static Lanes each(const F& f) {
+    Lanes r;
+    for (int i = 0; i < 16; ++i) r.v[i] = f(i);
+    return r;
+  }
+  static Lanes zero() { return set1(0.0f); }
+  static Lanes set1(float x) {
+    return each([&](int) { return x; });
+  }
+  static Lanes load(const float* p) {
+    return each([&](int i) { return p[i]; });
+  }
+  static Lanes mul(const Lanes& a, const Lanes& b) {
+    return each([&](int i) { return a.v[i] * b.v[i]; });
+  }
+  static Lanes fma(const Lanes& a, const Lanes& b, const Lanes& c) {
+    return each([&](int i) { return __builtin_fmaf(a.v[i], b.v[i], c.v[i]); });
+  }
+  static Lanes fms(const Lanes& a, const Lanes& b, const Lanes& c) {
+    return each([&](int i) { return __builtin_fmaf(a.v[i], b.v[i], -c.v[i]); });
+  }
+  static Lanes round(const Lanes& a) {
+    return each([&](int i) { return __builtin_nearbyintf(a.v[i]); });
+  }
+  static Lanes clamp(const Lanes& a, const Lanes& lo, const Lanes& hi) {
+    return each([&](int i) { return a.v[i] < lo.v[i] ? lo.v[i] : a.v[i] > hi.v[i] ? hi.v[i] : a.v[i]; });
+  }
+  // Halves are added: 16 -> 8 -> 4 -> 2 -> 1 lanes.
+  float sum() const {
+    float t[16];
+    for (int i = 0; i < 16; ++i) t[i] = v[i];
+    for (int width = 8; width > 0; width /= 2)
+      for (int i = 0; i < width; ++i) t[i] += t[i + width];
+    return t[0];
+  }
+};
+
+}  // namespace
+}  // namespace cpullm
+
+#include "weights-inl.h"
 
 namespace cpullm {
 namespace {
@@ -38,32 +87,48 @@ GroupParams group_params(const Weight& w, int64_t col, int64_t g) {
   return p;
 }
 
+// One block of one row: q = clamp(round(x / scale) + zero), so that the block's range [low, high], which always includes
+// zero, maps to -127..127 and zero itself is exact.
+struct BlockParams {
+  float scale, inverse;
+  int zero;
+};
+
+BlockParams block_params(float low, float high, bool finite) {
+  const float scale = high * (1.0f / 254.0f) - low * (1.0f / 254.0f);  // (high - low) could overflow
+  if (!finite) return {bits_to_float(0x7fc00000u), 0.0f, 0};
+  if (scale < 0x1p-100f) return {0.0f, 0.0f, 0};  // 1 / scale could overflow
+  const float inverse = 1.0f / scale;
+  return {scale, inverse, int(__builtin_nearbyintf(-127.0f - low * inverse))};
+}
+
 void quantize_rows(const Rows& in, const QuantizedRows& out, Range rows) {
   const int64_t chunks = out.k_padded / kChunk;
+  const auto at = [&](int64_t r, int64_t j) {
+    return load_float(in.x, r * in.stride + (in.order ? in.order[j] : j), in.type);
+  };
   for (int64_t r = rows.begin; r < rows.end; ++r) {
     int8_t* tile = out.q + (r / out.tile) * out.tile * out.k_padded + (r % out.tile) * kStep;
     for (int64_t c = 0; c < chunks; ++c) out.sums[r * chunks + c] = 0;
     for (int64_t b = 0; b < out.blocks; ++b) {
       const int64_t end = min64((b + 1) * kActBlock, out.k_padded);
-      uint32_t amax = 0;  // of the magnitudes' bit patterns: inf and nan order above every number
+      float low = 0.0f, high = 0.0f;
+      bool finite = true;
       for (int64_t j = b * kActBlock; j < min64(end, in.k); ++j) {
-        const float v = load_float(in.x, r * in.stride + (in.order ? in.order[j] : j), in.type);
-        const uint32_t u = float_to_bits(v) & 0x7fffffffu;
-        amax = u > amax ? u : amax;
+        const float v = at(r, j);
+        finite = finite && (float_to_bits(v) & 0x7fffffffu) < 0x7f800000u;
+        low = v < low ? v : low;
+        high = v > high ? v : high;
       }
-      const bool finite = amax < 0x7f800000u;
-      const float top = bits_to_float(amax);
-      const bool tiny = top < 0x1p-100f;  // quantised to zero: 127 / top could overflow
-      const float inverse = finite && !tiny ? 127.0f / top : 0.0f;
-      out.scale[r * out.blocks + b] = !finite ? bits_to_float(0x7fc00000u) : tiny ? 0.0f : top * (1.0f / 127.0f);
+      const BlockParams p = block_params(low, high, finite);
+      out.scale[r * out.blocks + b] = p.scale;
+      out.zero[r * out.blocks + b] = int16_t(p.zero);
       for (int64_t j = b * kActBlock; j < end; ++j) {
-        int q = 0;
-        if (j < in.k && finite) {
-          const float v = load_float(in.x, r * in.stride + (in.order ? in.order[j] : j), in.type);
-          q = int(__builtin_nearbyintf(v * inverse));
-        }
+        int q = p.zero;
+        if (j < in.k && p.inverse != 0.0f) q += int(__builtin_nearbyintf(at(r, j) * p.inverse));
+        q = q < -127 ? -127 : q > 127 ? 127 : q;
         tile[(j / kStep) * out.tile * kStep + j % kStep] = int8_t(q);
-        out.sums[r * chunks + j / kChunk] = int16_t(out.sums[r * chunks + j / kChunk] + q);
+        out.sums[r * chunks + j / kChunk] = int16_t(out.sums[r * chunks + j / kChunk] + q - p.zero);
       }
     }
   }
@@ -93,9 +158,10 @@ void linear_i8(const Weight& w, const QuantizedRows& x, const Output& out, Range
           const int64_t g = j / w.group;
           const int64_t end = min64((g + 1) * w.group, block_end);
           const GroupParams p = group_params(w, col, g);
+          const int x_zero = x.zero[r * x.blocks + b];
           int32_t acc = 0, sum = 0;
           for (int64_t c = j / kChunk; c < end / kChunk; ++c) sum += x.sums[r * chunks + c];
-          for (; j < end; ++j) acc += tile[(j / kStep) * x.tile * kStep + j % kStep] * code_at(w, col, j);
+          for (; j < end; ++j) acc += (tile[(j / kStep) * x.tile * kStep + j % kStep] - x_zero) * code_at(w, col, j);
           block = __builtin_fmaf(float(acc - p.zero * sum), p.scale, block);
           if (w.form == Zeros::minimum) block = __builtin_fmaf(p.minimum, float(sum), block);
         }
@@ -132,7 +198,8 @@ void dequantize_row(const Weight& w, int64_t row, void* out, Float type) {
 }  // namespace
 
 void use_ref(Kernels& k) {
-  k = {"ref", one_row, one_row, quantize_rows, load_rows, linear_i8, linear_f32, dequantize_row};
+  k = {"ref", one_row, one_row, quantize_rows, load_rows, linear_i8, linear_f32,
+       quantize_weights, dequantize_row};
 }
 
 }  // namespace cpullm

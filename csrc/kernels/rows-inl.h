@@ -39,9 +39,10 @@ static inline const char* row_address(const Rows& in, int64_t r) {
   return static_cast<const char*>(in.x) + r * in.stride * (in.type == Float::f32 ? 4 : 2);
 }
 
-// q = round(x * 127 / amax) per row and block of kActBlock inputs; scale = amax / 127. Same results as ref.cpp.
+// q = clamp(round(x / scale) + zero) per row and block of kActBlock inputs. Same results as ref.cpp.
 [[maybe_unused]] void quantize_rows(const Rows& in, const QuantizedRows& out, Range rows) {
-  constexpr int kVecs = int(kChunk) / Simd::kLanes;
+  using S = Simd;
+  constexpr int kVecs = int(kChunk) / S::kLanes;
   const int64_t chunks = out.k_padded / kChunk;
   alignas(64) float v[kActBlock];
   alignas(64) int8_t q[kActBlock];
@@ -51,31 +52,41 @@ static inline const char* row_address(const Rows& in, int64_t r) {
     for (int64_t b = 0; b < out.blocks; ++b) {
       const int64_t j0 = b * kActBlock;
       const int64_t width = min_of(kActBlock, out.k_padded - j0);
-      Simd::I top_bits = Simd::izero();
+      S::I top_bits = S::izero();
+      S::F low = S::zero(), high = S::zero();
       for (int64_t j = 0; j < width; j += kChunk) {
         load_chunk(in, row, j0 + j, v + j);
-        for (int i = 0; i < kVecs; ++i)
-          top_bits = Simd::max_u32(top_bits, Simd::magnitude(Simd::load(v + j + i * Simd::kLanes)));
+        for (int i = 0; i < kVecs; ++i) {
+          const S::F x = S::load(v + j + i * S::kLanes);
+          top_bits = S::max_u32(top_bits, S::magnitude(x));
+          low = S::min(low, x);
+          high = S::max(high, x);
+        }
       }
-      const uint32_t amax = Simd::reduce_max_u32(top_bits);
-      const bool finite = amax < 0x7f800000u;
-      const float top = bits_to_float(amax);
-      const bool tiny = top < 0x1p-100f;
-      out.scale[r * out.blocks + b] = !finite ? bits_to_float(0x7fc00000u) : tiny ? 0.0f : top * (1.0f / 127.0f);
-      if (!finite || tiny) {
+      const bool finite = S::reduce_max_u32(top_bits) < 0x7f800000u;  // inf and nan order above every number
+      const float least = S::reduce_min(low), most = S::reduce_max(high);
+      const float scale = most * (1.0f / 254.0f) - least * (1.0f / 254.0f);
+      const bool usable = finite && scale >= 0x1p-100f;
+      const float inverse = usable ? 1.0f / scale : 0.0f;
+      const int zero = usable ? _mm_cvtss_si32(_mm_set_ss(-127.0f - least * inverse)) : 0;
+      out.scale[r * out.blocks + b] = usable ? scale : finite ? 0.0f : bits_to_float(0x7fc00000u);
+      out.zero[r * out.blocks + b] = int16_t(zero);
+      if (!usable) {
         memset(q, 0, size_t(width));
         for (int64_t j = 0; j < width; j += kChunk) out.sums[r * chunks + (j0 + j) / kChunk] = 0;
       } else {
-        const Simd::F inverse = Simd::set1(127.0f / top);
+        const S::F inverses = S::set1(inverse);
+        const S::I zeros = S::iset1(zero), least_q = S::iset1(-127), most_q = S::iset1(127);
         for (int64_t j = 0; j < width; j += kChunk) {
-          Simd::I sum = Simd::izero();
+          S::I sum = S::izero();
           for (int i = 0; i < kVecs; ++i) {
-            const int64_t at = j + i * Simd::kLanes;
-            const Simd::I n = Simd::round(Simd::mul(Simd::load(v + at), inverse));
-            sum = Simd::iadd(sum, n);
-            Simd::store_i8(q + at, n);
+            const int64_t at = j + i * S::kLanes;
+            S::I n = S::iadd(S::round(S::mul(S::load(v + at), inverses)), zeros);
+            n = S::imin(S::imax(n, least_q), most_q);
+            sum = S::iadd(sum, n);
+            S::store_i8(q + at, n);
           }
-          out.sums[r * chunks + (j0 + j) / kChunk] = int16_t(Simd::reduce_add(sum));
+          out.sums[r * chunks + (j0 + j) / kChunk] = int16_t(S::reduce_add(sum) - int(kChunk) * zero);
         }
       }
       int8_t* to = tile + j0 * out.tile;

@@ -25,6 +25,9 @@ struct Simd {
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F fms(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }
+  static F round_float(F v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static F clamp(F v, F lo, F hi) { return _mm512_min_ps(_mm512_max_ps(v, lo), hi); }
   static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
   static I izero() { return _mm512_setzero_si512(); }
   static I iset1(int32_t v) { return _mm512_set1_epi32(v); }
@@ -33,6 +36,16 @@ struct Simd {
   static I madd16(I a, I b) { return _mm512_madd_epi16(a, b); }
   static I max_u32(I a, I b) { return _mm512_max_epu32(a, b); }
   static I magnitude(F v) { return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static float reduce_min(F v) { return _mm512_reduce_min_ps(v); }
+  static float reduce_max(F v) { return _mm512_reduce_max_ps(v); }
+  static I imin(I a, I b) { return _mm512_min_epi32(a, b); }
+  static I imax(I a, I b) { return _mm512_max_epi32(a, b); }
+  static I shift_left16(I v) { return _mm512_slli_epi32(v, 16); }
+  static I ior(I a, I b) { return _mm512_or_si512(a, b); }
+  static I load_i32(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static void store_i32(int32_t* p, I v) { _mm512_storeu_si512(p, v); }
   static uint32_t reduce_max_u32(I v) { return _mm512_reduce_max_epu32(v); }
   static int32_t reduce_add(I v) { return _mm512_reduce_add_epi32(v); }
   static I round(F v) { return _mm512_cvtps_epi32(v); }

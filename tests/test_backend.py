@@ -1,0 +1,500 @@
+"""The torch.compile backend against the same model with dequantised weights, in fp32 compute."""
+
+import copy
+import gc
+import logging
+import os
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
+from transformers.pytorch_utils import Conv1D
+
+import torch_cpullm
+from torch_cpullm import backend, ops
+from torch_cpullm.config import Settings
+from torch_cpullm.packing import dequantize
+from torch_cpullm.quant import quantize_rtn
+
+VOCABULARY = 96
+FP32 = {"compute": "fp32"}
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,  # logits far apart, so that greedy tokens are not decided by rounding
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+GREEDY = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0}
+
+
+@pytest.fixture(autouse=True)
+def _no_silent_fallback():
+    """Every test starts without compiled code, and fails where Dynamo would give up compiling."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True), torch.no_grad():
+        yield
+    torch._dynamo.reset()
+
+
+def tiny(family="Llama", seed=0, **changes):
+    torch.manual_seed(seed)
+    config = getattr(transformers, family + "Config")(**{**SMALL, **changes})
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def tokens(batch=1, length=7, seed=0):
+    return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def rounded(weight, bits=4, **settings):
+    """weight [n, k] after quantisation."""
+    return dequantize(quantize_rtn(weight.detach().float(), bits, **{"group_size": 32, **settings})).to(weight.dtype)
+
+
+def reference(model, head_bits=8, bits=4, **settings):
+    """A copy of ``model`` that computes in float with the weights that the backend uses."""
+    model = copy.deepcopy(model)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            transposed = isinstance(module, Conv1D)
+            weight = module.weight.T if transposed else module.weight
+            weight = rounded(weight, head_bits if module is head else bits, **settings)
+            module.weight = nn.Parameter(weight.T.contiguous() if transposed else weight)
+    return model
+
+
+def check(got, want, bound=1e-3):
+    assert got.shape == want.shape
+    assert got.dtype == want.dtype
+    error = float((got.float() - want.float()).abs().max() / want.float().abs().max())
+    assert error <= bound, f"relative error {error}"
+
+
+def check_generation(model, want, batch=2):
+    ids = tokens(batch)
+    check(model(ids).logits, want(ids).logits)
+    assert torch.equal(model.generate(ids, **GREEDY), want.generate(ids, **GREEDY))
+
+
+@pytest.fixture
+def graphs(caplog):
+    """What the backend said of its graphs: a function that returns the lines since the last call."""
+    caplog.set_level(logging.INFO, logger="torch_cpullm")
+
+    def lines():
+        found = [record.getMessage() for record in caplog.records if record.name == "torch_cpullm"]
+        caplog.clear()
+        return found
+
+    return lines
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+
+def test_five_models_in_one_process():
+    models = []
+    for family, changes in (
+        ("Llama", {}),
+        ("Qwen2", {}),
+        ("GPTNeoX", {}),
+        ("Gemma2", {"head_dim": 16}),
+        ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 64, "init_std": 0.3}),
+    ):
+        model = tiny(family, **changes)
+        want = reference(model)
+        model.compile(backend="cpullm", options=FP32)
+        check_generation(model, want)
+        models.append((model, want))
+    for model, want in models:  # all of them are compiled still
+        ids = tokens(2, seed=1)
+        check(model(ids).logits, want(ids).logits)
+
+
+@pytest.mark.parametrize(("family", "operators"), [("GPT2", 5), ("Falcon", 4)])  # Falcon's MLP and attention share x
+def test_linears_that_are_no_linear_nodes(family, operators, graphs):
+    model = tiny(family, num_hidden_layers=1, n_layer=1)
+    want = reference(model)
+    model.compile(backend="cpullm", options=FP32)
+    ids = tokens(2)
+    check(model(ids).logits, want(ids).logits)
+    assert f"5 linears in {operators} packed operators (1 in 8 bits)" in graphs()[0]
+
+
+def test_two_models_of_one_architecture():
+    models = [tiny(seed=seed, num_hidden_layers=1) for seed in (1, 2)]
+    wants = [reference(model) for model in models]
+    for model in models:
+        model.compile(backend="cpullm", options=FP32)
+    for _ in range(2):
+        for model, want in zip(models, wants, strict=True):
+            check(model(tokens()).logits, want(tokens()).logits)
+
+
+def test_layers_compiled_one_by_one(graphs):
+    model = tiny(num_hidden_layers=10)  # more than torch's recompile limit of 8
+    want = reference(model)
+    want.lm_head = model.lm_head
+    for layer in model.model.layers:
+        layer.compile(backend="cpullm", options=FP32)
+    check(model(tokens()).logits, want(tokens()).logits)
+    assert sum("7 linears in 4 packed operators" in line for line in graphs()) == 10
+
+
+def test_tied_head():
+    model = tiny(tie_word_embeddings=True, num_hidden_layers=1)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    want = reference(model)  # only the head is rounded, to 8 bits
+    assert want.lm_head.weight is not want.model.embed_tokens.weight
+    model.compile(backend="cpullm", options=FP32)
+    check(model(tokens()).logits, want(tokens()).logits, 1e-5)
+
+
+def test_bfloat16():
+    model = tiny(num_hidden_layers=1).to(torch.bfloat16)
+    want = reference(model).float()
+    model.compile(backend="cpullm")  # int8 compute
+    check(model(tokens()).logits, want(tokens()).logits.bfloat16(), 0.05)
+
+
+def test_shapes_change_and_left_padding():
+    model = tiny(num_hidden_layers=1)
+    want = reference(model)
+    model.compile(backend="cpullm", options=FP32)
+    for batch, length in ((1, 5), (1, 9), (3, 4), (2, 11), (1, 1)):
+        check(model(tokens(batch, length)).logits, want(tokens(batch, length)).logits)
+    ids = torch.cat([torch.zeros(1, 3, dtype=torch.long), tokens(1, 6)], 1)
+    mask = (ids != 0).long()
+    got = model.generate(ids, attention_mask=mask, num_beams=2, **GREEDY)
+    assert torch.equal(got, want.generate(ids, attention_mask=mask, num_beams=2, **GREEDY))
+
+
+def test_router_of_a_mixture_stays_exact(graphs):
+    model = tiny("Mixtral", num_hidden_layers=1, num_local_experts=4)
+    want = reference(model)
+    model.compile(backend="cpullm", options=FP32)
+    check(model(tokens()).logits, want(tokens()).logits)
+    assert any("MixtralTopKRouter is no nn.Linear" in line for line in graphs())
+
+
+def test_optimised_models_pass_through_and_do_not_mix(graphs):
+    models = [torch_cpullm.optimize(tiny(seed=seed, num_hidden_layers=1)) for seed in (1, 2)]
+    wants = [model(tokens()).logits for model in models]
+    for model in models:
+        model.compile(backend="cpullm")
+    for model, want in zip(models, wants, strict=True):
+        check(model(tokens()).logits, want, 1e-6)
+    assert any("0 linears" in line for line in graphs())
+    linear = models[0].model.layers[0].mlp.up_proj
+    x = torch.randn(3, linear.in_features)
+    assert torch.equal(torch.compile(linear, backend="cpullm", fullgraph=True)(x), linear(x))
+
+
+# ---- generate() and pipelines ---------------------------------------------------------------------------------------
+
+
+def test_generate_of_a_module_from_torch_compile():
+    model = tiny(num_hidden_layers=1)
+    want, ids = reference(model), tokens(2)
+    plain = model.generate(ids, **GREEDY)
+    expected = want.generate(ids, **GREEDY)
+    assert not torch.equal(plain, expected)
+    compiled = torch.compile(model, backend="cpullm", options=FP32)
+    assert torch.equal(compiled.generate(ids, **GREEDY), expected)
+    assert torch.equal(compiled.generate(ids, cache_implementation="static", **GREEDY), expected)
+    assert torch.equal(model.generate(ids, **GREEDY), plain)  # the model itself stays as it was
+    check(compiled(ids).logits, want(ids).logits)
+
+
+def test_a_failing_generate_leaves_the_model_as_it_was():
+    model = tiny(num_hidden_layers=1)
+    compiled = torch.compile(model, backend="cpullm", options=FP32)
+    with pytest.raises(ValueError, match="nonsense"):
+        compiled.generate(tokens(), nonsense=1)
+    assert model._compiled_call_impl is None
+
+
+def test_other_backends_are_left_alone():
+    model = tiny(num_hidden_layers=1)
+    seen = []
+
+    def other(gm, example_inputs):
+        seen.append(gm)
+        return gm.forward
+
+    compiled = torch.compile(model, backend=other)
+    assert compiled.generate == model.generate
+    assert torch.equal(compiled.generate(tokens(), **GREEDY), model.generate(tokens(), **GREEDY))
+    assert not seen
+    assert compiled.config is model.config
+    with pytest.raises(AttributeError, match="no_such_name"):
+        compiled.no_such_name  # noqa: B018
+    lookup = OptimizedModule.__getattr__
+    backend._wrap_attribute_lookup()
+    assert OptimizedModule.__getattr__ is lookup
+
+
+def test_pipeline():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    core = Tokenizer(models.WordLevel(words, unk_token="w1"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="w0", unk_token="w1")
+    model = tiny(num_hidden_layers=1)
+    want = reference(model)
+
+    def text(of):
+        pipe = transformers.pipeline("text-generation", model=of, tokenizer=tokenizer)
+        return pipe("w5 w17 w3 w40", do_sample=False, max_new_tokens=8, return_full_text=False)[0]["generated_text"]
+
+    expected = text(want)
+    assert text(torch.compile(model, backend="cpullm", options=FP32)) == expected
+    model.compile(backend="cpullm", options=FP32)
+    assert text(model) == expected
+
+
+# ---- weights that change or go --------------------------------------------------------------------------------------
+
+
+class Fork(nn.Module):
+    """Three linears of one input."""
+
+    def __init__(self, sizes=(32, 64, 96), biases=(False, True, True)):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(64, n, bias) for n, bias in zip(sizes, biases, strict=True))
+
+    def forward(self, x):
+        return torch.cat([self.a(x).view(-1, self.a.out_features), self.b(x).relu(), self.c(x)], -1)
+
+
+def test_weights_that_are_replaced_or_written(graphs):
+    torch.manual_seed(0)
+    model, x = Fork(), torch.randn(5, 64)
+    model.compile(backend="cpullm", options=FP32)
+    check(model(x), reference(model)(x))
+    assert "3 linears in 1 packed" in graphs()[0]
+    model.b.weight = nn.Parameter(torch.randn(64, 64))
+    model.c.bias = nn.Parameter(torch.randn(96))
+    check(model(x), reference(model)(x))
+    assert "3 linears in 1 packed" in graphs()[0]  # compiled again
+    for write in (
+        lambda: model.load_state_dict(Fork().state_dict()),
+        lambda: model.a.weight.mul_(2),
+        lambda: model.c.bias.zero_(),
+        lambda: setattr(model.b.weight, "data", torch.randn(64, 64)),
+    ):
+        write()
+        check(model(x), reference(model)(x))
+        assert "packed again, since it was written: a, b, c" in graphs()  # in the same graph
+    model.to(torch.bfloat16)
+    check(model(x.bfloat16()), reference(model)(x.bfloat16()), 0.02)
+
+
+def test_packed_weights_go_with_the_model():
+    for _ in range(12):  # more than the recompile limit; each model dies before the next one comes
+        model = Fork()
+        model.compile(backend="cpullm", options=FP32)
+        x = torch.randn(2, 64)
+        check(model(x), reference(model)(x))
+        group = weakref.ref(next(iter(backend._groups.values())))
+        weight = weakref.ref(model.a.weight)
+        del model
+        gc.collect()
+        assert weight() is None
+        assert group() is None
+        assert not backend._groups
+
+
+def test_graphs_share_packed_weights():
+    model = Fork()
+    model.compile(backend="cpullm", options=FP32)
+    for x in (torch.randn(2, 64), torch.randn(3, 64), torch.randn(1, 2, 64)):
+        check(model(x), reference(model)(x))
+    assert len(backend._groups) == 1
+
+
+# ---- the rewriting --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "biases", "operators"),
+    [
+        ((32, 64, 96), (True, False, True), 1),
+        ((32, 64, 96), (False, False, False), 1),
+        ((32, 64, 50), (False, True, True), 1),  # the last one may end inside a panel
+        ((32, 50, 64), (True, True, True), 3),
+    ],
+)
+def test_linears_of_one_input_are_merged(sizes, biases, operators, graphs):
+    torch.manual_seed(0)
+    model = Fork(sizes, biases)
+    want = reference(model)
+    model.compile(backend="cpullm", options=FP32)
+    for x in (torch.randn(5, 64), torch.randn(1, 64)):
+        check(model(x), want(x))
+    assert f"3 linears in {operators} packed" in graphs()[0]
+
+
+def test_a_weight_used_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.a(x) + self.a(x.sin()) + self.a(x)
+
+    model, x = Twice(), torch.randn(3, 64)
+    want = reference(model)
+    model.compile(backend="cpullm", options=FP32)
+    check(model(x), want(x))
+    assert len(backend._groups) == 1
+
+
+def test_linears_that_stay(graphs):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fork = Fork()
+            self.wide = nn.Linear(64, 32, dtype=torch.float64)
+            self.plain = nn.Linear(64, 32)
+
+        def forward(self, x):
+            return self.fork(x), self.wide(x.double()), F.linear(x, self.plain.weight * 2), x @ x.T
+
+    model, x = Odd(), torch.randn(5, 64)
+    model.fork.b.weight[3, 5] = torch.nan
+    want = copy.deepcopy(model)
+    want.fork.a, want.fork.c = reference(want.fork.a), reference(want.fork.c)
+    model.compile(backend="cpullm", options=FP32)
+    for got, expected in zip(model(x), want(x), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3, equal_nan=True)
+    first, *rest = graphs()
+    assert "2 linears in 2 packed" in first
+    assert sorted(line.split(": ", 1)[1] for line in rest) == [
+        "fork.b: weight must be finite, but holds NaN or inf",
+        "linear_1: its weight is no plain parameter",
+        "wide: its weight is float64 [32, 64]",
+    ]
+
+
+def test_autocast():
+    model, x = Fork(biases=(True, True, True)), torch.randn(5, 64)
+    model.compile(backend="cpullm")
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model(x)
+        want = reference(model)(x)
+    check(got, want, 0.05)
+
+
+def test_outputs_have_no_gradient(caplog):
+    model, x = Fork(), torch.randn(5, 64)
+    model.compile(backend="cpullm")
+    backend._warn_of_gradients.cache_clear()
+    with torch.enable_grad():
+        assert not model(x).requires_grad
+        assert not model(x[:2]).requires_grad
+    assert caplog.text.count("is for inference") == 1
+
+
+# ---- options --------------------------------------------------------------------------------------------------------
+
+
+def test_options(graphs):
+    model = tiny(num_hidden_layers=1)
+    for changes, rounding in (
+        ({"bits": 8}, {"bits": 8}),
+        ({"group_size": 64, "sym": True}, {"group_size": 64, "sym": True}),
+        ({"scale_dtype": "bfloat16", "head_bits": 4}, {"scale_dtype": torch.bfloat16, "head_bits": 4}),
+    ):
+        want = reference(model, **rounding)
+        if "group_size" in changes:
+            want.lm_head.weight = nn.Parameter(rounded(model.lm_head.weight, 8))
+        compiled = torch.compile(model, backend="cpullm", options={**FP32, **changes})
+        check(compiled(tokens()).logits, want(tokens()).logits)
+    graphs()
+    want = reference(model)
+    want.lm_head, want.model.layers[0].mlp = model.lm_head, copy.deepcopy(model.model.layers[0].mlp)
+    options = {
+        **FP32,
+        "head_bits": None,
+        "modules_to_not_convert": ["mlp.down_proj", r"model\.layers\.0\.mlp\.(gate|up)"],
+    }
+    compiled = torch.compile(model, backend="cpullm", mode="reduce-overhead", options=options)
+    check(compiled(tokens()).logits, want(tokens()).logits)
+    assert any(line.endswith("lm_head: excluded by the options") for line in graphs())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"options": {"bit": 4}}, r"options of the backend 'cpullm' are inductor, bits, .*; got 'bit'"),
+        ({"options": {"bits": 3}}, r"bits must be 4 or 8, got 3"),
+        ({"options": {"group_size": 48}}, r"group_size must be .*, got 48"),
+        ({"options": {"inductor": "yes"}}, r"options\['inductor'\] must be True or False, got 'yes'"),
+        ({"mode": "fast"}, r"mode must be one of default, .*, got 'fast'"),
+    ],
+)
+def test_wrong_options(arguments, text):
+    with pytest.raises(ValueError, match=text):
+        backend.parse_options(**arguments)
+    compiled = torch.compile(Fork(), backend="cpullm", **arguments)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=text):
+        compiled(torch.randn(2, 64))
+
+
+def test_defaults_are_those_of_optimize():
+    assert backend.parse_options() == (Settings(), False)
+
+
+def test_inductor():
+    model = tiny(num_hidden_layers=1)
+    want = reference(model)
+    model.compile(backend="cpullm", options={**FP32, "inductor": True})
+    check(model(tokens()).logits, want(tokens()).logits)
+    model.lm_head.weight.mul_(2)
+    check(model(tokens()).logits, reference(model)(tokens()).logits)
+
+
+SCRIPT = """
+import sys, torch, transformers
+assert "torch_cpullm" not in sys.modules
+config = transformers.LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
+                                  num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
+model = transformers.AutoModelForCausalLM.from_config(config).eval()
+ids = torch.arange(1, 6)[None]
+with torch.no_grad():
+    plain = model(ids).logits
+    compiled = torch.compile(model, backend="cpullm")
+    quantised = compiled(ids).logits
+    error = float((quantised - plain).abs().max() / plain.abs().max())
+    assert 0.001 < error < 0.5, error
+    assert compiled.generate(ids, max_new_tokens=3, pad_token_id=0).shape == (1, 8)
+assert "torch._inductor.compile_fx" not in sys.modules
+"""
+
+
+def test_no_import_and_no_compiler(tmp_path):
+    """Found by entry point alone; no program at all can be started."""
+    environment = {**os.environ, "PATH": str(tmp_path), "CXX": "", "TORCHDYNAMO_SUPPRESS_ERRORS": "0"}
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert "recompile_limit" not in result.stderr
+    assert ops.isa() in ops.isa_levels()

@@ -1,0 +1,527 @@
+"""The torch.compile backend ``"cpullm"``: packs the weights of linear layers inside a compiled graph.
+
+``model.compile(backend="cpullm")`` or ``torch.compile(model, backend="cpullm")``; torch finds it by entry point, with
+no import. In each graph that Dynamo captures, a linear layer becomes the packed operator and linears that share an
+input become one; the rest runs eagerly, or through Inductor with ``options={"inductor": True}``. The module keeps its
+float weights: for low memory use :func:`torch_cpullm.optimize`. Each graph reports to the logger ``torch_cpullm`` at
+INFO.
+
+Two things that plain use of Dynamo gets wrong, and what is done here:
+
+* Dynamo reuses a graph for every module of the same structure. Weights baked into it are those of one model, so each
+  graph is tied by ID_MATCH guards to the weights it holds, and to the module whose forward was traced. The latter
+  makes torch count ``torch._dynamo.config.recompile_limit`` (8) per module and not per class: any number of models of
+  one architecture, or layers compiled one by one, up to ``accumulated_recompile_limit`` (256 graphs of one function).
+* ``torch.compile(model, ...).generate()`` runs the uncompiled model, since ``OptimizedModule`` hands out the wrapped
+  model's method. Loading this module wraps ``OptimizedModule.__getattr__``, the only process-wide change: for modules
+  compiled with this backend, and for the name ``generate``, the method runs with the compiled forward. Everything
+  else is passed on.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import operator
+import re
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch._dynamo.guards import GuardBuilder
+from torch._dynamo.source import AttrSource, LocalSource
+from torch._guards import Source, TracingContext
+
+from . import ops
+from .config import SCALE_DTYPES, Settings
+from .packing import PANEL, PackedWeight, pack
+from .quant import quantize_rtn
+
+log = logging.getLogger("torch_cpullm")
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+"""Accepted for the sake of callers that always name one; they change nothing here."""
+
+HEAD_NAMES = ("lm_head", "embed_out")
+"""Module names of an output head that shares no weight with the input embedding."""
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def cpullm(gm: fx.GraphModule, example_inputs: list[Any], **kw: Any) -> Callable[..., Any]:
+    """Compile one graph; torch.compile calls this.
+
+    options: ``inductor`` (bool, default False: compile what is not a linear with Inductor, which needs a C++ compiler)
+    and the fields of :class:`torch_cpullm.config.Settings`: bits, group_size, sym, compute, head_bits, scale_dtype,
+    modules_to_not_convert. ``head_bits`` holds for the output head; an input embedding stays in float here. mode: see
+    :data:`MODES`. Raises ValueError naming the option that is wrong. Graphs are for inference: outputs have no
+    gradient.
+    """
+    settings, inductor = parse_options(**kw)
+    ops.isa()
+    grad = torch.is_grad_enabled()  # Dynamo compiles again when that changes
+    if grad:
+        _warn_of_gradients()
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    values = dict(zip(placeholders, example_inputs, strict=True))
+    found, left = _find(gm.graph, values, settings)
+    packed: list[tuple[list[_Linear], _Group]] = []
+    with torch.inference_mode(False), torch.no_grad():
+        for linears in _share_inputs(found):
+            packed += _pack_all(linears, settings, left)
+    groups = list(dict.fromkeys(group for _, group in packed))
+    for linears, group in packed:
+        _rewrite(gm, linears, group, f"_cpullm_{groups.index(group)}", settings.compute, inductor)
+    _add_guards(packed, values)
+    _erase_unused(gm.graph, found)
+    gm.recompile()
+    _log_graph(packed, left)
+    forward: Callable[..., Any] = gm.forward
+    if inductor:
+        from torch._inductor.compile_fx import compile_fx
+
+        kept = set(gm.graph.nodes)
+        with torch.no_grad():
+            forward = compile_fx(gm, [value for node, value in values.items() if node in kept])
+    return _runner(forward, groups, grad)
+
+
+def parse_options(mode: str | None = None, options: dict[str, Any] | None = None) -> tuple[Settings, bool]:
+    """(settings, whether to use Inductor) from torch.compile's arguments. Raises ValueError for what is not known."""
+    if mode is not None and mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    values = dict(options or {})
+    inductor = values.pop("inductor", False)
+    if not isinstance(inductor, bool):
+        raise ValueError(f"options['inductor'] must be True or False, got {inductor!r}")
+    known = [item.name for item in fields(Settings)]
+    unknown = sorted(set(values) - set(known), key=str)
+    if unknown:
+        names = ", ".join(map(repr, unknown))
+        raise ValueError(f"options of the backend 'cpullm' are inductor, {', '.join(known)}; got {names}")
+    return Settings(**values), inductor
+
+
+@functools.cache
+def _warn_of_gradients() -> None:
+    log.warning(
+        "backend 'cpullm' is for inference: outputs of the compiled graphs carry no gradient; call the model under "
+        "torch.no_grad() (generate() does)"
+    )
+
+
+# ---- what a graph holds ---------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Linear:
+    """A node that computes ``x W^T + bias``.
+
+    weight: W [n, k], or W^T [k, n] where ``transposed``. view: the node between weight and product, if any.
+    parameter and bias_parameter: what the placeholders stand for.
+    """
+
+    node: fx.Node
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None = None
+    view: fx.Node | None = None
+    transposed: bool = False
+    name: str = ""
+    bits: int = 4
+    parameter: Any = None
+    bias_parameter: Any = None
+
+    @property
+    def n(self) -> int:
+        """Outputs."""
+        return self.parameter.shape[1 if self.transposed else 0]
+
+
+def _match(node: fx.Node) -> _Linear | None:
+    """The three ways in which transformers' models spell a linear layer."""
+    args: Any = node.args
+    if node.op != "call_function" or node.kwargs or not all(isinstance(arg, (fx.Node, type(None))) for arg in args):
+        return None
+    if node.target is torch._C._nn.linear:  # nn.Linear
+        return _Linear(node, args[0], args[1], args[2] if len(args) > 2 else None)
+    if node.target is torch.addmm:  # GPT-2's Conv1D: addmm(bias, x, W^T)
+        return _Linear(node, args[1], args[2], args[0], transposed=True)
+    if node.target in (operator.matmul, torch.matmul) and args[1].target is getattr and args[1].args[1] == "T":
+        return _Linear(node, args[0], args[1].args[0], view=args[1])  # Falcon: x @ W.T
+    return None
+
+
+def _find(
+    graph: fx.Graph, values: dict[fx.Node, Any], settings: Settings
+) -> tuple[list[_Linear], dict[str, list[str]]]:
+    """Linears to pack, and reason -> names of those that stay as they are."""
+    found: list[_Linear] = []
+    left: dict[str, list[str]] = {}
+    for node in graph.nodes:
+        linear = _match(node)
+        if linear is None:
+            continue
+        linear.name, owner = _owner(node)
+        tied = any(getattr(user.target, "__name__", "") == "embedding" for user in linear.weight.users)
+        head = tied or linear.name.rpartition(".")[2] in HEAD_NAMES
+        bits = settings.head_bits if head else settings.bits
+        reason = _unsuitable(linear, values.get(linear.weight), owner)
+        if not reason and (bits is None or not settings.converts(linear.name)):
+            reason = "excluded by the options"
+        if reason or bits is None:
+            left.setdefault(reason, []).append(linear.name or node.name)
+            continue
+        linear.bits = bits
+        linear.parameter = values[linear.weight]
+        bias = values.get(linear.bias) if linear.bias is not None else None
+        linear.bias_parameter = bias if type(bias) is nn.Parameter else None
+        found.append(linear)
+    return found, left
+
+
+def _owner(node: fx.Node) -> tuple[str, type | None]:
+    """Dotted name and class of the module whose forward holds ``node``; ("", None) for the module that was compiled."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return "", None
+    path, cls = list(stack.values())[-1]
+    return re.sub(r"^[A-Z]\['[^']*'\]\.?", "", path), cls if isinstance(cls, type) else None
+
+
+def _unsuitable(linear: _Linear, weight: Any, owner: type | None) -> str:
+    """Why this linear must stay as it is, or an empty text."""
+    if type(weight) is not nn.Parameter:
+        return "its weight is no plain parameter"
+    if weight.device.type != "cpu":
+        return f"its weight is on {weight.device}"
+    if weight.dim() != 2 or 0 in weight.shape or weight.dtype not in _DTYPES:
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')} {list(weight.shape)}"
+    x = linear.x.meta.get("example_value")
+    if isinstance(x, Tensor) and x.dtype not in _DTYPES:
+        return f"its input is {str(x.dtype).removeprefix('torch.')}"
+    if owner is not None and not issubclass(owner, nn.Linear) and owner.__name__ != "Conv1D":
+        return f"{owner.__name__} is no nn.Linear"  # the router of a mixture, for one: it must stay exact
+    return ""
+
+
+def _share_inputs(found: list[_Linear]) -> list[list[_Linear]]:
+    """Linears that can be one: same input and bits, biases known now, whole panels in all but the last."""
+    by_input: dict[tuple, list[_Linear]] = {}
+    for linear in found:
+        by_input.setdefault((linear.x, linear.bits), []).append(linear)
+    result: list[list[_Linear]] = []
+    for linears in by_input.values():
+        whole = all(linear.n % PANEL == 0 for linear in linears[:-1])
+        known = all(linear.bias is None or linear.bias_parameter is not None for linear in linears)
+        distinct = len({id(linear.parameter) for linear in linears}) == len(linears)
+        result += [linears] if whole and known and distinct else [[linear] for linear in linears]
+    return result
+
+
+# ---- packed weights -------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Group:
+    """Parameters packed as one weight, rows one after the other; shared by all graphs that use them.
+
+    parameters: weights, then the biases that ``bias`` [n] holds (several weights, at least one of them with a bias).
+    """
+
+    linears: list[tuple[str, int, bool]]  # name, rows, whether bias holds its bias
+    parameters: list[weakref.ref]
+    transposed: bool
+    bits: int
+    settings: Settings
+    stamps: list[tuple[int, int]]
+    packed: PackedWeight
+    bias: Tensor | None
+
+    def refresh(self) -> None:
+        """Pack again, into the same memory, if a parameter was written since."""
+        parameters = [ref() for ref in self.parameters]
+        stamps = [_stamp(parameter) for parameter in parameters]
+        if stamps == self.stamps:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            count = len(self.linears)
+            new = _pack(parameters[:count], self.transposed, self.bits, self.settings)
+            for name in ("codes", "scales", "zeros"):
+                if getattr(self.packed, name) is not None:
+                    getattr(self.packed, name).copy_(getattr(new, name))
+            if self.bias is not None:
+                self.bias.copy_(_join_biases(self.linears, parameters[count:]))
+        self.stamps = stamps
+        log.info("packed again, since it was written: %s", ", ".join(name for name, _, _ in self.linears))
+
+
+_groups: weakref.WeakValueDictionary[tuple, _Group] = weakref.WeakValueDictionary()
+"""(recipe, ids of the parameters) -> their group, which lives as long as a graph that uses it."""
+
+_lock = threading.RLock()
+
+
+def _stamp(parameter: Tensor) -> tuple[int, int]:
+    """Changes when a parameter is written in place or given other memory."""
+    return (-1 if parameter.is_inference() else parameter._version, parameter.data_ptr())
+
+
+def _pack(weights: list[Tensor], transposed: bool, bits: int, settings: Settings) -> PackedWeight:
+    """Quantise and pack [n_i, k] matrices (or [k, n_i], transposed) as one. Raises ValueError: NaN, inf."""
+    group_size = settings.group_size if bits == 4 or settings.bits == 8 else 32
+    scale_dtype = SCALE_DTYPES[settings.scale_dtype]
+    parts = []
+    for weight in weights:
+        matrix = weight.detach().T if transposed else weight.detach()
+        parts.append(pack(quantize_rtn(matrix, bits, group_size, settings.sym, scale_dtype)))
+    if len(parts) == 1:
+        return parts[0]
+    codes, scales, zeros = (
+        None if getattr(parts[0], name) is None else torch.cat([getattr(part, name) for part in parts])
+        for name in ("codes", "scales", "zeros")
+    )
+    return PackedWeight(codes, scales, zeros, sum(part.n for part in parts), parts[0].k, bits, group_size)
+
+
+def _join_biases(linears: list[tuple[str, int, bool]], biases: list[Tensor]) -> Tensor:
+    """The biases [n_i] one after the other, zeros where there is none."""
+    given = iter(biases)
+    return torch.cat([next(given).detach() if present else biases[0].new_zeros(n) for _, n, present in linears])
+
+
+def _group(linears: list[_Linear], settings: Settings) -> _Group:
+    """The packed weights of ``linears``: those of an earlier graph, or new ones. Raises ValueError: NaN, inf."""
+    bits, transposed = linears[0].bits, linears[0].transposed
+    biases = [linear.bias_parameter if len(linears) > 1 else None for linear in linears]
+    given = [bias for bias in biases if bias is not None]
+    parameters = [linear.parameter for linear in linears] + given
+    recipe = (bits, settings.bits, settings.group_size, settings.sym, settings.scale_dtype, transposed)
+    rows = [(linear.name, linear.n, bias is not None) for linear, bias in zip(linears, biases, strict=True)]
+    key = (recipe, tuple(present for _, _, present in rows), tuple(id(parameter) for parameter in parameters))
+    group = _groups.get(key)
+    if group is not None and all(ref() is p for ref, p in zip(group.parameters, parameters, strict=True)):
+        group.refresh()
+        return group
+    _groups[key] = group = _Group(
+        rows,
+        [weakref.ref(parameter) for parameter in parameters],
+        transposed,
+        bits,
+        settings,
+        [_stamp(parameter) for parameter in parameters],
+        _pack([linear.parameter for linear in linears], transposed, bits, settings),
+        _join_biases(rows, given) if given else None,
+    )
+    return group
+
+
+def _pack_all(
+    linears: list[_Linear], settings: Settings, left: dict[str, list[str]]
+) -> list[tuple[list[_Linear], _Group]]:
+    """Pack linears that share an input as one, or one by one if a weight of theirs cannot be quantised."""
+    try:
+        return [(linears, _group(linears, settings))]
+    except ValueError as error:
+        if len(linears) == 1:
+            left.setdefault(str(error), []).append(linears[0].name)
+            return []
+    return [pair for linear in linears for pair in _pack_all([linear], settings, left)]
+
+
+# ---- the new graph --------------------------------------------------------------------------------------------------
+
+
+def _rewrite(
+    gm: fx.GraphModule, linears: list[_Linear], group: _Group, name: str, compute: str, inductor: bool
+) -> None:
+    """Put the packed operator, and a split where linears are merged, in the place of ``linears``."""
+    graph, first = gm.graph, linears[0]
+    packed, example = group.packed, first.x.meta.get("example_value")
+    with graph.inserting_before(first.node):
+        tensors = [
+            _constant(gm, f"{name}_{part}", tensor, first.weight, inductor)
+            for part, tensor in (
+                ("codes", packed.codes),
+                ("scales", packed.scales),
+                ("zeros", packed.zeros),
+                ("bias", group.bias),
+            )
+        ]
+        if len(linears) == 1:
+            tensors[3] = first.bias
+        args = (first.x, *tensors, None, packed.n, packed.group, ops.COMPUTE[compute])
+        y = graph.call_function(torch.ops.cpullm.linear.default, args)
+        want = first.node.meta.get("example_value")
+        if isinstance(want, Tensor) and isinstance(example, Tensor) and want.dtype != example.dtype:
+            y = graph.call_method("to", (y, want.dtype))  # autocast
+        results = [y]
+        if len(linears) > 1:
+            parts = graph.call_function(torch.split, (y, [linear.n for linear in linears], -1))
+            results = [graph.call_function(operator.getitem, (parts, i)) for i in range(len(linears))]
+            for i, linear in enumerate(linears):
+                if any(user.op == "output" or user.target == "view" for user in linear.node.users):
+                    results[i] = graph.call_method("contiguous", (results[i],))
+    for linear, result in zip(linears, results, strict=True):
+        result.meta = {**linear.node.meta, **result.meta}
+        linear.node.replace_all_uses_with(result)
+        graph.erase_node(linear.node)
+
+
+def _constant(gm: fx.GraphModule, name: str, tensor: Tensor | None, weight: fx.Node, inductor: bool) -> fx.Node | None:
+    """A node that reads ``tensor`` from the graph module."""
+    if tensor is None:
+        return None
+    if not inductor:
+        gm.__dict__[name] = tensor  # found faster than a buffer
+    elif name not in gm._buffers:
+        gm.register_buffer(name, tensor, persistent=False)
+        gm._param_name_to_source[name] = AttrSource(weight._dynamo_source, name)  # AOTAutograd asks for one per tensor
+    return gm.graph.create_node("get_attr", name)
+
+
+def _add_guards(packed: list[tuple[list[_Linear], _Group]], values: dict[Any, Any]) -> None:
+    """Tie the graph to the very parameters it holds, and to the module it was traced from."""
+    guards = TracingContext.get().guards_context.dynamo_guards
+    for linears, _ in packed:
+        held = [linear.weight for linear in linears]
+        if len(linears) > 1:
+            held += [linear.bias for linear in linears if linear.bias is not None]
+        for node in held:
+            guards.add(node._dynamo_source.make_guard(GuardBuilder.ID_MATCH))
+    roots = {}
+    for node, value in values.items():
+        root = _root_module(node._dynamo_source) if isinstance(value, Tensor) else None
+        if root is not None:
+            roots.setdefault(root.name, (root, value))
+    for root, value in roots.values():
+        guards.add(root.make_guard(GuardBuilder.ID_MATCH))
+        weakref.finalize(value, _allow_one_more_graph).atexit = False
+
+
+def _allow_one_more_graph() -> None:
+    """Called when a module is gone, once per graph: torch drops the graph, but counts it on against every module."""
+    torch._dynamo.config.recompile_limit += 1
+
+
+def _root_module(source: Source) -> Source | None:
+    """The local variable that holds the module at the root of ``source``, L['self'] as a rule."""
+    member = ""
+    while not isinstance(source, LocalSource):
+        member = getattr(source, "member", member)  # some links of the chain only mark what they hold
+        base = getattr(source, "base", None)
+        if base is None:
+            return None
+        source = base
+    return source if member in ("_modules", "_parameters", "_buffers") else None
+
+
+def _erase_unused(graph: fx.Graph, found: list[_Linear]) -> None:
+    """Drop the parameters that only packed linears used: Dynamo then passes them no more."""
+    for node in {
+        node: None for linear in found for node in (linear.view, linear.weight, linear.bias) if node is not None
+    }:
+        if not node.users and node.op in ("placeholder", "call_function") and not node._erased:
+            graph.erase_node(node)
+
+
+def _runner(forward: Callable[..., Any], groups: list[_Group], grad: bool) -> Callable[..., Any]:
+    """``forward``, preceded by a look at the parameters: what was written is packed again. No gradients."""
+    refs = [ref for group in groups for ref in group.parameters]
+    versioned = [ref for ref in refs if not ref().is_inference()]
+
+    def stamps() -> list[int]:
+        return [ref()._version for ref in versioned] + [ref().data_ptr() for ref in refs]
+
+    seen = stamps()
+
+    def run(*args: Any) -> Any:
+        nonlocal seen
+        now = stamps()
+        if now != seen:
+            with _lock:
+                for group in groups:
+                    group.refresh()
+            seen = now
+        if grad:
+            with torch.no_grad():
+                return forward(*args)
+        return forward(*args)
+
+    return run
+
+
+def _log_graph(packed: list[tuple[list[_Linear], _Group]], left: dict[str, list[str]]) -> None:
+    """One line per graph, and one for what stays."""
+    count = sum(len(linears) for linears, _ in packed)
+    size = sum(group.packed.nbytes for group in {group for _, group in packed})
+    head = sum(linear.bits == 8 for linears, _ in packed for linear in linears)
+    log.info("graph: %d linears in %d packed operators (%d in 8 bits), %.1f MB", count, len(packed), head, size / 1e6)
+    for reason, names in left.items():
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        log.info("left in float: %s%s: %s", ", ".join(names[:4]), more, reason)
+
+
+# ---- torch.compile(model).generate() --------------------------------------------------------------------------------
+
+_generating: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def _compiled_forward(model: nn.Module, context: Any) -> Iterator[None]:
+    """Inside, calling ``model`` runs its compiled forward, unless it was compiled in place before."""
+    with _lock:
+        ours = model._compiled_call_impl is None or model in _generating
+        if ours:
+            _generating[model] = _generating.get(model, 0) + 1
+            if model._compiled_call_impl is None:
+                model._compiled_call_impl = context(model._call_impl)
+    try:
+        yield
+    finally:
+        with _lock:
+            if ours:
+                _generating[model] -= 1
+                if not _generating[model]:
+                    del _generating[model]
+                    model._compiled_call_impl = None
+
+
+def _compiled_here(module: OptimizedModule) -> bool:
+    """Whether torch.compile made ``module`` with this backend."""
+    backend = getattr(module.dynamo_ctx, "callback", None)
+    while hasattr(backend, "_torchdynamo_orig_backend"):
+        backend = backend._torchdynamo_orig_backend
+    return getattr(backend, "compiler_fn", backend) is cpullm
+
+
+def _wrap_attribute_lookup() -> None:
+    """Let ``generate`` of modules compiled with this backend run compiled; see the module's docstring."""
+    lookup = OptimizedModule.__getattr__
+    if hasattr(lookup, "_cpullm_wraps"):
+        return
+
+    @functools.wraps(lookup)
+    def __getattr__(self: OptimizedModule, name: str) -> Any:
+        value = lookup(self, name)
+        if name != "generate" or not callable(value) or not _compiled_here(self):
+            return value
+
+        @functools.wraps(value)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            with _compiled_forward(self._orig_mod, self.dynamo_ctx):
+                return value(*args, **kwargs)
+
+        return generate
+
+    __getattr__._cpullm_wraps = lookup
+    OptimizedModule.__getattr__ = __getattr__
+
+
+_wrap_attribute_lookup()

@@ -1,0 +1,1 @@
+"""Weights that other programs have quantised, taken over with their own codes and scales."""
