@@ -88,7 +88,7 @@ class Buffer {
 };
 
 thread_local Buffer kernel_scratch;                              // of the thread that runs a kernel
-thread_local Buffer rows_buffer, scale_buffer, zero_buffer, sums_buffer, bias_buffer;  // of the thread that calls the operator
+thread_local Buffer rows_buffer, scale_buffer, minus_buffer, bias_buffer;  // of the thread that calls the operator
 
 Tensor empty_cpu(const int64_t* sizes, int64_t dims, ScalarType type) {
   int64_t strides[64];
@@ -228,17 +228,18 @@ void parallel(int64_t count, int64_t work_each, const F& f) {
   }
 }
 
-QuantizedRows quantize(const Kernels& table, const Rows& rows, int64_t tile) {
+QuantizedRows quantize(const Kernels& table, const Rows& rows, int64_t tile, int64_t group) {
   QuantizedRows q;
   q.m = rows.m;
   q.k_padded = (rows.k + kChunk - 1) / kChunk * kChunk;
   q.blocks = (q.k_padded + kActBlock - 1) / kActBlock;
   q.tile = tile;
+  q.group = group;
+  q.segments = count_segments(0, q.k_padded, group);
   const int64_t tiles = (rows.m + tile - 1) / tile;
   q.q = rows_buffer.get<int8_t>(tiles * tile * q.k_padded);
-  q.scale = scale_buffer.get<float>(rows.m * q.blocks);
-  q.zero = zero_buffer.get<int16_t>(rows.m * q.blocks);
-  q.sums = sums_buffer.get<int16_t>(rows.m * (q.k_padded / kChunk));
+  q.scale = scale_buffer.get<float>(tiles * tile * q.blocks);
+  q.minus = minus_buffer.get<int32_t>(tiles * tile * q.segments);
   parallel(tiles, 8 * tile * q.k_padded, [&](int64_t begin, int64_t end) {
     table.quantize_rows(rows, q, {begin * tile, std::min(end * tile, rows.m)});
   });
@@ -268,7 +269,7 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const 
   const int64_t panels = (n + kPanel - 1) / kPanel;
   const int64_t work = rows.m * w.k_padded * kPanel;
   if (compute == int64_t(Compute::int8)) {
-    const QuantizedRows q = quantize(table, rows, table.tile_i8(rows.m));
+    const QuantizedRows q = quantize(table, rows, table.tile_i8(rows.m), w.group);
     parallel(panels, work, [&](int64_t begin, int64_t end) {
       table.linear_i8(w, q, out, {begin, end}, kernel_scratch.get<char>(kScratchBytes));
     });
@@ -287,26 +288,22 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const 
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_activations(const Tensor& x) {
-  constexpr const char* op = "cpullm::quantize_activations";
   std::optional<Tensor> holder;
-  const Rows rows = check_rows(op, x, holder);
-  const int64_t k_padded = (rows.k + kChunk - 1) / kChunk * kChunk;
-  QuantizedRows q;
-  q.m = rows.m;
-  q.k_padded = k_padded;
-  q.blocks = (k_padded + kActBlock - 1) / kActBlock;
-  q.tile = 1;
-  const int64_t q_size[] = {q.m, k_padded}, s_size[] = {q.m, q.blocks}, t_size[] = {q.m, k_padded / kChunk};
-  Tensor values = empty_cpu(q_size, 2, ScalarType::Char);
-  Tensor scale = empty_cpu(s_size, 2, ScalarType::Float);
-  Tensor zero = empty_cpu(s_size, 2, ScalarType::Short);
-  Tensor sums = empty_cpu(t_size, 2, ScalarType::Short);
-  q.q = static_cast<int8_t*>(values.mutable_data_ptr());
-  q.scale = static_cast<float*>(scale.mutable_data_ptr());
-  q.zero = static_cast<int16_t*>(zero.mutable_data_ptr());
-  q.sums = static_cast<int16_t*>(sums.mutable_data_ptr());
-  const Kernels& table = kernels();
-  if (q.m > 0) table.quantize_rows(rows, q, {0, q.m});
+  const Rows rows = check_rows("cpullm::quantize_activations", x, holder);
+  const QuantizedRows q = quantize(kernels(), rows, 1, kChunk);  // plain rows, one segment per chunk
+  const int64_t q_size[] = {q.m, q.k_padded}, s_size[] = {q.m, q.blocks}, t_size[] = {q.m, q.segments};
+  Tensor values = empty_cpu(q_size, 2, ScalarType::Char), scale = empty_cpu(s_size, 2, ScalarType::Float),
+         zero = empty_cpu(s_size, 2, ScalarType::Short), sums = empty_cpu(t_size, 2, ScalarType::Short);
+  std::copy_n(q.q, q.m * q.k_padded, static_cast<int8_t*>(values.mutable_data_ptr()));
+  std::copy_n(q.scale, q.m * q.blocks, static_cast<float*>(scale.mutable_data_ptr()));
+  auto* zeros = static_cast<int16_t*>(zero.mutable_data_ptr());
+  auto* totals = static_cast<int16_t*>(sums.mutable_data_ptr());
+  for (int64_t r = 0; r < q.m; ++r)
+    for (int64_t c = 0; c < q.segments; ++c) {
+      const int32_t minus = q.minus[r * q.segments + c];
+      totals[r * q.segments + c] = int16_t(-int16_t(minus & 0xffff));
+      zeros[r * q.blocks + c * kChunk / kActBlock] = int16_t(-(minus >> 16));
+    }
   return {values, scale, zero, sums};
 }
 
@@ -392,6 +389,36 @@ Tensor embedding(const Tensor& ids, const Tensor& codes, const Tensor& scales, c
   return out;
 }
 
+// ---- limits of the machine, for benchmarks ---------------------------------------------------------------------------
+
+// Every thread runs `rounds` rounds of the level's dot products on registers; returns the operations of all threads.
+int64_t dot_peak(int64_t rounds) {
+  STD_TORCH_CHECK(rounds > 0, "cpullm::dot_peak: rounds must be positive, got ", rounds);
+  const Kernels& table = kernels();
+  std::atomic<int64_t> total{0};
+  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t begin, int64_t end) {
+    int32_t sink;
+    for (int64_t i = begin; i < end; ++i) total += table.dot_peak(rounds, &sink);
+  });
+  return total;
+}
+
+// All threads together read x once, each its own contiguous part; returns the bytes read.
+int64_t read_memory(const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.scalar_type() == ScalarType::Byte,
+                  "cpullm::read_memory: x must be a contiguous uint8 CPU tensor");
+  constexpr int64_t kUnit = 1 << 16;
+  const auto* data = static_cast<const char*>(x.const_data_ptr());
+  const int64_t units = x.numel() / kUnit;
+  const Kernels& table = kernels();
+  std::atomic<int32_t> sink{0};
+  if (units > 0)
+    torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+      sink += table.read_memory(data + begin * kUnit, (end - begin) * kUnit);
+    });
+  return units * kUnit;
+}
+
 }  // namespace
 }  // namespace cpullm
 
@@ -415,6 +442,8 @@ STABLE_TORCH_LIBRARY(cpullm, m) {
   // What the int8 kernels see of x [.., k]: q int8 [m, k'], scale fp32 and zero int16 [m, ceil(k'/128)], sums of
   // q - zero int16 [m, k'/32].
   m.def("quantize_activations(Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("dot_peak(int rounds) -> int");
+  m.def("read_memory(Tensor x) -> int");
   m.def("isa() -> str");
   m.def("set_isa(str cap) -> str");
   m.def("isa_levels() -> str");
@@ -424,11 +453,13 @@ STABLE_TORCH_LIBRARY_IMPL(cpullm, CPU, m) {
   m.impl("linear", TORCH_BOX(&cpullm::linear));
   m.impl("embedding", TORCH_BOX(&cpullm::embedding));
   m.impl("dequantize", TORCH_BOX(&cpullm::dequantize));
+  m.impl("read_memory", TORCH_BOX(&cpullm::read_memory));
   m.impl("quantize_weights", TORCH_BOX(&cpullm::quantize_weights));
   m.impl("quantize_activations", TORCH_BOX(&cpullm::quantize_activations));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cpullm, CompositeExplicitAutograd, m) {
+  m.impl("dot_peak", TORCH_BOX(&cpullm::dot_peak));
   m.impl("isa", TORCH_BOX(&cpullm::isa));
   m.impl("set_isa", TORCH_BOX(&cpullm::set_isa));
   m.impl("isa_levels", TORCH_BOX(&cpullm::isa_levels));

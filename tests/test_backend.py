@@ -28,7 +28,7 @@ SMALL = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
@@ -37,14 +37,18 @@ SMALL = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
-GREEDY = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0}
+GREEDY = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 0}
 
 
 @pytest.fixture(autouse=True)
 def _no_silent_fallback():
-    """Every test starts without compiled code, and fails where Dynamo would give up compiling."""
+    """Every test starts without compiled code, and fails where Dynamo would give up compiling, which it would soon.
+
+    One thread: the tensors are tiny, and two wait for each other on a busy machine.
+    """
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True), torch.no_grad():
+    torch.set_num_threads(1)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=3), torch.no_grad():
         yield
     torch._dynamo.reset()
 
@@ -84,10 +88,14 @@ def check(got, want, bound=1e-3):
     assert error <= bound, f"relative error {error}"
 
 
-def check_generation(model, want, batch=2):
-    ids = tokens(batch)
-    check(model(ids).logits, want(ids).logits)
-    assert torch.equal(model.generate(ids, **GREEDY), want.generate(ids, **GREEDY))
+def check_generation(model, want, seed=0):
+    """Same tokens, and the logits of every step."""
+    ids = tokens(2, seed=seed)
+    got, expected = (
+        each.generate(ids, **GREEDY, output_logits=True, return_dict_in_generate=True) for each in (model, want)
+    )
+    assert torch.equal(got.sequences, expected.sequences)
+    check(torch.stack(got.logits), torch.stack(expected.logits))
 
 
 @pytest.fixture
@@ -106,7 +114,7 @@ def graphs(caplog):
 # ---- models ---------------------------------------------------------------------------------------------------------
 
 
-def test_five_models_in_one_process():
+def test_five_models_in_one_process(graphs):
     models = []
     for family, changes in (
         ("Llama", {}),
@@ -120,14 +128,15 @@ def test_five_models_in_one_process():
         model.compile(backend="cpullm", options=FP32)
         check_generation(model, want)
         models.append((model, want))
-    for model, want in models:  # all of them are compiled still
-        ids = tokens(2, seed=1)
-        check(model(ids).logits, want(ids).logits)
+    assert len(graphs()) == 15  # prefill, decode, decode at any length
+    model, want = models[0]  # it is compiled once more: transformers guards on how many model classes are in use
+    check(model(tokens()).logits, want(tokens()).logits)
+    assert "8 linears in 5 packed operators (1 in 8 bits)" in graphs()[0]
 
 
 @pytest.mark.parametrize(("family", "operators"), [("GPT2", 5), ("Falcon", 4)])  # Falcon's MLP and attention share x
 def test_linears_that_are_no_linear_nodes(family, operators, graphs):
-    model = tiny(family, num_hidden_layers=1, n_layer=1)
+    model = tiny(family, n_layer=1)
     want = reference(model)
     model.compile(backend="cpullm", options=FP32)
     ids = tokens(2)
@@ -136,7 +145,7 @@ def test_linears_that_are_no_linear_nodes(family, operators, graphs):
 
 
 def test_two_models_of_one_architecture():
-    models = [tiny(seed=seed, num_hidden_layers=1) for seed in (1, 2)]
+    models = [tiny(seed=seed) for seed in (1, 2)]
     wants = [reference(model) for model in models]
     for model in models:
         model.compile(backend="cpullm", options=FP32)
@@ -146,17 +155,17 @@ def test_two_models_of_one_architecture():
 
 
 def test_layers_compiled_one_by_one(graphs):
-    model = tiny(num_hidden_layers=10)  # more than torch's recompile limit of 8
+    model = tiny(num_hidden_layers=4)
     want = reference(model)
     want.lm_head = model.lm_head
     for layer in model.model.layers:
         layer.compile(backend="cpullm", options=FP32)
     check(model(tokens()).logits, want(tokens()).logits)
-    assert sum("7 linears in 4 packed operators" in line for line in graphs()) == 10
+    assert sum("7 linears in 4 packed operators" in line for line in graphs()) == 4
 
 
 def test_tied_head():
-    model = tiny(tie_word_embeddings=True, num_hidden_layers=1)
+    model = tiny(tie_word_embeddings=True)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     want = reference(model)  # only the head is rounded, to 8 bits
     assert want.lm_head.weight is not want.model.embed_tokens.weight
@@ -165,17 +174,17 @@ def test_tied_head():
 
 
 def test_bfloat16():
-    model = tiny(num_hidden_layers=1).to(torch.bfloat16)
+    model = tiny().to(torch.bfloat16)
     want = reference(model).float()
     model.compile(backend="cpullm")  # int8 compute
     check(model(tokens()).logits, want(tokens()).logits.bfloat16(), 0.05)
 
 
 def test_shapes_change_and_left_padding():
-    model = tiny(num_hidden_layers=1)
+    model = tiny()
     want = reference(model)
     model.compile(backend="cpullm", options=FP32)
-    for batch, length in ((1, 5), (1, 9), (3, 4), (2, 11), (1, 1)):
+    for batch, length in ((1, 5), (3, 9)):
         check(model(tokens(batch, length)).logits, want(tokens(batch, length)).logits)
     ids = torch.cat([torch.zeros(1, 3, dtype=torch.long), tokens(1, 6)], 1)
     mask = (ids != 0).long()
@@ -184,7 +193,7 @@ def test_shapes_change_and_left_padding():
 
 
 def test_router_of_a_mixture_stays_exact(graphs):
-    model = tiny("Mixtral", num_hidden_layers=1, num_local_experts=4)
+    model = tiny("Mixtral", num_local_experts=4)
     want = reference(model)
     model.compile(backend="cpullm", options=FP32)
     check(model(tokens()).logits, want(tokens()).logits)
@@ -192,7 +201,7 @@ def test_router_of_a_mixture_stays_exact(graphs):
 
 
 def test_optimised_models_pass_through_and_do_not_mix(graphs):
-    models = [torch_cpullm.optimize(tiny(seed=seed, num_hidden_layers=1)) for seed in (1, 2)]
+    models = [torch_cpullm.optimize(tiny(seed=seed)) for seed in (1, 2)]
     wants = [model(tokens()).logits for model in models]
     for model in models:
         model.compile(backend="cpullm")
@@ -208,7 +217,7 @@ def test_optimised_models_pass_through_and_do_not_mix(graphs):
 
 
 def test_generate_of_a_module_from_torch_compile():
-    model = tiny(num_hidden_layers=1)
+    model = tiny()
     want, ids = reference(model), tokens(2)
     plain = model.generate(ids, **GREEDY)
     expected = want.generate(ids, **GREEDY)
@@ -221,7 +230,7 @@ def test_generate_of_a_module_from_torch_compile():
 
 
 def test_a_failing_generate_leaves_the_model_as_it_was():
-    model = tiny(num_hidden_layers=1)
+    model = tiny()
     compiled = torch.compile(model, backend="cpullm", options=FP32)
     with pytest.raises(ValueError, match="nonsense"):
         compiled.generate(tokens(), nonsense=1)
@@ -229,7 +238,7 @@ def test_a_failing_generate_leaves_the_model_as_it_was():
 
 
 def test_other_backends_are_left_alone():
-    model = tiny(num_hidden_layers=1)
+    model = tiny()
     seen = []
 
     def other(gm, example_inputs):
@@ -255,7 +264,7 @@ def test_pipeline():
     core = Tokenizer(models.WordLevel(words, unk_token="w1"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="w0", unk_token="w1")
-    model = tiny(num_hidden_layers=1)
+    model = tiny()
     want = reference(model)
 
     def text(of):
@@ -279,7 +288,7 @@ class Fork(nn.Module):
         self.a, self.b, self.c = (nn.Linear(64, n, bias) for n, bias in zip(sizes, biases, strict=True))
 
     def forward(self, x):
-        return torch.cat([self.a(x).view(-1, self.a.out_features), self.b(x).relu(), self.c(x)], -1)
+        return torch.cat([self.a(x).view(*x.shape[:-1], -1), self.b(x).relu(), self.c(x)], -1)
 
 
 def test_weights_that_are_replaced_or_written(graphs):
@@ -306,18 +315,16 @@ def test_weights_that_are_replaced_or_written(graphs):
 
 
 def test_packed_weights_go_with_the_model():
-    for _ in range(12):  # more than the recompile limit; each model dies before the next one comes
+    x = torch.randn(2, 64)
+    for _ in range(4):  # each model dies before the next one comes
         model = Fork()
         model.compile(backend="cpullm", options=FP32)
-        x = torch.randn(2, 64)
         check(model(x), reference(model)(x))
-        group = weakref.ref(next(iter(backend._groups.values())))
-        weight = weakref.ref(model.a.weight)
+        weight, (group,) = weakref.ref(model.a.weight), map(weakref.ref, backend._groups.values())
         del model
         gc.collect()
         assert weight() is None
         assert group() is None
-        assert not backend._groups
 
 
 def test_graphs_share_packed_weights():
@@ -388,7 +395,7 @@ def test_linears_that_stay(graphs):
     assert "2 linears in 2 packed" in first
     assert sorted(line.split(": ", 1)[1] for line in rest) == [
         "fork.b: weight must be finite, but holds NaN or inf",
-        "linear_1: its weight is no plain parameter",
+        "linear_4: its weight is no plain parameter",
         "wide: its weight is float64 [32, 64]",
     ]
 
@@ -416,7 +423,7 @@ def test_outputs_have_no_gradient(caplog):
 
 
 def test_options(graphs):
-    model = tiny(num_hidden_layers=1)
+    model = tiny()
     for changes, rounding in (
         ({"bits": 8}, {"bits": 8}),
         ({"group_size": 64, "sym": True}, {"group_size": 64, "sym": True}),
@@ -435,7 +442,7 @@ def test_options(graphs):
         "head_bits": None,
         "modules_to_not_convert": ["mlp.down_proj", r"model\.layers\.0\.mlp\.(gate|up)"],
     }
-    compiled = torch.compile(model, backend="cpullm", mode="reduce-overhead", options=options)
+    compiled = torch.compile(model, backend="cpullm", options=options)
     check(compiled(tokens()).logits, want(tokens()).logits)
     assert any(line.endswith("lm_head: excluded by the options") for line in graphs())
 
@@ -462,29 +469,37 @@ def test_defaults_are_those_of_optimize():
     assert backend.parse_options() == (Settings(), False)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.* is deprecated:DeprecationWarning")  # torch's own
 def test_inductor():
-    model = tiny(num_hidden_layers=1)
-    want = reference(model)
+    model = Fork(biases=(True, True, True))
     model.compile(backend="cpullm", options={**FP32, "inductor": True})
-    check(model(tokens()).logits, want(tokens()).logits)
-    model.lm_head.weight.mul_(2)
-    check(model(tokens()).logits, reference(model)(tokens()).logits)
+    x = torch.randn(3, 64)
+    check(model(x), reference(model)(x))
+    model.a.weight.mul_(2)
+    check(model(x), reference(model)(x))
 
 
 SCRIPT = """
-import sys, torch, transformers
+import sys, torch
 assert "torch_cpullm" not in sys.modules
-config = transformers.LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
-                                  num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
-model = transformers.AutoModelForCausalLM.from_config(config).eval()
-ids = torch.arange(1, 6)[None]
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(64, 96), torch.nn.Linear(96, 64)
+
+    def forward(self, x):
+        return self.down(self.up(x).relu())
+
+    def generate(self, x):
+        return self(self(x))
+
+model, x = Model(), torch.randn(3, 64)
 with torch.no_grad():
-    plain = model(ids).logits
     compiled = torch.compile(model, backend="cpullm")
-    quantised = compiled(ids).logits
-    error = float((quantised - plain).abs().max() / plain.abs().max())
-    assert 0.001 < error < 0.5, error
-    assert compiled.generate(ids, max_new_tokens=3, pad_token_id=0).shape == (1, 8)
+    error = float((compiled(x) - model(x)).abs().max() / model(x).abs().max())
+    assert 0.001 < error < 0.2, error
+    assert torch.equal(compiled.generate(x), compiled(compiled(x)))
 assert "torch._inductor.compile_fx" not in sys.modules
 """
 

@@ -172,7 +172,9 @@ def test_cpu_and_memory_formats_are_no_moves():
 def test_other_devices_are_refused(module, move):
     inner = module if not isinstance(module, nn.Sequential) else module[1]
     want = packed_bytes(inner)
-    with pytest.raises(RuntimeError, match=r"torch_cpullm stays on the CPU; it cannot be moved to meta.*restore\(model\)"):
+    with pytest.raises(
+        RuntimeError, match=r"torch_cpullm stays on the CPU; it cannot be moved to meta.*restore\(model\)"
+    ):
         move(module)
     assert all(torch.equal(a, b) for a, b in zip(packed_bytes(inner), want, strict=True))
     assert inner.weight.device.type == "cpu"
@@ -268,7 +270,9 @@ def test_state_dict_is_canonical_and_small():
 
 def test_state_dict_of_a_model():
     def model(seed):
-        return nn.Sequential(a_linear(seed=seed), nn.Linear(45, 8), a_linear("sym", 8, 16, 8, 32, bias=False, seed=seed))
+        return nn.Sequential(
+            a_linear(seed=seed), nn.Linear(45, 8), a_linear("sym", 8, 16, 8, 32, bias=False, seed=seed)
+        )
 
     source, target = model(0), model(1)
     x = activations(3, 172)
@@ -288,7 +292,11 @@ def test_state_dict_of_a_model():
 @pytest.mark.parametrize(
     ("name", "value", "text"),
     [
-        ("weight_codes", torch.zeros(45, 85, dtype=torch.uint8), r"weight_codes must be uint8 \[45, 86\], got .*\[45, 85\]"),
+        (
+            "weight_codes",
+            torch.zeros(45, 85, dtype=torch.uint8),
+            r"weight_codes must be uint8 \[45, 86\], got .*\[45, 85\]",
+        ),
         ("weight_codes", torch.zeros(45, 86), "weight_codes must be uint8"),
         ("weight_scales", torch.zeros(45, 2).half(), r"scales must be .*\[45, 3\].* got torch.float16 \[45, 2\]"),
         ("weight_scales", torch.zeros(45, 3), "scales must be float16 or bfloat16"),

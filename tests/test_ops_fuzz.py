@@ -375,7 +375,7 @@ for end in (True, False):
         flat = guarded(torch.cat([torch.nn.functional.pad(x[:4], (0, 5)).flatten(), x[4]]), end)
         strided = flat.as_strided((5, case.k), (case.k + 5, 1))
         for level, reachable in ops.isa_levels().items():
-            if not reachable:
+            if not reachable or (level == "ref" and case.k > 200):
                 continue
             with ops.use_isa(level):
                 for compute in ("int8", "fp32"):

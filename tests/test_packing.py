@@ -8,7 +8,16 @@ from torch_cpullm import ops, packing
 from torch_cpullm.packing import PackedWeight, QuantizedWeight, dequantize, pack, unpack
 
 FORMS = [("sym", 4), ("zero", 4), ("minimum", 4), ("sym", 8)]
-SIZES = [(1, 1, 32), (1, 64, 32), (33, 31, 32), (31, 33, 64), (45, 172, 64), (64, 576, 128), (96, 160, 96), (40, 300, -1)]
+SIZES = [
+    (1, 1, 32),
+    (1, 64, 32),
+    (33, 31, 32),
+    (31, 33, 64),
+    (45, 172, 64),
+    (64, 576, 128),
+    (96, 160, 96),
+    (40, 300, -1),
+]
 
 
 def same(a, b):
@@ -148,7 +157,7 @@ def test_quantized_weight_checks(codes, scales, zeros, bits, group, text):
 
 def test_bits_is_an_integer():
     """4.0 == 4, but the operators take no float: better said here than by them."""
-    with pytest.raises(ValueError, match="bits must be 4 or 8, got 4.0"):
+    with pytest.raises(ValueError, match=r"bits must be 4 or 8, got 4\.0"):
         packing.check_bits(4.0)
 
 
@@ -281,5 +290,5 @@ def test_packed_weight_that_lies_about_itself():
             lambda w=lying: ops.embedding(torch.zeros(1, dtype=torch.int64), w, torch.float32),
             lambda w=lying: ops.linear(torch.zeros(1, w.k), w),
         ):
-            with pytest.raises(RuntimeError, match="cpullm::.* (codes|scales|n) must"):
+            with pytest.raises(RuntimeError, match=r"cpullm::.* (codes|scales|n) must"):
                 call()

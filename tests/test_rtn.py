@@ -246,7 +246,7 @@ def test_large_weights_within_the_scales_reach():
 def test_scale_overflow_is_an_error(bits, sym, search):
     w = torch.randn(3, 64, generator=generator(0))
     w[1, 40] = 1e9
-    with pytest.raises(ValueError, match="weight is too large: a group's scale overflows torch.float16"):
+    with pytest.raises(ValueError, match=r"weight is too large: a group's scale overflows torch\.float16"):
         quantize_rtn(w, bits, sym=sym, clip_search=search)
 
 

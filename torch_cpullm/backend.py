@@ -9,9 +9,10 @@ INFO.
 Two things that plain use of Dynamo gets wrong, and what is done here:
 
 * Dynamo reuses a graph for every module of the same structure. Weights baked into it are those of one model, so each
-  graph is tied by ID_MATCH guards to the weights it holds, and to the module whose forward was traced. The latter
-  makes torch count ``torch._dynamo.config.recompile_limit`` (8) per module and not per class: any number of models of
-  one architecture, or layers compiled one by one, up to ``accumulated_recompile_limit`` (256 graphs of one function).
+  graph is tied by ID_MATCH guards to the parameters it holds. One function may then need many graphs (all HuggingFace
+  models share the code of a decorator), more than ``torch._dynamo.config.recompile_limit`` (8) before torch goes back
+  to the float model without an error. So each graph of this backend raises that limit by one;
+  ``accumulated_recompile_limit`` (256 graphs of one function, at three or more per model) still holds.
 * ``torch.compile(model, ...).generate()`` runs the uncompiled model, since ``OptimizedModule`` hands out the wrapped
   model's method. Loading this module wraps ``OptimizedModule.__getattr__``, the only process-wide change: for modules
   compiled with this backend, and for the name ``generate``, the method runs with the compiled forward. Everything
@@ -35,8 +36,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.guards import GuardBuilder
-from torch._dynamo.source import AttrSource, LocalSource
-from torch._guards import Source, TracingContext
+from torch._dynamo.source import AttrSource
+from torch._guards import TracingContext
 
 from . import ops
 from .config import SCALE_DTYPES, Settings
@@ -65,6 +66,7 @@ def cpullm(gm: fx.GraphModule, example_inputs: list[Any], **kw: Any) -> Callable
     """
     settings, inductor = parse_options(**kw)
     ops.isa()
+    torch._dynamo.config.recompile_limit += 1  # see the module's docstring
     grad = torch.is_grad_enabled()  # Dynamo compiles again when that changes
     if grad:
         _warn_of_gradients()
@@ -72,13 +74,13 @@ def cpullm(gm: fx.GraphModule, example_inputs: list[Any], **kw: Any) -> Callable
     values = dict(zip(placeholders, example_inputs, strict=True))
     found, left = _find(gm.graph, values, settings)
     packed: list[tuple[list[_Linear], _Group]] = []
-    with torch.inference_mode(False), torch.no_grad():
+    with _plain_mode():
         for linears in _share_inputs(found):
             packed += _pack_all(linears, settings, left)
     groups = list(dict.fromkeys(group for _, group in packed))
     for linears, group in packed:
         _rewrite(gm, linears, group, f"_cpullm_{groups.index(group)}", settings.compute, inductor)
-    _add_guards(packed, values)
+    _add_guards(packed)
     _erase_unused(gm.graph, found)
     gm.recompile()
     _log_graph(packed, left)
@@ -168,18 +170,21 @@ def _find(
         linear = _match(node)
         if linear is None:
             continue
+        weight = values.get(linear.weight)
+        if node.target is not torch._C._nn.linear and not isinstance(weight, nn.Parameter):
+            continue  # a product of activations
         linear.name, owner = _owner(node)
         tied = any(getattr(user.target, "__name__", "") == "embedding" for user in linear.weight.users)
         head = tied or linear.name.rpartition(".")[2] in HEAD_NAMES
         bits = settings.head_bits if head else settings.bits
-        reason = _unsuitable(linear, values.get(linear.weight), owner)
+        reason = _unsuitable(linear, weight, owner)
         if not reason and (bits is None or not settings.converts(linear.name)):
             reason = "excluded by the options"
         if reason or bits is None:
-            left.setdefault(reason, []).append(linear.name or node.name)
+            left.setdefault(reason, []).append(linear.name)
             continue
         linear.bits = bits
-        linear.parameter = values[linear.weight]
+        linear.parameter = weight
         bias = values.get(linear.bias) if linear.bias is not None else None
         linear.bias_parameter = bias if type(bias) is nn.Parameter else None
         found.append(linear)
@@ -187,12 +192,12 @@ def _find(
 
 
 def _owner(node: fx.Node) -> tuple[str, type | None]:
-    """Dotted name and class of the module whose forward holds ``node``; ("", None) for the module that was compiled."""
+    """Dotted name and class of the module whose forward holds ``node``; (node's name, None) for the compiled module."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
-        return "", None
+        return node.name, None
     path, cls = list(stack.values())[-1]
-    return re.sub(r"^[A-Z]\['[^']*'\]\.?", "", path), cls if isinstance(cls, type) else None
+    return re.sub(r"^[A-Z]\['[^']*'\]\.?", "", path) or node.name, cls if isinstance(cls, type) else None
 
 
 def _unsuitable(linear: _Linear, weight: Any, owner: type | None) -> str:
@@ -250,7 +255,7 @@ class _Group:
         stamps = [_stamp(parameter) for parameter in parameters]
         if stamps == self.stamps:
             return
-        with torch.inference_mode(False), torch.no_grad():
+        with _plain_mode():
             count = len(self.linears)
             new = _pack(parameters[:count], self.transposed, self.bits, self.settings)
             for name in ("codes", "scales", "zeros"):
@@ -266,6 +271,13 @@ _groups: weakref.WeakValueDictionary[tuple, _Group] = weakref.WeakValueDictionar
 """(recipe, ids of the parameters) -> their group, which lives as long as a graph that uses it."""
 
 _lock = threading.RLock()
+
+
+@contextmanager
+def _plain_mode() -> Iterator[None]:
+    """For packing: tensors that may be written later, and no casts."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        yield
 
 
 def _stamp(parameter: Tensor) -> tuple[int, int]:
@@ -386,8 +398,8 @@ def _constant(gm: fx.GraphModule, name: str, tensor: Tensor | None, weight: fx.N
     return gm.graph.create_node("get_attr", name)
 
 
-def _add_guards(packed: list[tuple[list[_Linear], _Group]], values: dict[Any, Any]) -> None:
-    """Tie the graph to the very parameters it holds, and to the module it was traced from."""
+def _add_guards(packed: list[tuple[list[_Linear], _Group]]) -> None:
+    """Tie the graph to the very parameters it holds."""
     guards = TracingContext.get().guards_context.dynamo_guards
     for linears, _ in packed:
         held = [linear.weight for linear in linears]
@@ -395,31 +407,6 @@ def _add_guards(packed: list[tuple[list[_Linear], _Group]], values: dict[Any, An
             held += [linear.bias for linear in linears if linear.bias is not None]
         for node in held:
             guards.add(node._dynamo_source.make_guard(GuardBuilder.ID_MATCH))
-    roots = {}
-    for node, value in values.items():
-        root = _root_module(node._dynamo_source) if isinstance(value, Tensor) else None
-        if root is not None:
-            roots.setdefault(root.name, (root, value))
-    for root, value in roots.values():
-        guards.add(root.make_guard(GuardBuilder.ID_MATCH))
-        weakref.finalize(value, _allow_one_more_graph).atexit = False
-
-
-def _allow_one_more_graph() -> None:
-    """Called when a module is gone, once per graph: torch drops the graph, but counts it on against every module."""
-    torch._dynamo.config.recompile_limit += 1
-
-
-def _root_module(source: Source) -> Source | None:
-    """The local variable that holds the module at the root of ``source``, L['self'] as a rule."""
-    member = ""
-    while not isinstance(source, LocalSource):
-        member = getattr(source, "member", member)  # some links of the chain only mark what they hold
-        base = getattr(source, "base", None)
-        if base is None:
-            return None
-        source = base
-    return source if member in ("_modules", "_parameters", "_buffers") else None
 
 
 def _erase_unused(graph: fx.Graph, found: list[_Linear]) -> None:

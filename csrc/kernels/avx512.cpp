@@ -6,6 +6,7 @@
 //
 #include "linear_f32-inl.h"
 #include "lanes-inl.h"
+#include "limits-inl.h"
 #include "linear_i8-inl.h"
 //
 #include "weights-inl.h"
@@ -20,6 +21,8 @@ void use_avx512(Kernels& k) {
   k.linear_i8 = linear_i8;
   k.linear_f32 = linear_f32;
   k.quantize_weights = quantize_weights;
+  k.dot_peak = dot_peak;
+  k.read_memory = read_memory;
 }
 
 }  // namespace cpullm

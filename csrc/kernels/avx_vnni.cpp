@@ -5,6 +5,7 @@
 //
 #include "rows-inl.h"
 //
+#include "limits-inl.h"
 #include "linear_i8-inl.h"
 
 namespace cpullm {
@@ -12,6 +13,8 @@ namespace cpullm {
 void use_avx_vnni(Kernels& k) {
   k.tile_i8 = tile_rows_i8;
   k.linear_i8 = linear_i8;
+  k.dot_peak = dot_peak;
+  k.read_memory = read_memory;
 }
 
 }  // namespace cpullm

@@ -38,13 +38,15 @@ struct Rows {
 };
 
 // int8 activations: x[row, j] ~ (q - zero) * scale, scale and zero [row, j / kActBlock]. A block with inf or nan gets scale
-// nan. Rows are interleaved in tiles of `tile`: q is [ceil(m/tile), k_padded/4, tile, 4]; tile = 1 is plain row-major.
+// nan. Rows are interleaved in tiles of `tile` rows (1: plain row-major); the last tile may be short.
+// A segment is a run of inputs inside one weight group and one activation block; segments(..) counts them.
 struct QuantizedRows {
-  int8_t* q;       // -127..127; the block's zero where j >= k
-  float* scale;    // [m, blocks], blocks = ceil(k_padded / kActBlock)
-  int16_t* zero;   // [m, blocks], -127..127
-  int16_t* sums;   // [m, k_padded / kChunk]: sums of kChunk consecutive (q - zero)
+  int8_t* q;        // [tiles, k_padded/4, tile, 4], -127..127; the block's zero where j >= k
+  float* scale;     // [tiles, blocks, tile], blocks = ceil(k_padded / kActBlock)
+  int32_t* minus;   // [tiles, segments, tile]: int16 pair, low -sum (q - zero) over the segment, high -zero
   int64_t m, k_padded, blocks, tile;
+  int64_t group;    // of the weights to come
+  int64_t segments;
 };
 
 // fp32 activations, interleaved: x is [ceil(m/tile), k_padded, tile]; zero where j >= k.
@@ -74,6 +76,16 @@ struct Range {
   int64_t begin, end;
 };
 
+// Segments of the inputs [begin, end).
+static inline int64_t count_segments(int64_t begin, int64_t end, int64_t group) {
+  int64_t count = 0;
+  for (int64_t k = begin; k < end; ++count) {
+    const int64_t group_end = (k / group + 1) * group, block_end = (k / kActBlock + 1) * kActBlock;
+    k = group_end < block_end ? group_end : block_end;
+  }
+  return count;
+}
+
 struct Kernels {
   const char* isa;
   // Rows per tile for a product of m rows (1..kMaxTile).
@@ -88,6 +100,9 @@ struct Kernels {
   // Codes [k], scales and zeros [groups] of one finite row w [k]; the symmetric form leaves zeros alone.
   void (*quantize_weights)(const WeightRecipe& recipe, const void* w, Float type, uint8_t* codes, uint16_t* scales,
                            uint8_t* zeros, void* scratch);
+  // Limits of this level: see limits-inl.h.
+  int64_t (*dot_peak)(int64_t rounds, int32_t* sink);
+  int32_t (*read_memory)(const void* data, int64_t bytes);
   // out[k] = row `row` of W, exact.
   void (*dequantize_row)(const Weight& w, int64_t row, void* out, Float type);
 };

@@ -1,7 +1,7 @@
 // y[m, n] = x[m, k] W[n, k]^T with int8 activations, written once over Simd. Same chain as ref.cpp, bit for bit.
 //
 // One tile = R rows x 32 columns. Few rows read the packed nibbles directly: a panel is streamed from memory once per
-// tile of R <= kPackedRows. Many rows first unpack kBlockK inputs of the panel to bytes (32 KiB, stays in L1), then
+// tile of R <= kPackedRows. Many rows first unpack kBlockK inputs of the panel to bytes (16 KiB, stays in L1), then
 // run every tile of R <= kTileRows over it.
 // Registers at R = 14 on avx512: 28 accumulators, 2 vectors of codes, 1 broadcast = 31 of 32. The fp32 chains live in
 // memory (L1) and are touched once per segment.
@@ -14,28 +14,27 @@
 namespace cpullm {
 namespace {
 
-constexpr int64_t kBlockK = 1024;    // inputs unpacked at a time: a multiple of kActBlock
+constexpr int64_t kBlockK = 512;    // inputs unpacked at a time: a multiple of kActBlock
 
 enum class Codes { packed4, unpacked4, u8 };
 
-// What one tile needs to know. Pointers stand at the tile's first row and at the panel.
+// What one tile needs to know. Pointers stand at the tile's first row, the panel and k_begin.
 struct TileArgs {
-  const uint8_t* codes;    // block of input k_begin
-  const uint16_t* scales;  // [groups, 32] of the panel
-  const void* zeros;       // [groups, 32] of the panel
-  const int8_t* q;         // [.., tile, 4] at input k_begin
-  const float* x_scale;    // [rows, blocks]
-  const int16_t* x_zero;   // [rows, blocks]
-  const int32_t* sums_c;   // [chunks from k_begin, 32]: code sums of the unpacked forms
-  const int16_t* sums;     // [rows, chunks]
+  const uint8_t* codes;    // blocks
+  const int32_t* sums_c;   // [chunks, 32]: code sums, of the unpacked forms
+  const uint16_t* scales;  // [groups, 32] of the whole panel
+  const void* zeros;       // [groups, 32] of the whole panel
+  const int8_t* q;         // [.., tile, 4]
+  const float* x_scale;    // [blocks, tile]
+  const int32_t* minus;    // [segments, tile]
   float* y;                // [rows, 32] partial sums, read and written
-  int64_t k_begin, k_end, group, blocks, chunks, tile;
+  int64_t k_begin, k_end, group, tile;
   Zeros form;
   Float scale_type;
-  bool first;  // k_begin == 0: y starts at zero
 };
 
-template <int R, Codes kCodes>
+// kWhole: every activation block is one segment (the group is a multiple of kActBlock).
+template <int R, Codes kCodes, bool kWhole>
 void tile_i8(const TileArgs& a) {
   using S = Simd;
   using I = S::I;
@@ -43,29 +42,23 @@ void tile_i8(const TileArgs& a) {
   constexpr int H = S::kHalves;
   constexpr int64_t kBlockBytes = kCodes == Codes::packed4 ? 64 : 128;
   constexpr int kSymmetricZero = kCodes == Codes::u8 ? S::kBias8 : 8;
+  constexpr bool kSum = kCodes == Codes::packed4;  // sum the codes on the way: one more row, of ones
+  constexpr int N = R + (kSum ? 1 : 0);
   const uint8_t* codes = a.codes;
   const int8_t* q = a.q;
   const int64_t q_step = a.tile * kStep;
+  const float* x_scale = a.x_scale;
+  const int32_t* minus = a.minus;
   int64_t group = a.k_begin / a.group;
   int64_t group_end = (group + 1) * a.group;
   for (int64_t k = a.k_begin; k < a.k_end;) {
-    const int64_t block = k / kActBlock;
-    const int64_t block_end = min_of((block + 1) * kActBlock, a.k_end);
-    F sum[H][R][2];
-    for (int h = 0; h < H; ++h)
-      for (int r = 0; r < R; ++r) sum[h][r][0] = sum[h][r][1] = S::zero();
+    const int64_t block_begin = k;
+    const int64_t block_end = min_of((k / kActBlock + 1) * kActBlock, a.k_end);
+    F sum[H][R][2] = {};  // dead where kWhole keeps the chain in y
     while (k < block_end) {
-      const int64_t end = min_of(group_end, block_end);
-      int32_t total[R];  // sum of q - xz over the segment in the low half, xz in the high half
-      for (int r = 0; r < R; ++r) {
-        int32_t t = 0;
-        for (int64_t c = k / kChunk; c < end / kChunk; ++c) t += a.sums[r * a.chunks + c];
-        total[r] = int32_t(uint32_t(t & 0xffff) | uint32_t(a.x_zero[r * a.blocks + block]) << 16);
-      }
-      const int64_t at = group * kPanel;
+      const bool first = k == block_begin;
+      const int64_t end = kWhole ? block_end : min_of(group_end, block_end);
       for (int h = 0; h < H; ++h) {
-        constexpr bool kSum = kCodes == Codes::packed4;  // sum the codes on the way: one more row of ones
-        constexpr int N = R + (kSum ? 1 : 0);
         typename S::template Dot<kCodes == Codes::u8> dot[N][2];
         for (int r = 0; r < N; ++r) {
           dot[r][0].clear();
@@ -78,7 +71,7 @@ void tile_i8(const TileArgs& a) {
           for (int s = 0; s < 8; ++s) {
             I lo, hi;
             if (kCodes == Codes::packed4) {
-              if (R <= 4 && h == 0) _mm_prefetch(reinterpret_cast<const char*>(w) + 4096, _MM_HINT_T0);
+              if (h == 0) _mm_prefetch(reinterpret_cast<const char*>(w) + 4096, _MM_HINT_T0);
               S::load_packed4(w, h, lo, hi);
             } else {
               S::load_u8(w, h, lo, hi);
@@ -102,8 +95,8 @@ void tile_i8(const TileArgs& a) {
             dot[r][1].end_chunk();
           }
         }
-        const int64_t c0 = at + h * S::kLanes, c1 = c0 + 16;
-        I pair0, pair1;  // sum c in the high half, zero point in the low half
+        const int64_t c0 = group * kPanel + h * S::kLanes, c1 = c0 + 16;
+        I pair0, pair1;  // low: zero point, high: sum of codes
         if (kSum) {
           pair0 = dot[N - 1][0].result();
           pair1 = dot[N - 1][1].result();
@@ -125,71 +118,100 @@ void tile_i8(const TileArgs& a) {
           pair1 = S::ior(pair1, S::iset1(kSymmetricZero));
         }
         const F scale0 = load_scale(a.scales + c0, a.scale_type), scale1 = load_scale(a.scales + c1, a.scale_type);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-          const I t = S::iset1(total[r]);
-          const I acc0 = S::isub(dot[r][0].result(), S::madd16(pair0, t));
-          const I acc1 = S::isub(dot[r][1].result(), S::madd16(pair1, t));
-          sum[h][r][0] = S::fma(S::to_float(acc0), scale0, sum[h][r][0]);
-          sum[h][r][1] = S::fma(S::to_float(acc1), scale1, sum[h][r][1]);
-        }
         if (a.form == Zeros::minimum) {
           const uint16_t* minima = static_cast<const uint16_t*>(a.zeros);
           const F min0 = load_scale(minima + c0, a.scale_type), min1 = load_scale(minima + c1, a.scale_type);
 #pragma GCC unroll 16
           for (int r = 0; r < R; ++r) {
-            const F t = S::set1(float(int16_t(total[r])));
-            sum[h][r][0] = S::fma(min0, t, sum[h][r][0]);
-            sum[h][r][1] = S::fma(min1, t, sum[h][r][1]);
+            const F t = S::set1(-float(int16_t(minus[r])));
+            const F f0 = S::to_float(S::add_pairs(dot[r][0].result(), pair0, minus + r));
+            const F f1 = S::to_float(S::add_pairs(dot[r][1].result(), pair1, minus + r));
+            const F s0 = first ? S::mul(f0, scale0) : S::fma(f0, scale0, sum[h][r][0]);
+            const F s1 = first ? S::mul(f1, scale1) : S::fma(f1, scale1, sum[h][r][1]);
+            sum[h][r][0] = S::fma(min0, t, s0);
+            sum[h][r][1] = S::fma(min1, t, s1);
+          }
+        } else if (kWhole) {
+#pragma GCC unroll 16
+          for (int r = 0; r < R; ++r) {
+            const F s = S::set1(x_scale[r]);
+            float* y = a.y + r * kPanel + h * S::kLanes;
+            const F f0 = S::to_float(S::add_pairs(dot[r][0].result(), pair0, minus + r));
+            const F f1 = S::to_float(S::add_pairs(dot[r][1].result(), pair1, minus + r));
+            S::store(y, S::fma(S::mul(f0, scale0), s, S::load(y)));
+            S::store(y + 16, S::fma(S::mul(f1, scale1), s, S::load(y + 16)));
+          }
+        } else if (first) {
+#pragma GCC unroll 16
+          for (int r = 0; r < R; ++r) {
+            sum[h][r][0] = S::mul(S::to_float(S::add_pairs(dot[r][0].result(), pair0, minus + r)), scale0);
+            sum[h][r][1] = S::mul(S::to_float(S::add_pairs(dot[r][1].result(), pair1, minus + r)), scale1);
+          }
+        } else {
+#pragma GCC unroll 16
+          for (int r = 0; r < R; ++r) {
+            const F f0 = S::to_float(S::add_pairs(dot[r][0].result(), pair0, minus + r));
+            const F f1 = S::to_float(S::add_pairs(dot[r][1].result(), pair1, minus + r));
+            sum[h][r][0] = S::fma(f0, scale0, sum[h][r][0]);
+            sum[h][r][1] = S::fma(f1, scale1, sum[h][r][1]);
           }
         }
       }
       codes += (end - k) / kStep * kBlockBytes;
       q += (end - k) / kStep * q_step;
+      minus += a.tile;
       k = end;
       if (k == group_end) {
         ++group;
         group_end += a.group;
       }
     }
-    const bool start = a.first && block == 0;
-    for (int r = 0; r < R; ++r) {
-      const F s = S::set1(a.x_scale[r * a.blocks + block]);
-      for (int h = 0; h < H; ++h) {
-        for (int i = 0; i < 2; ++i) {
-          float* y = a.y + r * kPanel + h * S::kLanes + 16 * i;
-          S::store(y, S::fma(sum[h][r][i], s, start ? S::zero() : S::load(y)));
+    if (!kWhole || a.form == Zeros::minimum) {
+      for (int r = 0; r < R; ++r) {
+        const F s = S::set1(x_scale[r]);
+        for (int h = 0; h < H; ++h) {
+          for (int i = 0; i < 2; ++i) {
+            float* y = a.y + r * kPanel + h * S::kLanes + 16 * i;
+            S::store(y, S::fma(sum[h][r][i], s, S::load(y)));
+          }
         }
       }
+    }
+    x_scale += a.tile;
+  }
+}
+
+template <Codes kCodes, bool kWhole>
+void run_tile(int64_t rows, const TileArgs& a) {
+  switch (rows) {
+    case 1: return tile_i8<1, kCodes, kWhole>(a);
+    case 2: return tile_i8<2, kCodes, kWhole>(a);
+    case 3: return tile_i8<3, kCodes, kWhole>(a);
+    case 4: return tile_i8<4, kCodes, kWhole>(a);
+    default: break;
+  }
+  if constexpr (kCodes != Codes::packed4) {  // never more than kPackedRows
+    switch (rows) {
+      case 5: return tile_i8<5, kCodes, kWhole>(a);
+#if CPULLM_TILE_ROWS > 5
+      case 6: return tile_i8<6, kCodes, kWhole>(a);
+      case 7: return tile_i8<7, kCodes, kWhole>(a);
+      case 8: return tile_i8<8, kCodes, kWhole>(a);
+      case 9: return tile_i8<9, kCodes, kWhole>(a);
+      case 10: return tile_i8<10, kCodes, kWhole>(a);
+      case 11: return tile_i8<11, kCodes, kWhole>(a);
+      case 12: return tile_i8<12, kCodes, kWhole>(a);
+      case 13: return tile_i8<13, kCodes, kWhole>(a);
+      case 14: return tile_i8<14, kCodes, kWhole>(a);
+#endif
+      default: break;
     }
   }
 }
 
 template <Codes kCodes>
 void run_tile(int64_t rows, const TileArgs& a) {
-  switch (rows) {
-    case 1: return tile_i8<1, kCodes>(a);
-    case 2: return tile_i8<2, kCodes>(a);
-    case 3: return tile_i8<3, kCodes>(a);
-    case 4: return tile_i8<4, kCodes>(a);
-    default: break;
-  }
-  if (kCodes == Codes::packed4) return;  // never more than kPackedRows
-  switch (rows) {
-    case 5: return tile_i8<5, kCodes>(a);
-#if CPULLM_TILE_ROWS > 5
-    case 6: return tile_i8<6, kCodes>(a);
-    case 7: return tile_i8<7, kCodes>(a);
-    case 8: return tile_i8<8, kCodes>(a);
-    case 9: return tile_i8<9, kCodes>(a);
-    case 10: return tile_i8<10, kCodes>(a);
-    case 11: return tile_i8<11, kCodes>(a);
-    case 12: return tile_i8<12, kCodes>(a);
-    case 13: return tile_i8<13, kCodes>(a);
-    case 14: return tile_i8<14, kCodes>(a);
-#endif
-    default: return;
-  }
+  a.group % kActBlock == 0 ? run_tile<kCodes, true>(rows, a) : run_tile<kCodes, false>(rows, a);
 }
 
 // Codes of one K block of a panel to bytes (4 bits; 8-bit codes are bytes already), and their sums per chunk and column.
@@ -239,9 +261,8 @@ void linear_i8(const Weight& w, const QuantizedRows& x, const Output& out, Range
   // Few rows on a wide level go through the whole of k at once: nothing is unpacked, the stream must not pause.
   const int64_t block_k = unpack || w.bits == 8 || Simd::kHalves > 1 ? kBlockK : w.k_padded;
   TileArgs a;
+  a.sums_c = sums_c;
   a.group = w.group;
-  a.blocks = x.blocks;
-  a.chunks = x.k_padded / kChunk;
   a.tile = x.tile;
   a.form = w.form;
   a.scale_type = w.scale_type;
@@ -254,12 +275,12 @@ void linear_i8(const Weight& w, const QuantizedRows& x, const Output& out, Range
                                          : nullptr;
     for (int64_t row0 = 0; row0 < x.m; row0 += block_rows) {
       const int64_t row_end = min_of(row0 + block_rows, x.m);
+      memset(partial, 0, size_t(row_end - row0) * kPanel * sizeof(float));
+      int64_t segment = 0;
       for (int64_t k0 = 0; k0 < w.k_padded; k0 += block_k) {
         a.k_begin = k0;
         a.k_end = min_of(k0 + block_k, w.k_padded);
-        a.first = k0 == 0;
         a.codes = panel_codes + k0 / kStep * block_bytes;
-        a.sums_c = sums_c;
         if (unpack) {
           prepare_block<Codes::unpacked4>(a.codes, a.k_end - k0, bytes, sums_c);
           a.codes = bytes;
@@ -268,9 +289,8 @@ void linear_i8(const Weight& w, const QuantizedRows& x, const Output& out, Range
         }
         for (int64_t r = row0; r < row_end; r += x.tile) {
           a.q = x.q + r * x.k_padded + k0 * x.tile;
-          a.x_scale = x.scale + r * x.blocks;
-          a.x_zero = x.zero + r * x.blocks;
-          a.sums = x.sums + r * a.chunks;
+          a.x_scale = x.scale + r * x.blocks + k0 / kActBlock * x.tile;
+          a.minus = x.minus + r * x.segments + segment * x.tile;
           a.y = partial + (r - row0) * kPanel;
           const int64_t rows = min_of(x.tile, x.m - r);
           if (w.bits == 8) {
@@ -281,6 +301,7 @@ void linear_i8(const Weight& w, const QuantizedRows& x, const Output& out, Range
             run_tile<Codes::packed4>(rows, a);
           }
         }
+        segment += count_segments(k0, a.k_end, w.group);
       }
       for (int64_t r = row0; r < row_end; ++r) store_panel(out, w.n, r, panel, partial + (r - row0) * kPanel);
     }

@@ -102,33 +102,40 @@ BlockParams block_params(float low, float high, bool finite) {
   return {scale, inverse, int(__builtin_nearbyintf(-127.0f - low * inverse))};
 }
 
+int32_t int16_pair(int low, int high) { return int32_t((uint32_t(low) & 0xffffu) | uint32_t(high) << 16); }
+
 void quantize_rows(const Rows& in, const QuantizedRows& out, Range rows) {
-  const int64_t chunks = out.k_padded / kChunk;
   const auto at = [&](int64_t r, int64_t j) {
     return load_float(in.x, r * in.stride + (in.order ? in.order[j] : j), in.type);
   };
   for (int64_t r = rows.begin; r < rows.end; ++r) {
-    int8_t* tile = out.q + (r / out.tile) * out.tile * out.k_padded + (r % out.tile) * kStep;
-    for (int64_t c = 0; c < chunks; ++c) out.sums[r * chunks + c] = 0;
+    const int64_t tile = r / out.tile, lane = r % out.tile;
+    int8_t* to = out.q + tile * out.tile * out.k_padded + lane * kStep;
+    int32_t* minus = out.minus + tile * out.segments * out.tile + lane;
     for (int64_t b = 0; b < out.blocks; ++b) {
-      const int64_t end = min64((b + 1) * kActBlock, out.k_padded);
+      const int64_t begin = b * kActBlock, end = min64(begin + kActBlock, out.k_padded);
       float low = 0.0f, high = 0.0f;
       bool finite = true;
-      for (int64_t j = b * kActBlock; j < min64(end, in.k); ++j) {
+      for (int64_t j = begin; j < min64(end, in.k); ++j) {
         const float v = at(r, j);
         finite = finite && (float_to_bits(v) & 0x7fffffffu) < 0x7f800000u;
         low = v < low ? v : low;
         high = v > high ? v : high;
       }
       const BlockParams p = block_params(low, high, finite);
-      out.scale[r * out.blocks + b] = p.scale;
-      out.zero[r * out.blocks + b] = int16_t(p.zero);
-      for (int64_t j = b * kActBlock; j < end; ++j) {
-        int q = p.zero;
-        if (j < in.k && p.inverse != 0.0f) q += int(__builtin_nearbyintf(at(r, j) * p.inverse));
-        q = q < -127 ? -127 : q > 127 ? 127 : q;
-        tile[(j / kStep) * out.tile * kStep + j % kStep] = int8_t(q);
-        out.sums[r * chunks + j / kChunk] = int16_t(out.sums[r * chunks + j / kChunk] + q - p.zero);
+      out.scale[(tile * out.blocks + b) * out.tile + lane] = p.scale;
+      for (int64_t j = begin; j < end;) {
+        const int64_t segment_end = min64((j / out.group + 1) * out.group, end);
+        int sum = 0;
+        for (; j < segment_end; ++j) {
+          int q = p.zero;
+          if (j < in.k && p.inverse != 0.0f) q += int(__builtin_nearbyintf(at(r, j) * p.inverse));
+          q = q < -127 ? -127 : q > 127 ? 127 : q;
+          to[(j / kStep) * out.tile * kStep + j % kStep] = int8_t(q);
+          sum += q - p.zero;
+        }
+        *minus = int16_pair(-sum, -p.zero);
+        minus += out.tile;
       }
     }
   }
@@ -145,27 +152,27 @@ void load_rows(const Rows& in, const FloatRows& out, Range rows) {
 }
 
 void linear_i8(const Weight& w, const QuantizedRows& x, const Output& out, Range panels, void*) {
-  const int64_t chunks = x.k_padded / kChunk;
   const int64_t col_end = min64(panels.end * kPanel, w.n);
   for (int64_t r = 0; r < x.m; ++r) {
-    const int8_t* tile = x.q + (r / x.tile) * x.tile * x.k_padded + (r % x.tile) * kStep;
+    const int64_t tile = r / x.tile, lane = r % x.tile;
+    const int8_t* q = x.q + tile * x.tile * x.k_padded + lane * kStep;
     for (int64_t col = panels.begin * kPanel; col < col_end; ++col) {
       float y = 0.0f;
+      const int32_t* minus = x.minus + tile * x.segments * x.tile + lane;
       for (int64_t b = 0; b < x.blocks; ++b) {
         float block = 0.0f;
         const int64_t block_end = min64((b + 1) * kActBlock, w.k_padded);
-        for (int64_t j = b * kActBlock; j < block_end;) {
+        for (int64_t j = b * kActBlock; j < block_end; minus += x.tile) {
           const int64_t g = j / w.group;
           const int64_t end = min64((g + 1) * w.group, block_end);
           const GroupParams p = group_params(w, col, g);
-          const int x_zero = x.zero[r * x.blocks + b];
-          int32_t acc = 0, sum = 0;
-          for (int64_t c = j / kChunk; c < end / kChunk; ++c) sum += x.sums[r * chunks + c];
-          for (; j < end; ++j) acc += (tile[(j / kStep) * x.tile * kStep + j % kStep] - x_zero) * code_at(w, col, j);
+          const int sum = -int16_t(*minus & 0xffff), x_zero = -(*minus >> 16);
+          int32_t acc = 0;
+          for (; j < end; ++j) acc += (q[(j / kStep) * x.tile * kStep + j % kStep] - x_zero) * code_at(w, col, j);
           block = __builtin_fmaf(float(acc - p.zero * sum), p.scale, block);
           if (w.form == Zeros::minimum) block = __builtin_fmaf(p.minimum, float(sum), block);
         }
-        y = __builtin_fmaf(block, x.scale[r * x.blocks + b], y);
+        y = __builtin_fmaf(block, x.scale[(tile * x.blocks + b) * x.tile + lane], y);
       }
       store_float(out.y, r * out.stride + col, out.type, out.bias ? y + out.bias[col] : y);
     }
@@ -195,11 +202,26 @@ void dequantize_row(const Weight& w, int64_t row, void* out, Float type) {
   for (int64_t j = 0; j < w.k; ++j) store_float(out, j, type, weight_at(w, row, j));
 }
 
+int64_t dot_peak(int64_t rounds, int32_t* sink) {
+  volatile int8_t a = 3, b = 5;
+  int32_t sum = 0;
+  for (int64_t i = 0; i < rounds; ++i) sum += a * b;
+  *sink = sum;
+  return 2 * rounds;
+}
+
+int32_t read_memory(const void* data, int64_t bytes) {
+  const uint32_t* p = static_cast<const uint32_t*>(data);
+  uint32_t sum = 0;
+  for (int64_t i = 0; i < bytes / 4; ++i) sum += p[i];
+  return int32_t(sum);
+}
+
 }  // namespace
 
 void use_ref(Kernels& k) {
   k = {"ref", one_row, one_row, quantize_rows, load_rows, linear_i8, linear_f32,
-       quantize_weights, dequantize_row};
+       quantize_weights, dot_peak, read_memory, dequantize_row};
 }
 
 }  // namespace cpullm

@@ -43,12 +43,13 @@ static inline const char* row_address(const Rows& in, int64_t r) {
 [[maybe_unused]] void quantize_rows(const Rows& in, const QuantizedRows& out, Range rows) {
   using S = Simd;
   constexpr int kVecs = int(kChunk) / S::kLanes;
-  const int64_t chunks = out.k_padded / kChunk;
   alignas(64) float v[kActBlock];
   alignas(64) int8_t q[kActBlock];
+  int32_t sums[kActBlock / kChunk];  // of q - zero
   for (int64_t r = rows.begin; r < rows.end; ++r) {
     const char* row = row_address(in, r);
-    int8_t* tile = out.q + (r / out.tile) * out.tile * out.k_padded + (r % out.tile) * kStep;
+    const int64_t tile = r / out.tile, lane = r % out.tile;
+    int32_t* minus = out.minus + tile * out.segments * out.tile + lane;
     for (int64_t b = 0; b < out.blocks; ++b) {
       const int64_t j0 = b * kActBlock;
       const int64_t width = min_of(kActBlock, out.k_padded - j0);
@@ -69,27 +70,30 @@ static inline const char* row_address(const Rows& in, int64_t r) {
       const bool usable = finite && scale >= 0x1p-100f;
       const float inverse = usable ? 1.0f / scale : 0.0f;
       const int zero = usable ? _mm_cvtss_si32(_mm_set_ss(-127.0f - least * inverse)) : 0;
-      out.scale[r * out.blocks + b] = usable ? scale : finite ? 0.0f : bits_to_float(0x7fc00000u);
-      out.zero[r * out.blocks + b] = int16_t(zero);
-      if (!usable) {
-        memset(q, 0, size_t(width));
-        for (int64_t j = 0; j < width; j += kChunk) out.sums[r * chunks + (j0 + j) / kChunk] = 0;
-      } else {
-        const S::F inverses = S::set1(inverse);
-        const S::I zeros = S::iset1(zero), least_q = S::iset1(-127), most_q = S::iset1(127);
-        for (int64_t j = 0; j < width; j += kChunk) {
-          S::I sum = S::izero();
-          for (int i = 0; i < kVecs; ++i) {
-            const int64_t at = j + i * S::kLanes;
-            S::I n = S::iadd(S::round(S::mul(S::load(v + at), inverses)), zeros);
-            n = S::imin(S::imax(n, least_q), most_q);
-            sum = S::iadd(sum, n);
-            S::store_i8(q + at, n);
-          }
-          out.sums[r * chunks + (j0 + j) / kChunk] = int16_t(S::reduce_add(sum) - int(kChunk) * zero);
+      out.scale[(tile * out.blocks + b) * out.tile + lane] =
+          usable ? scale : finite ? 0.0f : bits_to_float(0x7fc00000u);
+      if (!usable) memset(v, 0, sizeof v);
+      const S::F inverses = S::set1(inverse);
+      const S::I zeros = S::iset1(zero), least_q = S::iset1(-127), most_q = S::iset1(127);
+      for (int64_t j = 0; j < width; j += kChunk) {
+        S::I sum = S::izero();
+        for (int i = 0; i < kVecs; ++i) {
+          const int64_t at = j + i * S::kLanes;
+          S::I n = S::iadd(S::round(S::mul(S::load(v + at), inverses)), zeros);
+          n = S::imin(S::imax(n, least_q), most_q);
+          sum = S::iadd(sum, n);
+          S::store_i8(q + at, n);
         }
+        sums[j / kChunk] = S::reduce_add(sum) - int(kChunk) * zero;
       }
-      int8_t* to = tile + j0 * out.tile;
+      for (int64_t j = 0; j < width;) {
+        const int64_t end = min_of(((j0 + j) / out.group + 1) * out.group - j0, width);
+        int32_t sum = 0;
+        for (; j < end; j += kChunk) sum += sums[j / kChunk];
+        *minus = int32_t((uint32_t(-sum) & 0xffffu) | uint32_t(-zero) << 16);
+        minus += out.tile;
+      }
+      int8_t* to = out.q + tile * out.tile * out.k_padded + j0 * out.tile + lane * kStep;
       if (out.tile == 1) {
         memcpy(to, q, size_t(width));
       } else {

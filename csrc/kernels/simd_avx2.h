@@ -29,7 +29,10 @@ struct Simd {
   static I iset1(int32_t v) { return _mm256_set1_epi32(v); }
   static I iadd(I a, I b) { return _mm256_add_epi32(a, b); }
   static I isub(I a, I b) { return _mm256_sub_epi32(a, b); }
-  static I madd16(I a, I b) { return _mm256_madd_epi16(a, b); }
+  // acc + the int16 pairs of `pair` times the pair at p.
+  static I add_pairs(I acc, I pair, const int32_t* p) {
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pair, _mm256_set1_epi32(*p)));
+  }
   static I max_u32(I a, I b) { return _mm256_max_epu32(a, b); }
   static I magnitude(F v) { return _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff)); }
   static F min(F a, F b) { return _mm256_min_ps(a, b); }

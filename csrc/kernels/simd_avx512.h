@@ -1,8 +1,9 @@
 // Vector vocabulary of the avx512 level (AVX-512 F/BW/DQ/VL + VNNI). See linear_i8-inl.h for how it is used.
 #pragma once
 
-// GCC 12's own intrinsics trip this warning.
+// GCC 12 trips over its own intrinsics here.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 
 #include <immintrin.h>
 
@@ -33,7 +34,8 @@ struct Simd {
   static I iset1(int32_t v) { return _mm512_set1_epi32(v); }
   static I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
   static I isub(I a, I b) { return _mm512_sub_epi32(a, b); }
-  static I madd16(I a, I b) { return _mm512_madd_epi16(a, b); }
+  // acc + the int16 pairs of `pair` times the pair at p.
+  static I add_pairs(I acc, I pair, const int32_t* p) { return _mm512_dpwssd_epi32(acc, pair, _mm512_set1_epi32(*p)); }
   static I max_u32(I a, I b) { return _mm512_max_epu32(a, b); }
   static I magnitude(F v) { return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)); }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }

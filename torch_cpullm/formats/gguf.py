@@ -34,6 +34,7 @@ from .gguf_reader import GgufFile, GgufTensor, ggml_type_name
 __all__ = ["load_gguf", "quantized_weight"]
 
 _FLOAT_TYPES = (0, 1, 30)  # F32, F16, BF16
+_MAX_BUFFER_BYTES = 1 << 30  # RoPE frequencies, factors and masks; they are kilobytes in any real model
 
 
 def load_gguf(
@@ -235,6 +236,9 @@ def _fill_buffers(file: GgufFile, model: Any) -> None:
     transformers' `_init_weights` sets all of them, since its own loader starts from meta tensors too. It runs once on
     zeros and once on ones; a buffer that then differs was not set. Parameters are marked as done, so it skips them.
     """
+    size_bytes = sum(buffer.nbytes for buffer in model.buffers())
+    if size_bytes > _MAX_BUFFER_BYTES:
+        raise ValueError(f"{file.path}: its metadata asks for {size_bytes} bytes of buffers")
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
     for name, module in model.named_modules():

@@ -237,7 +237,7 @@ def _complete(file: GgufFile, arch: str, config: dict[str, Any]) -> None:
         if word not in config and f"{arch}.{key}" in metadata:
             config[word] = metadata[f"{arch}.{key}"]
     if "position_embd.weight" in file.tensors and "n_ctx" in config:  # GPT-2: the context is a table of its own
-        config["n_positions"] = config["n_ctx"]
+        config["n_positions"] = file.tensors["position_embd.weight"].shape[0]
     if "rope_scaling" not in config and (scaling := _rope_scaling(file, arch, config, rotary_dim or head_dim)):
         config["rope_scaling"] = scaling
 
