@@ -228,16 +228,18 @@ void parallel(int64_t count, int64_t work_each, const F& f) {
   }
 }
 
-QuantizedRows quantize(const Kernels& table, const Rows& rows, int64_t tile, int64_t group) {
+QuantizedRows quantize(const Kernels& table, const Rows& rows, TileShape shape, int64_t group) {
+  const int64_t tile = shape.tile;
   QuantizedRows q;
   q.m = rows.m;
   q.k_padded = (rows.k + kChunk - 1) / kChunk * kChunk;
   q.blocks = (q.k_padded + kActBlock - 1) / kActBlock;
   q.tile = tile;
+  q.unit = shape.unit;
   q.group = group;
   q.segments = count_segments(0, q.k_padded, group);
   const int64_t tiles = (rows.m + tile - 1) / tile;
-  q.q = rows_buffer.get<int8_t>(tiles * tile * q.k_padded);
+  q.q = rows_buffer.get<int8_t>(tiles * tile * ((q.k_padded + q.unit - 1) / q.unit * q.unit));
   q.scale = scale_buffer.get<float>(tiles * tile * q.blocks);
   q.minus = minus_buffer.get<int32_t>(tiles * tile * q.segments);
   parallel(tiles, 8 * tile * q.k_padded, [&](int64_t begin, int64_t end) {
@@ -290,7 +292,7 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const 
 std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_activations(const Tensor& x) {
   std::optional<Tensor> holder;
   const Rows rows = check_rows("cpullm::quantize_activations", x, holder);
-  const QuantizedRows q = quantize(kernels(), rows, 1, kChunk);  // plain rows, one segment per chunk
+  const QuantizedRows q = quantize(kernels(), rows, {1, kStep}, kChunk);  // plain rows, one segment per chunk
   const int64_t q_size[] = {q.m, q.k_padded}, s_size[] = {q.m, q.blocks}, t_size[] = {q.m, q.segments};
   Tensor values = empty_cpu(q_size, 2, ScalarType::Char), scale = empty_cpu(s_size, 2, ScalarType::Float),
          zero = empty_cpu(s_size, 2, ScalarType::Short), sums = empty_cpu(t_size, 2, ScalarType::Short);

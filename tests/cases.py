@@ -4,6 +4,7 @@ Sizes stand around the edges of what kernels work in: panels of 32 columns, bloc
 activation blocks of 128 inputs, 1,024 inputs unpacked at a time, tiles of at most 16 rows.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +85,17 @@ CASES = [
     Case("8 bits, group 96, one chunk past 1,024 inputs", 33, 1056, 96, bits=8, bias=F32),
     Case("8 bits per channel", 64, 384, -1, bits=8),
 ]
+
+
+@contextmanager
+def one_thread():
+    """For oracles: their many small steps wait for each other's threads on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def generator(seed):

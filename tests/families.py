@@ -63,7 +63,8 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
             values = torch.randn(parameter.shape, generator=generator)
             module = model.get_submodule(name.rpartition(".")[0])
             if parameter.dim() < 2:
-                values = 0.2 * values if name.endswith("bias") else 1 + 0.3 * values
+                gain = 0.0 if "Gemma" in type(module).__name__ else 1.0  # Gemma's norms add the one themselves
+                values = 0.2 * values if name.endswith("bias") else gain + 0.3 * values
             elif isinstance(module, nn.Embedding):
                 values *= 0.3
             else:

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import weakref
 
 import pytest
@@ -41,14 +42,15 @@ GREEDY = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 0}
 
 
 @pytest.fixture(autouse=True)
-def _no_silent_fallback():
+def _no_silent_fallback(monkeypatch):
     """Every test starts without compiled code, and fails where Dynamo would give up compiling, which it would soon.
 
     One thread: the tensors are tiny, and two wait for each other on a busy machine.
     """
     torch._dynamo.reset()
     torch.set_num_threads(1)
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=3), torch.no_grad():
+    monkeypatch.setattr(torch._dynamo.config._config["recompile_limit"], "default", 2)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True), torch.no_grad():
         yield
     torch._dynamo.reset()
 
@@ -327,6 +329,23 @@ def test_packed_weights_go_with_the_model():
         assert group() is None
 
 
+def test_threads_see_the_raised_limit():
+    models, results = [Fork() for _ in range(4)], []
+    x = torch.randn(2, 64)
+
+    def run(model):
+        with torch.no_grad():
+            model.compile(backend="cpullm", options=FP32)
+            results.append(model(x))
+
+    for model in models:
+        thread = threading.Thread(target=run, args=[model])
+        thread.start()
+        thread.join()
+    for model, result in zip(models, results, strict=True):
+        check(result, reference(model)(x))
+
+
 def test_graphs_share_packed_weights():
     model = Fork()
     model.compile(backend="cpullm", options=FP32)
@@ -416,6 +435,9 @@ def test_outputs_have_no_gradient(caplog):
     with torch.enable_grad():
         assert not model(x).requires_grad
         assert not model(x[:2]).requires_grad
+        model = tiny()  # its graph switches the grad mode
+        model.compile(backend="cpullm")
+        assert not model(tokens()).logits.requires_grad
     assert caplog.text.count("is for inference") == 1
 
 

@@ -19,7 +19,7 @@ from torch_cpullm.linear import PackedEmbedding, PackedLinear
 from torch_cpullm.packing import dequantize
 
 PROMPT, STEPS = 9, 16
-TOLERANCE = 1e-3  # of the largest logit of a step
+TOLERANCE = 1e-4  # of the largest logit of a step; 1e-3 is what the package promises
 BY_NAME = {family.name: family for family in FAMILIES}
 every_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 
@@ -142,7 +142,8 @@ def test_packed_weights_are_near_the_float_ones(family):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_every_kernel_level(name, isa):
+def test_every_kernel_level_and_two_threads(name, isa):
+    torch.set_num_threads(2)
     c = case(BY_NAME[name])
     want = teacher_forced(c.reference, c.tokens)
     assert float(relative_errors(teacher_forced(c.exact, c.tokens), want).max()) <= TOLERANCE

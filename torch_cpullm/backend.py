@@ -11,12 +11,12 @@ Two things that plain use of Dynamo gets wrong, and what is done here:
 * Dynamo reuses a graph for every module of the same structure. Weights baked into it are those of one model, so each
   graph is tied by ID_MATCH guards to the parameters it holds. One function may then need many graphs (all HuggingFace
   models share the code of a decorator), more than ``torch._dynamo.config.recompile_limit`` (8) before torch goes back
-  to the float model without an error. So each graph of this backend raises that limit by one;
-  ``accumulated_recompile_limit`` (256 graphs of one function, at three or more per model) still holds.
+  to the float model without an error. So each graph of this backend raises the default of that limit by one. A limit
+  that you set yourself is kept, and so is ``accumulated_recompile_limit``: 256 graphs of one function, at three or more
+  per model, or per layer where layers are compiled one by one.
 * ``torch.compile(model, ...).generate()`` runs the uncompiled model, since ``OptimizedModule`` hands out the wrapped
-  model's method. Loading this module wraps ``OptimizedModule.__getattr__``, the only process-wide change: for modules
-  compiled with this backend, and for the name ``generate``, the method runs with the compiled forward. Everything
-  else is passed on.
+  model's method. Loading this module wraps ``OptimizedModule.__getattr__``, for the whole process: the method
+  ``generate`` of a module compiled with this backend runs with the compiled forward. Everything else is passed on.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def cpullm(gm: fx.GraphModule, example_inputs: list[Any], **kw: Any) -> Callable
     """
     settings, inductor = parse_options(**kw)
     ops.isa()
-    torch._dynamo.config.recompile_limit += 1  # see the module's docstring
+    _raise_recompile_limit()
     grad = torch.is_grad_enabled()  # Dynamo compiles again when that changes
     if grad:
         _warn_of_gradients()
@@ -108,6 +108,11 @@ def parse_options(mode: str | None = None, options: dict[str, Any] | None = None
         names = ", ".join(map(repr, unknown))
         raise ValueError(f"options of the backend 'cpullm' are inductor, {', '.join(known)}; got {names}")
     return Settings(**values), inductor
+
+
+def _raise_recompile_limit() -> None:
+    """One graph more for every thread: see the module's docstring. (What a thread sets itself, others do not see.)"""
+    torch._dynamo.config._config["recompile_limit"].default += 1
 
 
 @functools.cache
@@ -410,7 +415,12 @@ def _add_guards(packed: list[tuple[list[_Linear], _Group]]) -> None:
 
 
 def _erase_unused(graph: fx.Graph, found: list[_Linear]) -> None:
-    """Drop the parameters that only packed linears used: Dynamo then passes them no more."""
+    """Drop the parameters that only packed linears used (Dynamo then passes them no more) and switches of the grad mode.
+
+    The graph runs without gradients from begin to end.
+    """
+    for node in graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled):
+        graph.erase_node(node)
     for node in {
         node: None for linear in found for node in (linear.view, linear.weight, linear.bias) if node is not None
     }:

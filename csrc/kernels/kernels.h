@@ -38,15 +38,21 @@ struct Rows {
 };
 
 // int8 activations: x[row, j] ~ (q - zero) * scale, scale and zero [row, j / kActBlock]. A block with inf or nan gets scale
-// nan. Rows are interleaved in tiles of `tile` rows (1: plain row-major); the last tile may be short.
+// nan. Rows are interleaved in tiles of `tile` rows, `unit` inputs at a time (tile 1: plain row-major); the last tile may be
+// short: its missing rows exist in memory, uninitialised.
 // A segment is a run of inputs inside one weight group and one activation block; segments(..) counts them.
 struct QuantizedRows {
-  int8_t* q;        // [tiles, k_padded/4, tile, 4], -127..127; the block's zero where j >= k
+  int8_t* q;        // [tiles, ceil(k_padded/unit), tile, unit], -127..127; the block's zero where k <= j < k_padded
   float* scale;     // [tiles, blocks, tile], blocks = ceil(k_padded / kActBlock)
   int32_t* minus;   // [tiles, segments, tile]: int16 pair, low -sum (q - zero) over the segment, high -zero
-  int64_t m, k_padded, blocks, tile;
+  int64_t m, k_padded, blocks, tile, unit;
   int64_t group;    // of the weights to come
   int64_t segments;
+};
+
+// How a level wants the rows of a product interleaved: 1..kMaxTile rows, kStep or 64 inputs at a time.
+struct TileShape {
+  int64_t tile, unit;
 };
 
 // fp32 activations, interleaved: x is [ceil(m/tile), k_padded, tile]; zero where j >= k.
@@ -88,8 +94,8 @@ static inline int64_t count_segments(int64_t begin, int64_t end, int64_t group) 
 
 struct Kernels {
   const char* isa;
-  // Rows per tile for a product of m rows (1..kMaxTile).
-  int64_t (*tile_i8)(int64_t m);
+  // The interleaving for a product of m rows; fp32 rows have unit 1.
+  TileShape (*tile_i8)(int64_t m);
   int64_t (*tile_f32)(int64_t m);
   // Fills the tiles that hold rows [rows.begin, rows.end); begin is a multiple of tile.
   void (*quantize_rows)(const Rows& in, const QuantizedRows& out, Range rows);
@@ -108,7 +114,7 @@ struct Kernels {
 };
 
 // Bytes of private memory a linear kernel may use: unpacked codes of one K block and partial sums of one row block.
-constexpr int64_t kScratchBytes = 64 * 1024 + 512 * kPanel * 4 + 4096;
+constexpr int64_t kScratchBytes = 64 * 1024 + 512 * kPanel * 4 + 16 * 1024;
 
 // Levels fill the table from the slowest to the fastest; each overwrites what it does better.
 void use_ref(Kernels& k);

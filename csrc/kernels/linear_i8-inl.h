@@ -249,9 +249,11 @@ void prepare_block(const uint8_t* codes, int64_t k, uint8_t* bytes, int32_t* sum
 // Up to this many rows read the packed codes directly, in tiles of at most kPackedRows.
 constexpr int64_t kDirectRows = 2 * Simd::kPackedRows;
 
-int64_t tile_rows_i8(int64_t m) { return even_tile(m, m <= kDirectRows ? Simd::kPackedRows : Simd::kTileRows); }
+TileShape tile_rows_i8(int64_t m) {
+  return {even_tile(m, m <= kDirectRows ? Simd::kPackedRows : Simd::kTileRows), kStep};
+}
 
-void linear_i8(const Weight& w, const QuantizedRows& x, const Output& out, Range panels, void* scratch) {
+[[maybe_unused]] void linear_i8(const Weight& w, const QuantizedRows& x, const Output& out, Range panels, void* scratch) {
   const bool unpack = w.bits == 4 && x.m > kDirectRows;
   uint8_t* bytes = static_cast<uint8_t*>(scratch);
   int32_t* sums_c = reinterpret_cast<int32_t*>(bytes + 32 * kBlockK);

@@ -62,6 +62,8 @@ namespace {
 
 int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
+TileShape plain_rows(int64_t) { return {1, kStep}; }
+
 int64_t one_row(int64_t) { return 1; }
 
 int code_at(const Weight& w, int64_t col, int64_t j) {
@@ -110,7 +112,8 @@ void quantize_rows(const Rows& in, const QuantizedRows& out, Range rows) {
   };
   for (int64_t r = rows.begin; r < rows.end; ++r) {
     const int64_t tile = r / out.tile, lane = r % out.tile;
-    int8_t* to = out.q + tile * out.tile * out.k_padded + lane * kStep;
+    const int64_t units = (out.k_padded + out.unit - 1) / out.unit;
+    int8_t* to = out.q + (tile * units * out.tile + lane) * out.unit;
     int32_t* minus = out.minus + tile * out.segments * out.tile + lane;
     for (int64_t b = 0; b < out.blocks; ++b) {
       const int64_t begin = b * kActBlock, end = min64(begin + kActBlock, out.k_padded);
@@ -131,7 +134,7 @@ void quantize_rows(const Rows& in, const QuantizedRows& out, Range rows) {
           int q = p.zero;
           if (j < in.k && p.inverse != 0.0f) q += int(__builtin_nearbyintf(at(r, j) * p.inverse));
           q = q < -127 ? -127 : q > 127 ? 127 : q;
-          to[(j / kStep) * out.tile * kStep + j % kStep] = int8_t(q);
+          to[(j / out.unit) * out.tile * out.unit + j % out.unit] = int8_t(q);
           sum += q - p.zero;
         }
         *minus = int16_pair(-sum, -p.zero);
@@ -220,7 +223,7 @@ int32_t read_memory(const void* data, int64_t bytes) {
 }  // namespace
 
 void use_ref(Kernels& k) {
-  k = {"ref", one_row, one_row, quantize_rows, load_rows, linear_i8, linear_f32,
+  k = {"ref", plain_rows, one_row, quantize_rows, load_rows, linear_i8, linear_f32,
        quantize_weights, dot_peak, read_memory, dequantize_row};
 }
 

@@ -49,6 +49,7 @@ static inline const char* row_address(const Rows& in, int64_t r) {
   for (int64_t r = rows.begin; r < rows.end; ++r) {
     const char* row = row_address(in, r);
     const int64_t tile = r / out.tile, lane = r % out.tile;
+    const int64_t units = (out.k_padded + out.unit - 1) / out.unit;
     int32_t* minus = out.minus + tile * out.segments * out.tile + lane;
     for (int64_t b = 0; b < out.blocks; ++b) {
       const int64_t j0 = b * kActBlock;
@@ -93,11 +94,14 @@ static inline const char* row_address(const Rows& in, int64_t r) {
         *minus = int32_t((uint32_t(-sum) & 0xffffu) | uint32_t(-zero) << 16);
         minus += out.tile;
       }
-      int8_t* to = out.q + tile * out.tile * out.k_padded + j0 * out.tile + lane * kStep;
+      int8_t* to = out.q + (tile * units * out.tile + lane) * out.unit + j0 * out.tile;
       if (out.tile == 1) {
         memcpy(to, q, size_t(width));
-      } else {
+      } else if (out.unit == kStep) {
         for (int64_t s = 0; s < width / kStep; ++s) memcpy(to + s * out.tile * kStep, q + s * kStep, kStep);
+      } else {
+        for (int64_t j = 0; j < width; j += out.unit)
+          memcpy(to + j * out.tile, q + j, size_t(min_of(out.unit, width - j)));
       }
     }
   }
