@@ -36,13 +36,14 @@ KEYS: dict[str, Any] = {
     "feed_forward_length": 96,
     "attention.head_count": 4,
     "attention.head_count_kv": 2,
-    "attention.layer_norm_rms_epsilon": 2.0**-17,
-    "attention.layer_norm_epsilon": 2.0**-17,
     "rope.freq_base": 5000.0,
     "rope.dimension_count": 16,
     "vocab_size": VOCABULARY,
 }
 EPSILON = 2.0**-17
+"""Of every norm: exact in float32, and no default of any class."""
+LAYER_NORM = ("stablelm", "starcoder2", "nemotron", "gpt2", "bloom", "falcon")
+"""Architectures whose files name attention.layer_norm_epsilon instead of attention.layer_norm_rms_epsilon."""
 
 
 def unchanged(name: str, array: np.ndarray) -> np.ndarray:
@@ -157,6 +158,7 @@ def add_metadata(writer: gguf.GGUFWriter, arch: str, keys: dict[str, Any]) -> No
     for key, value in keys.items():
         add = writer.add_uint32 if isinstance(value, int) else writer.add_float32 if isinstance(value, float) else None
         (add or writer.add_string)(key if key.startswith("tokenizer.") else f"{arch}.{key}", value)
+    writer.add_float32(f"{arch}.attention.layer_norm_{'' if arch in LAYER_NORM else 'rms_'}epsilon", EPSILON)
     spelled = [*bytes_to_unicode().values(), "he", "ll"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")

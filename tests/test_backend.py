@@ -482,9 +482,10 @@ def test_options(graphs):
 def test_wrong_options(arguments, text):
     with pytest.raises(ValueError, match=text):
         backend.parse_options(**arguments)
-    compiled = torch.compile(Fork(), backend="cpullm", **arguments)
+    model, x = Fork(), torch.randn(2, 64)
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=text):
-        compiled(torch.randn(2, 64))
+        torch.compile(model, backend="cpullm", **arguments)(x)
+    check(torch.compile(model, backend="cpullm", options=FP32)(x), reference(model)(x))
 
 
 def test_defaults_are_those_of_optimize():

@@ -178,7 +178,7 @@ def test_every_architecture(name: str, tmp_path: Path) -> None:
     assert type(model) is type(oracle)
     with torch.inference_mode():
         got, want = model(IDS).logits, oracle(IDS).logits
-    assert (got - want).abs().max() <= 1e-4 * want.abs().max()
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
     for path, module in oracle.named_modules():
         if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D":
             assert isinstance(model.get_submodule(path), PackedLinear), path

@@ -301,6 +301,20 @@ def test_wrong_bias_is_an_error_without_rows_too():
         linear(*arguments.values())
 
 
+def test_benchmark_operators(isa):
+    """They measure the machine, on any tensor they are given."""
+    memory = torch.zeros(200_001, dtype=torch.uint8)
+    for size in (0, 1, 511, 65_535, 65_536, 65_537, 200_000):
+        assert size - 65_536 < torch.ops.cpullm.read_memory(memory[1 : size + 1]) <= size
+    for bad in (memory[::2], memory.char(), memory.float()):
+        with pytest.raises(RuntimeError, match="cpullm::read_memory: x must be a contiguous uint8 CPU tensor"):
+            torch.ops.cpullm.read_memory(bad)
+    assert torch.ops.cpullm.dot_peak(3) > 0
+    for bad in (0, -1, -(2**63)):
+        with pytest.raises(RuntimeError, match="cpullm::dot_peak: rounds must be positive"):
+            torch.ops.cpullm.dot_peak(bad)
+
+
 @pytest.mark.parametrize("layout", ["sparse", "mkldnn"])
 def test_other_layouts(layout):
     arguments = base("sym", 4)

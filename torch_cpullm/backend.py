@@ -415,9 +415,9 @@ def _add_guards(packed: list[tuple[list[_Linear], _Group]]) -> None:
 
 
 def _erase_unused(graph: fx.Graph, found: list[_Linear]) -> None:
-    """Drop the parameters that only packed linears used (Dynamo then passes them no more) and switches of the grad mode.
+    """Drop the parameters that only packed linears used, so that Dynamo passes them no more.
 
-    The graph runs without gradients from begin to end.
+    Drop switches of the grad mode too: the graph runs without gradients from beginning to end.
     """
     for node in graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled):
         graph.erase_node(node)

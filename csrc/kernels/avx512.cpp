@@ -21,6 +21,7 @@ void use_avx512(Kernels& k) {
   k.linear_i8 = linear_i8;
   k.linear_f32 = linear_f32;
   k.quantize_weights = quantize_weights;
+  k.dequantize_row = dequantize_row;
   k.dot_peak = dot_peak;
   k.read_memory = read_memory;
 }

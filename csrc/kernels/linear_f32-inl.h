@@ -159,6 +159,47 @@ void run_direct_f32(int64_t rows, const Weight& w, const float* x, int64_t tile,
   if (rows == 2) return direct_f32<2, kBits>(w, x, tile, panel, y);
 }
 
+// out[k] = row `row` of W: one 4-byte lane of every block.
+[[maybe_unused]] void dequantize_row(const Weight& w, int64_t row, void* out, Float type) {
+  using S = Simd;
+  const int64_t column = row % kPanel, block_bytes = 16 * w.bits;
+  const bool high = w.bits == 4 && column >= 16;
+  const int64_t lane = w.bits == 4 ? column % 16 : column;
+  const uint64_t mask = w.bits == 4 ? 0x0f0f0f0f0f0f0f0full : ~0ull;
+  const uint8_t* codes = w.codes + row / kPanel * (w.k_padded / kStep) * block_bytes + 4 * lane;
+  const int64_t first = row / kPanel * w.groups * kPanel + column;
+  for (int64_t k = 0; k < w.k_padded; k += kChunk) {
+    const int64_t at = first + k / w.group * kPanel;
+    const float scale = load_float(w.scales, at, w.scale_type);
+    const float base = w.form == Zeros::minimum   ? load_float(w.zeros, at, w.scale_type)
+                       : w.form == Zeros::integer ? -float(static_cast<const uint8_t*>(w.zeros)[at]) * scale
+                                                  : (w.bits == 8 ? -128.0f : -8.0f) * scale;
+    alignas(64) uint8_t bytes[kChunk];
+    for (int s = 0; s < 8; ++s) memcpy(bytes + 4 * s, codes + s * block_bytes, 4);
+    codes += 8 * block_bytes;
+    for (int s = 0; s < 4; ++s) {
+      uint64_t v;
+      memcpy(&v, bytes + 8 * s, 8);
+      v = (high ? v >> 4 : v) & mask;
+      memcpy(bytes + 8 * s, &v, 8);
+    }
+    alignas(64) float values[kChunk];
+    const S::F scales = S::set1(scale), bases = S::set1(base);
+    for (int64_t i = 0; i < kChunk; i += S::kLanes)
+      S::store(values + i, S::fma(S::to_float(S::load_u8_as_i32(bytes + i)), scales, bases));
+    const int64_t count = min_of(kChunk, w.k - k);
+    if (type == Float::f32) {
+      memcpy(static_cast<float*>(out) + k, values, size_t(count) * 4);
+    } else if (count < kChunk) {
+      for (int64_t i = 0; i < count; ++i) store_float(out, k + i, type, values[i]);
+    } else {
+      uint16_t* to = static_cast<uint16_t*>(out) + k;
+      for (int64_t i = 0; i < kChunk; i += S::kLanes)
+        type == Float::bf16 ? S::store_bf16(to + i, S::load(values + i)) : S::store_f16(to + i, S::load(values + i));
+    }
+  }
+}
+
 constexpr int64_t kDirectFloatRows = 2;
 
 int64_t tile_rows_f32(int64_t m) { return even_tile(m, m <= kDirectFloatRows ? kDirectFloatRows : Simd::kFloatRows); }

@@ -216,7 +216,13 @@ def hf_config(file: GgufFile) -> Any:
 
 def _complete(file: GgufFile, arch: str, config: dict[str, Any]) -> None:
     """Adds what the file states and transformers' table drops. Changes `config` in place."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     metadata = file.metadata
+    epsilon = _number(file, f"{arch}.attention.layer_norm_epsilon", 0, 1, integer=False)
+    if epsilon is not None and config.get("model_type") in CONFIG_MAPPING:
+        words = ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps")
+        config.update({word: epsilon for word in words if hasattr(CONFIG_MAPPING[config["model_type"]], word)})
     if "rope_theta" not in config and f"{arch}.rope.freq_base" in metadata and "global_head_dim" not in config:
         config["rope_theta"] = metadata[f"{arch}.rope.freq_base"]
     key_length = metadata.get(f"{arch}.attention.key_length")
