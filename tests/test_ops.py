@@ -1,6 +1,7 @@
 """The linear operator against its oracle on a grid, and what its int8 compute promises, bit for bit."""
 
 import functools
+import platform
 
 import pytest
 import torch
@@ -389,7 +390,8 @@ def test_quantize_activations_error_is_half_a_step(isa):
 
 
 def test_levels_are_listed_in_order():
-    assert list(ops.isa_levels()) == ["ref", "avx2", "avx_vnni", "avx512", "amx"]
+    names = list(ops.isa_levels())
+    assert names == (["ref", "avx2", "avx_vnni", "avx512", "amx"] if platform.machine() == "x86_64" else ["ref"])
     assert ops.isa_levels()["ref"]
 
 

@@ -8,7 +8,9 @@ become plain floats.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -142,6 +144,15 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(count)
+        _release_freed_memory()
+
+
+def _release_freed_memory() -> None:
+    """Hands freed memory back to the system; glibc keeps it otherwise (300 MB after loading a 1.1B model)."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in musl
+        if trim is not None:
+            trim(0)
 
 
 def _warn(file: GgufFile, matrices: list[tuple[Matrix, int]], plain: list[tuple[GgufTensor, str]]) -> None:
