@@ -6,7 +6,7 @@ Letters: m rows, n output columns, k inputs. Weights are random bytes made direc
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -27,6 +27,9 @@ FORMS = ("sym", "zero", "min")
 
 X_DTYPE = {"int8": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
 """Element type of the activations for each compute type."""
+
+CALL_SHAPES = ("64x64", "4096x4096")
+"""Shapes that call_cells() needs from the pool, with groups 32 and 128 and 4 bits."""
 
 PEERS = ("torch_bf16", "torch_fp32", "torch_int4pack", "onednn_int8")
 """torch_bf16, torch_fp32: F.linear. torch_int4pack: aten::_weight_int4pack_mm_for_cpu, bf16 (groups 128 and 32).
@@ -53,17 +56,12 @@ class Cell:
     threads: int
     x_dtype: str
     bytes: int
-    calls: list[Call]
+    calls: Sequence[Call]
     op: str = "linear"
     rotated: bool = True
     position: int = 0
     samples_s: list[float] = field(default_factory=list)
     foreign: machine.ForeignCpu = field(default_factory=machine.ForeignCpu)
-
-    @property
-    def weights(self) -> str:
-        """The weight's kind, for a table: ``4b g128 sym``."""
-        return f"{self.bits}b" + (f" g{self.group} {self.form}" if self.form != "none" else "")
 
     def next_call(self) -> Call:
         """The call on the weight's next copy."""
@@ -241,7 +239,7 @@ def call_cells(pool: Pool, inputs: Activations, isa: str, threads: int) -> list[
 def peer_cells(
     pool: Pool, inputs: Activations, shape: tuple[int, int], ms: list[int], groups: list[int], threads: int
 ) -> Iterator[Cell]:
-    """Cells of PEERS for shape (k, n). Weights of torch_int4pack use those of ``groups`` that are positive and divide k.
+    """Cells of PEERS for shape (k, n); torch_int4pack with those of ``groups`` that are positive and divide k.
 
     Each peer gets copies of its own weight until those fill what the pool's copies fill.
     """
@@ -270,7 +268,7 @@ def peer_cells(
     for m in ms:
         q = inputs.get(m, k, torch.uint8)
         op = torch.ops.onednn.qlinear_pointwise.default
-        tail = (scale, zero, None, 1.0, 0, torch.bfloat16, "none", [], "")
+        tail: tuple = (scale, zero, None, 1.0, 0, torch.bfloat16, "none", [], "")
         calls = [partial(op, q, 0.01, 128, w, *tail) for w in blocked]
         yield _peer("onednn_int8", m, shape, -1, "sym", 8, "int8", threads, "uint8", n * k + scale.nbytes, calls)
 
@@ -292,7 +290,7 @@ def _peer(
     threads: int,
     x_dtype: str,
     size: int,
-    calls: list[Call],
+    calls: Sequence[Call],
 ) -> Cell:
     k, n = shape
     return Cell(engine, m, n, k, group, form, bits, compute, "native", threads, x_dtype, size, calls)

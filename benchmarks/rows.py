@@ -7,7 +7,7 @@ interleaved, and may be compared with each other, share their ``date``.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ KEYS: dict[str, tuple[tuple[type, ...], str]] = {
 
 
 def case_name(row: Row) -> str:
-    """The identity of a cell, from the keys op to threads: ``linear/cpullm/4096x11008/m1/g128/sym/b4/int8/avx512/t2``."""
+    """The identity of a cell, the keys op to threads: ``linear/cpullm/4096x11008/m1/g128/sym/b4/int8/avx512/t2``."""
     return (
         f"{row['op']}/{row['engine']}/{row['k']}x{row['n']}/m{row['m']}/g{row['group']}/{row['form']}/b{row['bits']}/"
         f"{row['compute']}/{row['isa']}/t{row['threads']}"
@@ -141,22 +141,37 @@ def append(path: str | Path, new: Iterable[Row]) -> None:
 def read(path: str | Path) -> list[Row]:
     """The rows of a file in order, checked. Raises ValueError naming file and line of the first bad one."""
     found = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON: {error}") from None
+    for where, row in _lines(path):
         check(row, where)
         found.append(row)
     return found
 
 
+def _lines(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """(file:line, value) of every line that is not empty."""
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            where = f"{path}:{number}"
+            try:
+                yield where, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not JSON: {error}") from None
+
+
 def read_all(folder: str | Path = RESULTS) -> list[Row]:
     """The rows of every ops*.jsonl file in ``folder``, file names ascending; none if the folder is missing."""
     return [row for path in sorted(Path(folder).glob("ops*.jsonl")) for row in read(path)]
+
+
+def read_other(kind: str, folder: str | Path = RESULTS) -> list[Row]:
+    """Rows of another benchmark, every ``kind*.jsonl`` in ``folder``; only machine, commit and date are checked."""
+    found = []
+    for path in sorted(Path(folder).glob(f"{kind}*.jsonl")):
+        for where, row in _lines(path):
+            if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("machine", "commit", "date")):
+                raise ValueError(f"{where}: expected a JSON object with machine, commit and date")
+            found.append(row)
+    return found
 
 
 def newest(all_rows: Iterable[Row]) -> list[Row]:

@@ -127,13 +127,16 @@ void check_packed(const Tensor& t, const char* op, const char* name, int64_t d0,
   STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous(), op, ": ", name, " must be a contiguous CPU tensor");
 }
 
+constexpr int64_t kMostSize = int64_t(1) << 40;  // of n, k and a group: products stay far from overflow
+
 Weight check_weight(const char* op, const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros, int64_t n,
                     int64_t k, int64_t group) {
-  constexpr int64_t kMost = int64_t(1) << 40;
-  STD_TORCH_CHECK(n > 0 && n < kMost, op, ": n must be positive, got ", n);
-  STD_TORCH_CHECK(k > 0 && k < kMost, op, ": k must be positive, got ", k);
-  STD_TORCH_CHECK(group > 0 && group < kMost && group % kChunk == 0, op, ": group_size must be a positive multiple of ",
-                  kChunk, ", got ", group);
+  STD_TORCH_CHECK(n > 0 && n < kMostSize, op, ": n must be positive, got ", n);
+  STD_TORCH_CHECK(k > 0 && k < kMostSize, op, ": k must be positive, got ", k);
+  STD_TORCH_CHECK(group > 0 && group < kMostSize && group % kChunk == 0, op,
+                  ": group_size must be a positive multiple of ", kChunk, ", got ", group);
+  STD_TORCH_CHECK(codes.defined(), op, ": codes must be a tensor");
+  STD_TORCH_CHECK(scales.defined(), op, ": scales must be a tensor");
   Weight w;
   w.n = n;
   w.k = k;
@@ -170,7 +173,7 @@ Weight check_weight(const char* op, const Tensor& codes, const Tensor& scales, c
 
 // x as rows with unit stride; `holder` keeps a contiguous copy alive where one was needed.
 Rows check_rows(const char* op, const Tensor& x, std::optional<Tensor>& holder) {
-  STD_TORCH_CHECK(x.is_cpu(), op, ": x must be a CPU tensor");
+  STD_TORCH_CHECK(x.defined() && x.is_cpu(), op, ": x must be a CPU tensor");
   STD_TORCH_CHECK(x.dim() >= 1, op, ": x must have at least one dimension");
   Rows rows{};
   rows.type = float_type(x, op, "x");
@@ -251,12 +254,14 @@ QuantizedRows quantize(const Kernels& table, const Rows& rows, TileShape shape, 
 enum class Compute : int64_t { int8 = 0, fp32 = 1 };
 
 Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros,
-              const OptionalTensor& bias, const OptionalTensor& perm, int64_t n, int64_t group_size, int64_t compute) {
+              const OptionalTensor& bias, const OptionalTensor& perm, int64_t n, int64_t k, int64_t group_size,
+              int64_t compute) {
   constexpr const char* op = "cpullm::linear";
   std::optional<Tensor> holder;
   Rows rows = check_rows(op, x, holder);
-  const Weight w = check_weight(op, codes, scales, zeros, n, rows.k, group_size);
-  rows.order = check_order(op, perm, rows.k);
+  STD_TORCH_CHECK(rows.k == k, op, ": the last dimension of x must be k = ", k, ", got ", shape_of(x));
+  const Weight w = check_weight(op, codes, scales, zeros, n, k, group_size);
+  rows.order = check_order(op, perm, k);
   STD_TORCH_CHECK(compute == int64_t(Compute::int8) || compute == int64_t(Compute::fp32), op,
                   ": compute must be 0 (int8) or 1 (fp32), got ", compute);
   int64_t sizes[64];
@@ -265,9 +270,9 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const 
   for (int64_t i = 0; i + 1 < dims; ++i) sizes[i] = x.size(i);
   sizes[dims - 1] = n;
   Tensor y = empty_cpu(sizes, dims, x.scalar_type());
-  if (rows.m == 0) return y;
   const Kernels& table = kernels();
   const Output out{y.mutable_data_ptr(), n, rows.type, check_bias(op, bias, n)};
+  if (rows.m == 0) return y;
   const int64_t panels = (n + kPanel - 1) / kPanel;
   const int64_t work = rows.m * w.k_padded * kPanel;
   if (compute == int64_t(Compute::int8)) {
@@ -315,8 +320,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize_weights(const Tensor& weight, int64_
   STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 2 && weight.is_contiguous() && weight.numel() > 0, op,
                   ": weight must be a contiguous non-empty CPU matrix [n, k], got ", shape_of(weight));
   STD_TORCH_CHECK(bits == 4 || bits == 8, op, ": bits must be 4 or 8, got ", bits);
-  STD_TORCH_CHECK(group_size > 0 && group_size % kChunk == 0, op, ": group_size must be a positive multiple of ", kChunk,
-                  ", got ", group_size);
+  STD_TORCH_CHECK(group_size > 0 && group_size < kMostSize && group_size % kChunk == 0, op,
+                  ": group_size must be a positive multiple of ", kChunk, ", got ", group_size);
   STD_TORCH_CHECK(scale_dtype == ScalarType::Half || scale_dtype == ScalarType::BFloat16, op,
                   ": scale_dtype must be float16 or bfloat16");
   const Float type = float_type(weight, op, "weight");
@@ -425,12 +430,12 @@ int64_t read_memory(const Tensor& x) {
 }  // namespace cpullm
 
 STABLE_TORCH_LIBRARY(cpullm, m) {
-  // y = x W^T + bias. x [.., k] fp32 | bf16 | fp16; codes uint8 [ceil(n/32), k'/4, 64 | 128], k' = k rounded up to 32;
+  // y = x W^T + bias, W [n, k]. x [.., k] fp32 | bf16 | fp16; codes uint8 [ceil(n/32), k'/4, 64 | 128], k' = k rounded up to 32;
   // scales fp16 | bf16 [ceil(n/32), groups, 32]; zeros none | uint8 | the scales' type, of the scales' shape;
   // bias [n]; perm int32 [k]: input j is x[.., perm[j]]; compute 0 = int8 activations, 1 = fp32. Returns [.., n], x's type.
   m.def(
-      "linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, Tensor? perm, int n, int group_size, "
-      "int compute) -> Tensor");
+      "linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, Tensor? perm, int n, int k, "
+      "int group_size, int compute) -> Tensor");
   // Rows of the same packed matrix: ids int64 | int32 [..] -> [.., k] of dtype.
   m.def(
       "embedding(Tensor ids, Tensor codes, Tensor scales, Tensor? zeros, int n, int k, int group_size, "
@@ -441,7 +446,7 @@ STABLE_TORCH_LIBRARY(cpullm, m) {
   m.def(
       "quantize_weights(Tensor weight, int bits, int group_size, bool sym, bool search, ScalarType scale_dtype) -> "
       "(Tensor, Tensor, Tensor)");
-  // What the int8 kernels see of x [.., k]: q int8 [m, k'], scale fp32 and zero int16 [m, ceil(k'/128)], sums of
+  // What the int8 kernels see of x [.., k]: q int8 [m, k'], scale fp32 and zero int16 [m, ceil(k'/64)], sums of
   // q - zero int16 [m, k'/32].
   m.def("quantize_activations(Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("dot_peak(int rounds) -> int");

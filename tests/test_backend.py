@@ -6,8 +6,8 @@ import logging
 import os
 import subprocess
 import sys
-import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from transformers.pytorch_utils import Conv1D
 
 import torch_cpullm
-from torch_cpullm import backend, ops
+from torch_cpullm import backend
 from torch_cpullm.config import Settings
 from torch_cpullm.packing import dequantize
 from torch_cpullm.quant import quantize_rtn
@@ -32,7 +32,6 @@ SMALL = {
     "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
     "initializer_range": 0.3,  # logits far apart, so that greedy tokens are not decided by rounding
     "bos_token_id": 1,
     "eos_token_id": None,
@@ -65,22 +64,31 @@ def tokens(batch=1, length=7, seed=0):
     return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def rounded(weight, bits=4, **settings):
-    """weight [n, k] after quantisation."""
-    return dequantize(quantize_rtn(weight.detach().float(), bits, **{"group_size": 32, **settings})).to(weight.dtype)
-
-
-def reference(model, head_bits=8, bits=4, **settings):
+def reference(model, bits=4, **settings):
     """A copy of ``model`` that computes in float with the weights that the backend uses."""
     model = copy.deepcopy(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for module in model.modules():
         if isinstance(module, (nn.Linear, Conv1D)):
             transposed = isinstance(module, Conv1D)
-            weight = module.weight.T if transposed else module.weight
-            weight = rounded(weight, head_bits if module is head else bits, **settings)
+            weight = module.weight.detach().T if transposed else module.weight.detach()
+            recipe = {"bits": 8 if module is head else bits, "group_size": 32, **settings}
+            weight = dequantize(quantize_rtn(weight.float(), **recipe)).to(weight.dtype)
             module.weight = nn.Parameter(weight.T.contiguous() if transposed else weight)
     return model
+
+
+def compile_in_place(model):
+    """Compile ``model`` for exact activations. Returns the reference."""
+    want = reference(model)
+    model.compile(backend="cpullm", options=FP32)
+    return want
+
+
+def groups_of(model):
+    """The packed weights of ``model`` that are alive."""
+    ids = {id(parameter) for parameter in model.parameters()}
+    return [group for group in backend._groups.values() if id(group.parameters[0]()) in ids]
 
 
 def check(got, want, bound=1e-3):
@@ -88,16 +96,6 @@ def check(got, want, bound=1e-3):
     assert got.dtype == want.dtype
     error = float((got.float() - want.float()).abs().max() / want.float().abs().max())
     assert error <= bound, f"relative error {error}"
-
-
-def check_generation(model, want, seed=0):
-    """Same tokens, and the logits of every step."""
-    ids = tokens(2, seed=seed)
-    got, expected = (
-        each.generate(ids, **GREEDY, output_logits=True, return_dict_in_generate=True) for each in (model, want)
-    )
-    assert torch.equal(got.sequences, expected.sequences)
-    check(torch.stack(got.logits), torch.stack(expected.logits))
 
 
 @pytest.fixture
@@ -113,47 +111,39 @@ def graphs(caplog):
     return lines
 
 
-# ---- models ---------------------------------------------------------------------------------------------------------
+def test_generate():
+    model = tiny()
+    want = compile_in_place(model)
+    options = {**GREEDY, "output_logits": True, "return_dict_in_generate": True}
+    got, expected = (each.generate(tokens(2), **options) for each in (model, want))
+    assert torch.equal(got.sequences, expected.sequences)
+    check(torch.stack(got.logits), torch.stack(expected.logits))
 
 
 def test_five_models_in_one_process(graphs):
-    models = []
-    for family, changes in (
-        ("Llama", {}),
-        ("Qwen2", {}),
-        ("GPTNeoX", {}),
-        ("Gemma2", {"head_dim": 16}),
-        ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 64, "init_std": 0.3}),
-    ):
-        model = tiny(family, **changes)
-        want = reference(model)
-        model.compile(backend="cpullm", options=FP32)
-        check_generation(model, want)
-        models.append((model, want))
-    assert len(graphs()) == 15  # prefill, decode, decode at any length
-    model, want = models[0]  # it is compiled once more: transformers guards on how many model classes are in use
-    check(model(tokens()).logits, want(tokens()).logits)
-    assert "8 linears in 5 packed operators (1 in 8 bits)" in graphs()[0]
+    changes = {"Gemma2": {"head_dim": 16}, "OPT": {"ffn_dim": 96, "word_embed_proj_dim": 64, "init_std": 0.3}}
+    models = [tiny(family, **changes.get(family, {})) for family in ("Llama", "Qwen2", "GPTNeoX", "Gemma2", "OPT")]
+    wants = [compile_in_place(model) for model in models]
+    for model, want in zip(models, wants, strict=True):
+        check(model(tokens()).logits, want(tokens()).logits)
+    assert len(graphs()) == 5
+    check(models[0](tokens()).logits, wants[0](tokens()).logits)
+    assert not graphs()
 
 
 @pytest.mark.parametrize(("family", "operators"), [("GPT2", 5), ("Falcon", 4)])  # Falcon's MLP and attention share x
 def test_linears_that_are_no_linear_nodes(family, operators, graphs):
     model = tiny(family, n_layer=1)
-    want = reference(model)
-    model.compile(backend="cpullm", options=FP32)
-    ids = tokens(2)
-    check(model(ids).logits, want(ids).logits)
+    want = compile_in_place(model)
+    check(model(tokens()).logits, want(tokens()).logits)
     assert f"5 linears in {operators} packed operators (1 in 8 bits)" in graphs()[0]
 
 
 def test_two_models_of_one_architecture():
     models = [tiny(seed=seed) for seed in (1, 2)]
-    wants = [reference(model) for model in models]
-    for model in models:
-        model.compile(backend="cpullm", options=FP32)
-    for _ in range(2):
-        for model, want in zip(models, wants, strict=True):
-            check(model(tokens()).logits, want(tokens()).logits)
+    wants = [compile_in_place(model) for model in models]
+    for i in (0, 1, 0):
+        check(models[i](tokens()).logits, wants[i](tokens()).logits)
 
 
 def test_layers_compiled_one_by_one(graphs):
@@ -184,20 +174,18 @@ def test_bfloat16():
 
 def test_shapes_change_and_left_padding():
     model = tiny()
-    want = reference(model)
-    model.compile(backend="cpullm", options=FP32)
+    want = compile_in_place(model)
     for batch, length in ((1, 5), (3, 9)):
         check(model(tokens(batch, length)).logits, want(tokens(batch, length)).logits)
     ids = torch.cat([torch.zeros(1, 3, dtype=torch.long), tokens(1, 6)], 1)
     mask = (ids != 0).long()
-    got = model.generate(ids, attention_mask=mask, num_beams=2, **GREEDY)
-    assert torch.equal(got, want.generate(ids, attention_mask=mask, num_beams=2, **GREEDY))
+    options = {**GREEDY, "attention_mask": mask, "num_beams": 2, "max_new_tokens": 2}
+    assert torch.equal(model.generate(ids, **options), want.generate(ids, **options))
 
 
 def test_router_of_a_mixture_stays_exact(graphs):
     model = tiny("Mixtral", num_local_experts=4)
-    want = reference(model)
-    model.compile(backend="cpullm", options=FP32)
+    want = compile_in_place(model)
     check(model(tokens()).logits, want(tokens()).logits)
     assert any("MixtralTopKRouter is no nn.Linear" in line for line in graphs())
 
@@ -226,34 +214,18 @@ def test_generate_of_a_module_from_torch_compile():
     assert not torch.equal(plain, expected)
     compiled = torch.compile(model, backend="cpullm", options=FP32)
     assert torch.equal(compiled.generate(ids, **GREEDY), expected)
-    assert torch.equal(compiled.generate(ids, cache_implementation="static", **GREEDY), expected)
-    assert torch.equal(model.generate(ids, **GREEDY), plain)  # the model itself stays as it was
-    check(compiled(ids).logits, want(ids).logits)
-
-
-def test_a_failing_generate_leaves_the_model_as_it_was():
-    model = tiny()
-    compiled = torch.compile(model, backend="cpullm", options=FP32)
     with pytest.raises(ValueError, match="nonsense"):
-        compiled.generate(tokens(), nonsense=1)
-    assert model._compiled_call_impl is None
+        compiled.generate(ids, nonsense=1)
+    assert torch.equal(model.generate(ids, **GREEDY), plain)  # the model itself stays as it was
 
 
 def test_other_backends_are_left_alone():
     model = tiny()
-    seen = []
-
-    def other(gm, example_inputs):
-        seen.append(gm)
-        return gm.forward
-
-    compiled = torch.compile(model, backend=other)
+    compiled = torch.compile(model, backend=lambda gm, example_inputs: pytest.fail("generate() was compiled"))
     assert compiled.generate == model.generate
     assert torch.equal(compiled.generate(tokens(), **GREEDY), model.generate(tokens(), **GREEDY))
-    assert not seen
     assert compiled.config is model.config
-    with pytest.raises(AttributeError, match="no_such_name"):
-        compiled.no_such_name  # noqa: B018
+    assert not hasattr(compiled, "no_such_name")
     lookup = OptimizedModule.__getattr__
     backend._wrap_attribute_lookup()
     assert OptimizedModule.__getattr__ is lookup
@@ -312,6 +284,10 @@ def test_weights_that_are_replaced_or_written(graphs):
         write()
         check(model(x), reference(model)(x))
         assert "packed again, since it was written: a, b, c" in graphs()  # in the same graph
+    model.a.weight[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="a, b, c was written and cannot be packed again: weight must be finite"):
+        model(x)
+    model.a.weight[0, 0] = 1
     model.to(torch.bfloat16)
     check(model(x.bfloat16()), reference(model)(x.bfloat16()), 0.02)
 
@@ -322,7 +298,7 @@ def test_packed_weights_go_with_the_model():
         model = Fork()
         model.compile(backend="cpullm", options=FP32)
         check(model(x), reference(model)(x))
-        weight, (group,) = weakref.ref(model.a.weight), map(weakref.ref, backend._groups.values())
+        weight, (group,) = weakref.ref(model.a.weight), map(weakref.ref, groups_of(model))
         del model
         gc.collect()
         assert weight() is None
@@ -330,31 +306,15 @@ def test_packed_weights_go_with_the_model():
 
 
 def test_threads_see_the_raised_limit():
-    models, results = [Fork() for _ in range(4)], []
-    x = torch.randn(2, 64)
-
-    def run(model):
+    def run(model, x):
         with torch.no_grad():
             model.compile(backend="cpullm", options=FP32)
-            results.append(model(x))
+            return model(x)
 
-    for model in models:
-        thread = threading.Thread(target=run, args=[model])
-        thread.start()
-        thread.join()
-    for model, result in zip(models, results, strict=True):
-        check(result, reference(model)(x))
-
-
-def test_graphs_share_packed_weights():
-    model = Fork()
-    model.compile(backend="cpullm", options=FP32)
-    for x in (torch.randn(2, 64), torch.randn(3, 64), torch.randn(1, 2, 64)):
-        check(model(x), reference(model)(x))
-    assert len(backend._groups) == 1
-
-
-# ---- the rewriting --------------------------------------------------------------------------------------------------
+    for _ in range(4):
+        model, x = Fork(), torch.randn(2, 64)
+        with ThreadPoolExecutor(1) as pool:
+            check(pool.submit(run, model, x).result(), reference(model)(x))
 
 
 @pytest.mark.parametrize(
@@ -369,53 +329,61 @@ def test_graphs_share_packed_weights():
 def test_linears_of_one_input_are_merged(sizes, biases, operators, graphs):
     torch.manual_seed(0)
     model = Fork(sizes, biases)
-    want = reference(model)
-    model.compile(backend="cpullm", options=FP32)
+    want = compile_in_place(model)
     for x in (torch.randn(5, 64), torch.randn(1, 64)):
         check(model(x), want(x))
-    assert f"3 linears in {operators} packed" in graphs()[0]
+    assert f"3 linears in {operators} packed" in graphs()[1]
+    assert len(groups_of(model)) == operators  # which both graphs share
+
+
+class Block(nn.Module):
+    """Linears from 64 to 32 called a, b, .. and what to do with them."""
+
+    def __init__(self, run, names="a"):
+        super().__init__()
+        self.run = run
+        for name in names:
+            setattr(self, name, nn.Linear(64, 32))
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def test_an_input_that_is_written_in_between():
+    def run(block, x):
+        x = x + 1
+        first = block.a(x)
+        x.mul_(2)
+        return first + block.b(x)
+
+    model, x = Block(run, "ab"), torch.randn(3, 64)
+    check(compile_in_place(model)(x), model(x))
 
 
 def test_a_weight_used_twice():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a = nn.Linear(64, 64)
-
-        def forward(self, x):
-            return self.a(x) + self.a(x.sin()) + self.a(x)
-
-    model, x = Twice(), torch.randn(3, 64)
-    want = reference(model)
-    model.compile(backend="cpullm", options=FP32)
-    check(model(x), want(x))
-    assert len(backend._groups) == 1
+    model, x = Block(lambda block, x: block.a(x) + block.a(x.sin()) + block.a(x)), torch.randn(3, 64)
+    check(compile_in_place(model)(x), model(x))
+    assert len(groups_of(model)) == 1
 
 
 def test_linears_that_stay(graphs):
-    class Odd(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fork = Fork()
-            self.wide = nn.Linear(64, 32, dtype=torch.float64)
-            self.plain = nn.Linear(64, 32)
+    def run(block, x):
+        return block.fork(x), block.a(x.double()), F.linear(x, block.b.weight * 2), x @ x.T
 
-        def forward(self, x):
-            return self.fork(x), self.wide(x.double()), F.linear(x, self.plain.weight * 2), x @ x.T
-
-    model, x = Odd(), torch.randn(5, 64)
+    model, x = Block(run, "ab"), torch.randn(5, 64)
+    model.fork = Fork()
+    model.a.to(torch.float64)
     model.fork.b.weight[3, 5] = torch.nan
     want = copy.deepcopy(model)
     want.fork.a, want.fork.c = reference(want.fork.a), reference(want.fork.c)
     model.compile(backend="cpullm", options=FP32)
     for got, expected in zip(model(x), want(x), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3, equal_nan=True)
-    first, *rest = graphs()
-    assert "2 linears in 2 packed" in first
-    assert sorted(line.split(": ", 1)[1] for line in rest) == [
+    assert sorted(line.split(": ", 1)[1] for line in graphs()) == [
+        "2 linears in 2 packed operators (0 in 8 bits), 0.0 MB",
+        "a: its weight is float64 [32, 64]",
         "fork.b: weight must be finite, but holds NaN or inf",
         "linear_4: its weight is no plain parameter",
-        "wide: its weight is float64 [32, 64]",
     ]
 
 
@@ -444,28 +412,27 @@ def test_outputs_have_no_gradient(caplog):
 # ---- options --------------------------------------------------------------------------------------------------------
 
 
-def test_options(graphs):
-    model = tiny()
-    for changes, rounding in (
+@pytest.mark.parametrize(
+    ("options", "rounding"),
+    [
         ({"bits": 8}, {"bits": 8}),
         ({"group_size": 64, "sym": True}, {"group_size": 64, "sym": True}),
-        ({"scale_dtype": "bfloat16", "head_bits": 4}, {"scale_dtype": torch.bfloat16, "head_bits": 4}),
-    ):
-        want = reference(model, **rounding)
-        if "group_size" in changes:
-            want.lm_head.weight = nn.Parameter(rounded(model.lm_head.weight, 8))
-        compiled = torch.compile(model, backend="cpullm", options={**FP32, **changes})
-        check(compiled(tokens()).logits, want(tokens()).logits)
-    graphs()
+        ({"scale_dtype": "bfloat16"}, {"scale_dtype": torch.bfloat16}),
+    ],
+)
+def test_options(options, rounding):
+    model, x = Fork(), torch.randn(5, 64)
+    want = reference(model, **rounding)
+    check(torch.compile(model, backend="cpullm", options={**FP32, **options})(x), want(x))
+
+
+def test_modules_left_out(graphs):
+    model = tiny()
     want = reference(model)
     want.lm_head, want.model.layers[0].mlp = model.lm_head, copy.deepcopy(model.model.layers[0].mlp)
-    options = {
-        **FP32,
-        "head_bits": None,
-        "modules_to_not_convert": ["mlp.down_proj", r"model\.layers\.0\.mlp\.(gate|up)"],
-    }
-    compiled = torch.compile(model, backend="cpullm", options=options)
-    check(compiled(tokens()).logits, want(tokens()).logits)
+    names = ["mlp.down_proj", r"model\.layers\.0\.mlp\.(gate|up)"]
+    model.compile(backend="cpullm", options={**FP32, "head_bits": None, "modules_to_not_convert": names})
+    check(model(tokens()).logits, want(tokens()).logits)
     assert any(line.endswith("lm_head: excluded by the options") for line in graphs())
 
 
@@ -480,16 +447,13 @@ def test_options(graphs):
     ],
 )
 def test_wrong_options(arguments, text):
+    assert backend.parse_options("reduce-overhead") == (Settings(), False)
     with pytest.raises(ValueError, match=text):
         backend.parse_options(**arguments)
     model, x = Fork(), torch.randn(2, 64)
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=text):
         torch.compile(model, backend="cpullm", **arguments)(x)
     check(torch.compile(model, backend="cpullm", options=FP32)(x), reference(model)(x))
-
-
-def test_defaults_are_those_of_optimize():
-    assert backend.parse_options() == (Settings(), False)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.* is deprecated:DeprecationWarning")  # torch's own
@@ -529,10 +493,6 @@ assert "torch._inductor.compile_fx" not in sys.modules
 
 def test_no_import_and_no_compiler(tmp_path):
     """Found by entry point alone; no program at all can be started."""
-    environment = {**os.environ, "PATH": str(tmp_path), "CXX": "", "TORCHDYNAMO_SUPPRESS_ERRORS": "0"}
-    result = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=120
-    )
+    environment = {**os.environ, "PATH": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "recompile_limit" not in result.stderr
-    assert ops.isa() in ops.isa_levels()

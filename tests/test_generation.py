@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import pickle
 import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -345,7 +348,7 @@ def test_int8_compute_is_near_fp32_compute_on_the_real_model():
 
 
 def test_two_models_in_two_threads():
-    """They share packed weights and differ in compute; each says at once what it says alone."""
+    """The real model twice, one for each compute: each says beside the other what it says alone."""
     jobs = {}
     for compute, text in (("int8", "The capital of France is"), ("fp32", "Once upon a time, there was a little")):
         model, tokenizer = smollm2(compute)
@@ -407,6 +410,29 @@ def test_optimize_gives_the_memory_back():
     assert m["after"] - m["empty"] <= m["packed"] + 16e6
 
 
+def test_a_deleted_model_is_gone_at_once():
+    """No reference from the model to itself, which would keep its memory until the garbage collector comes by."""
+    for make in (LLAMA.build, lambda: torch_cpullm.optimize(LLAMA.build())):
+        gc.collect()
+        gc.disable()
+        try:
+            model = make()
+            alive = weakref.ref(model)
+            del model
+            assert alive() is None
+        finally:
+            gc.enable()
+
+
+def test_copies_and_pickles_generate_the_same():
+    model, ids = torch_cpullm.optimize(LLAMA.build()), prompt()
+    want = generate(model, ids)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(generate(other, ids), want)
+        other.to(torch.bfloat16)
+        assert (other.dtype, model.dtype) == (torch.bfloat16, torch.float32)
+
+
 def test_save_pretrained_says_what_to_do(tmp_path):
     model = torch_cpullm.optimize(LLAMA.build())
     with pytest.raises(RuntimeError, match=r"save_pretrained .* not supported .* save the float model before"):
@@ -418,9 +444,18 @@ def test_save_pretrained_says_what_to_do(tmp_path):
     assert torch.equal(generate(again, prompt()), generate(restored, prompt()))
 
 
-def test_training_is_a_clear_error():
-    model = torch_cpullm.optimize(LLAMA.build())
+def test_forward_outside_of_no_grad():
     ids = prompt()
+    got = torch_cpullm.optimize(LLAMA.build())(ids).logits
+    with torch.no_grad():
+        assert torch.equal(got, tiny("int8")(ids).logits)
+    assert not got.requires_grad
+
+
+def test_training_is_a_clear_error():
+    """What every training loop does; torch alone would speak of an element that has no grad_fn."""
+    model, ids = torch_cpullm.optimize(LLAMA.build()), prompt()
+    model.train()
     with pytest.raises(RuntimeError, match=r"for inference and have no gradient.*restore\(model\) to train"):
         model(ids, labels=ids).loss.backward()
 

@@ -206,13 +206,15 @@ def test_forward_with_grad_mode_on_and_frozen_input():
 # ---- copies ---------------------------------------------------------------------------------------------------------
 
 
-def test_deepcopy_shares_packed_weights():
+def test_deepcopy_copies_and_keeps_ties():
     linear = a_linear()
     head = PackedLinear(linear.packed, None, dtype=torch.float32)
     model = nn.ModuleList([linear, head, an_embedding()])
     twin = copy.deepcopy(model)
-    assert twin[0].packed is twin[1].packed is linear.packed
-    assert twin[2].packed is model[2].packed
+    assert twin[0].packed is twin[1].packed
+    assert twin[0].packed is not linear.packed
+    assert torch.equal(twin[0].packed.codes, linear.packed.codes)
+    assert twin[2].packed is not model[2].packed
     assert twin[0] is not linear
     assert twin[0].bias is not linear.bias
     assert torch.equal(twin[0].bias, linear.bias)

@@ -19,7 +19,7 @@ from torch_cpullm.packing import pack
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SCALES = (torch.float16, torch.bfloat16)
-NAMES = ("x", "codes", "scales", "zeros", "bias", "perm", "n", "group_size", "compute")
+NAMES = ("x", "codes", "scales", "zeros", "bias", "perm", "n", "k", "group_size", "compute")
 linear = torch.ops.cpullm.linear.default
 embedding = torch.ops.cpullm.embedding.default
 dequantize = torch.ops.cpullm.dequantize.default
@@ -50,13 +50,14 @@ def is_packed(codes, scales, zeros, n, k, group):
     return all(t is None or t.is_contiguous() for t in (codes, scales, zeros))
 
 
-def is_linear(x, codes, scales, zeros, bias, perm, n, group_size, compute):
-    if x.dim() == 0 or x.dtype not in FLOATS or not is_packed(codes, scales, zeros, n, x.shape[-1], group_size):
+def is_linear(x, codes, scales, zeros, bias, perm, n, k, group_size, compute):
+    if x.dim() == 0 or x.dtype not in FLOATS or x.shape[-1] != k:
+        return False
+    if not is_packed(codes, scales, zeros, n, k, group_size):
         return False
     if bias is not None and (list(bias.shape) != [n] or bias.dtype not in FLOATS or not bias.is_contiguous()):
         return False
     if perm is not None:
-        k = x.shape[-1]
         if list(perm.shape) != [k] or perm.dtype != torch.int32 or not perm.is_contiguous():
             return False
         if bool((perm < 0).any()) or bool((perm >= k).any()):
@@ -68,7 +69,7 @@ def base(form, bits, n=45, k=172, group=64, m=3):
     """Arguments of a valid call, by name."""
     weight = pack(quantized(n, k, group, form, bits))
     perm = torch.randperm(k, generator=torch.Generator().manual_seed(1)).int()
-    values = (activations(m, k), weight.codes, weight.scales, weight.zeros, activations(1, n)[0], perm, n, group, 0)
+    values = (activations(m, k), weight.codes, weight.scales, weight.zeros, activations(1, n)[0], perm, n, k, group, 0)
     return dict(zip(NAMES, values, strict=True))
 
 
@@ -169,7 +170,7 @@ def test_linear_arguments(form, mutations):
         with pytest.raises((RuntimeError, ValueError)) as caught:
             linear(*arguments.values())
         # Changing a number, x, or two things at once leaves it open which argument disagrees with which.
-        alone = len(names) == 1 and not names & {"x", "n", "group_size"}
+        alone = len(names) == 1 and not names & {"x", "n", "k", "group_size"}
         check_error(caught.value, "cpullm::linear", names if alone else NAMES)
         return
     y = linear(*arguments.values())
@@ -441,7 +442,7 @@ def test_opcheck(form, bits):
     weight = (a["codes"], a["scales"], a["zeros"])
     for compute in (0, 1):
         torch.library.opcheck(linear, tuple({**a, "compute": compute}.values()))
-    torch.library.opcheck(linear, (a["x"].bfloat16()[0], *weight, None, None, 45, 64, 0))
+    torch.library.opcheck(linear, (a["x"].bfloat16()[0], *weight, None, None, 45, 172, 64, 0))
     torch.library.opcheck(embedding, (torch.tensor([[1, 2], [44, 0]]), *weight, 45, 172, 64, torch.bfloat16))
     torch.library.opcheck(dequantize, (*weight, 45, 172, 64))
 
@@ -460,7 +461,7 @@ def test_fake_shapes(dtype):
     weight = pack(quantized(45, 172, 64, "zero"))
     codes, scales, zeros = (t.to("meta") for t in (weight.codes, weight.scales, weight.zeros))
     x = torch.empty(2, 3, 172, dtype=dtype, device="meta")
-    y = linear(x.transpose(0, 1), codes, scales, zeros, None, None, 45, 64, 0)
+    y = linear(x.transpose(0, 1), codes, scales, zeros, None, None, 45, 172, 64, 0)
     assert (y.shape, y.dtype, y.device.type, y.is_contiguous()) == ((3, 2, 45), dtype, "meta", True)
     ids = torch.empty(4, 5, dtype=torch.int32, device="meta")
     rows = embedding(ids, codes, scales, zeros, 45, 172, 64, dtype)

@@ -3,8 +3,7 @@
 ``model.compile(backend="cpullm")`` or ``torch.compile(model, backend="cpullm")``; torch finds it by entry point, with
 no import. In each graph that Dynamo captures, a linear layer becomes the packed operator and linears that share an
 input become one; the rest runs eagerly, or through Inductor with ``options={"inductor": True}``. The module keeps its
-float weights: for low memory use :func:`torch_cpullm.optimize`. Each graph reports to the logger ``torch_cpullm`` at
-INFO.
+float weights: for low memory use :func:`torch_cpullm.optimize`. Each graph is reported at INFO (logger torch_cpullm).
 
 Two things that plain use of Dynamo gets wrong, and what is done here:
 
@@ -61,8 +60,7 @@ def cpullm(gm: fx.GraphModule, example_inputs: list[Any], **kw: Any) -> Callable
     options: ``inductor`` (bool, default False: compile what is not a linear with Inductor, which needs a C++ compiler)
     and the fields of :class:`torch_cpullm.config.Settings`: bits, group_size, sym, compute, head_bits, scale_dtype,
     modules_to_not_convert. ``head_bits`` holds for the output head; an input embedding stays in float here. mode: see
-    :data:`MODES`. Raises ValueError naming the option that is wrong. Graphs are for inference: outputs have no
-    gradient.
+    :data:`MODES`. Raises ValueError naming the option that is wrong. For inference only: outputs have no gradient.
     """
     settings, inductor = parse_options(**kw)
     ops.isa()
@@ -70,21 +68,20 @@ def cpullm(gm: fx.GraphModule, example_inputs: list[Any], **kw: Any) -> Callable
     grad = torch.is_grad_enabled()  # Dynamo compiles again when that changes
     if grad:
         _warn_of_gradients()
-    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    values = dict(zip(placeholders, example_inputs, strict=True))
-    found, left = _find(gm.graph, values, settings)
-    packed: list[tuple[list[_Linear], _Group]] = []
+    values = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
+    packed: _Packed = []
+    left: dict[str, list[str]] = {}  # reason -> names
+    found = _find(gm.graph, values, settings, left)
     with _plain_mode():
-        for linears in _share_inputs(found):
+        for linears in _share_inputs(gm.graph, found):
             packed += _pack_all(linears, settings, left)
-    groups = list(dict.fromkeys(group for _, group in packed))
+    groups = list({group: None for _, group in packed})
     for linears, group in packed:
         _rewrite(gm, linears, group, f"_cpullm_{groups.index(group)}", settings.compute, inductor)
-    _add_guards(packed)
     _erase_unused(gm.graph, found)
     gm.recompile()
     _log_graph(packed, left)
-    forward: Callable[..., Any] = gm.forward
+    forward: Any = gm.forward
     if inductor:
         from torch._inductor.compile_fx import compile_fx
 
@@ -103,24 +100,21 @@ def parse_options(mode: str | None = None, options: dict[str, Any] | None = None
     if not isinstance(inductor, bool):
         raise ValueError(f"options['inductor'] must be True or False, got {inductor!r}")
     known = [item.name for item in fields(Settings)]
-    unknown = sorted(set(values) - set(known), key=str)
+    unknown = ", ".join(repr(name) for name in values if name not in known)
     if unknown:
-        names = ", ".join(map(repr, unknown))
-        raise ValueError(f"options of the backend 'cpullm' are inductor, {', '.join(known)}; got {names}")
+        raise ValueError(f"options of the backend 'cpullm' are inductor, {', '.join(known)}; got {unknown}")
     return Settings(**values), inductor
 
 
 def _raise_recompile_limit() -> None:
     """One graph more for every thread: see the module's docstring. (What a thread sets itself, others do not see.)"""
-    torch._dynamo.config._config["recompile_limit"].default += 1
+    config: Any = torch._dynamo.config
+    config._config["recompile_limit"].default += 1
 
 
 @functools.cache
 def _warn_of_gradients() -> None:
-    log.warning(
-        "backend 'cpullm' is for inference: outputs of the compiled graphs carry no gradient; call the model under "
-        "torch.no_grad() (generate() does)"
-    )
+    log.warning("backend 'cpullm' is for inference: outputs have no gradient; call the model under torch.no_grad()")
 
 
 # ---- what a graph holds ---------------------------------------------------------------------------------------------
@@ -130,15 +124,15 @@ def _warn_of_gradients() -> None:
 class _Linear:
     """A node that computes ``x W^T + bias``.
 
-    weight: W [n, k], or W^T [k, n] where ``transposed``. view: the node between weight and product, if any.
-    parameter and bias_parameter: what the placeholders stand for.
+    weight: W [n, k], or W^T [k, n] where ``transposed``. view: a node between weight and product. parameter and
+    bias_parameter: what the placeholders stand for.
     """
 
-    node: fx.Node
-    x: fx.Node
-    weight: fx.Node
-    bias: fx.Node | None = None
-    view: fx.Node | None = None
+    node: Any
+    x: Any
+    weight: Any
+    bias: Any = None
+    view: Any = None
     transposed: bool = False
     name: str = ""
     bits: int = 4
@@ -147,14 +141,13 @@ class _Linear:
 
     @property
     def n(self) -> int:
-        """Outputs."""
         return self.parameter.shape[1 if self.transposed else 0]
 
 
 def _match(node: fx.Node) -> _Linear | None:
     """The three ways in which transformers' models spell a linear layer."""
     args: Any = node.args
-    if node.op != "call_function" or node.kwargs or not all(isinstance(arg, (fx.Node, type(None))) for arg in args):
+    if node.op != "call_function" or node.kwargs or not all(arg is None or isinstance(arg, fx.Node) for arg in args):
         return None
     if node.target is torch._C._nn.linear:  # nn.Linear
         return _Linear(node, args[0], args[1], args[2] if len(args) > 2 else None)
@@ -165,12 +158,9 @@ def _match(node: fx.Node) -> _Linear | None:
     return None
 
 
-def _find(
-    graph: fx.Graph, values: dict[fx.Node, Any], settings: Settings
-) -> tuple[list[_Linear], dict[str, list[str]]]:
-    """Linears to pack, and reason -> names of those that stay as they are."""
+def _find(graph: fx.Graph, values: dict[Any, Any], settings: Settings, left: dict[str, list[str]]) -> list[_Linear]:
+    """Linears to pack. left: takes reason -> names of those that stay as they are."""
     found: list[_Linear] = []
-    left: dict[str, list[str]] = {}
     for node in graph.nodes:
         linear = _match(node)
         if linear is None:
@@ -190,10 +180,10 @@ def _find(
             continue
         linear.bits = bits
         linear.parameter = weight
-        bias = values.get(linear.bias) if linear.bias is not None else None
+        bias = values.get(linear.bias)
         linear.bias_parameter = bias if type(bias) is nn.Parameter else None
         found.append(linear)
-    return found, left
+    return found
 
 
 def _owner(node: fx.Node) -> tuple[str, type | None]:
@@ -216,18 +206,29 @@ def _unsuitable(linear: _Linear, weight: Any, owner: type | None) -> str:
     x = linear.x.meta.get("example_value")
     if isinstance(x, Tensor) and x.dtype not in _DTYPES:
         return f"its input is {str(x.dtype).removeprefix('torch.')}"
+    bias = linear.bias.meta.get("example_value") if linear.bias is not None else None
+    if isinstance(bias, Tensor) and bias.dim() != 1:
+        return f"its bias is {list(bias.shape)}"
     if owner is not None and not issubclass(owner, nn.Linear) and owner.__name__ != "Conv1D":
         return f"{owner.__name__} is no nn.Linear"  # the router of a mixture, for one: it must stay exact
     return ""
 
 
-def _share_inputs(found: list[_Linear]) -> list[list[_Linear]]:
-    """Linears that can be one: same input and bits, biases known now, whole panels in all but the last."""
-    by_input: dict[tuple, list[_Linear]] = {}
+def _share_inputs(graph: fx.Graph, found: list[_Linear]) -> list[list[_Linear]]:
+    """Linears that can be one: same input, biases known now, whole panels in all but the last."""
+    writes = 0  # operations before a node that may have changed its input in place
+    before = {}
+    for node in graph.nodes:
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        in_place = name.endswith("_") or name in ("setitem", "iadd", "imul", "isub", "itruediv")
+        writes += in_place or bool(node.kwargs.get("inplace"))
+        before[node] = writes
+    together: dict[tuple, list[_Linear]] = {}
     for linear in found:
-        by_input.setdefault((linear.x, linear.bits), []).append(linear)
+        dtype = getattr(linear.node.meta.get("example_value"), "dtype", None)
+        together.setdefault((linear.x, before[linear.node], linear.bits, linear.transposed, dtype), []).append(linear)
     result: list[list[_Linear]] = []
-    for linears in by_input.values():
+    for linears in together.values():
         whole = all(linear.n % PANEL == 0 for linear in linears[:-1])
         known = all(linear.bias is None or linear.bias_parameter is not None for linear in linears)
         distinct = len({id(linear.parameter) for linear in linears}) == len(linears)
@@ -255,22 +256,28 @@ class _Group:
     bias: Tensor | None
 
     def refresh(self) -> None:
-        """Pack again, into the same memory, if a parameter was written since."""
-        parameters = [ref() for ref in self.parameters]
-        stamps = [_stamp(parameter) for parameter in parameters]
-        if stamps == self.stamps:
-            return
-        with _plain_mode():
-            count = len(self.linears)
-            new = _pack(parameters[:count], self.transposed, self.bits, self.settings)
-            for name in ("codes", "scales", "zeros"):
-                if getattr(self.packed, name) is not None:
-                    getattr(self.packed, name).copy_(getattr(new, name))
+        """Pack again, into the same memory, if a parameter was written since. Raises ValueError: NaN, inf."""
+        with _lock, _plain_mode():
+            parameters: list[Any] = [ref() for ref in self.parameters]
+            stamps = [_stamp(parameter) for parameter in parameters]
+            if stamps == self.stamps:
+                return
+            names, count = ", ".join(name for name, _, _ in self.linears), len(self.linears)
+            try:
+                new = _pack(parameters[:count], self.transposed, self.bits, self.settings)
+            except ValueError as error:
+                raise ValueError(f"{names} was written and cannot be packed again: {error}") from error
+            self.packed.codes.copy_(new.codes)
+            self.packed.scales.copy_(new.scales)
+            if self.packed.zeros is not None and new.zeros is not None:
+                self.packed.zeros.copy_(new.zeros)
             if self.bias is not None:
                 self.bias.copy_(_join_biases(self.linears, parameters[count:]))
-        self.stamps = stamps
-        log.info("packed again, since it was written: %s", ", ".join(name for name, _, _ in self.linears))
+            self.stamps = stamps
+        log.info("packed again, since it was written: %s", names)
 
+
+_Packed = list[tuple[list[_Linear], _Group]]
 
 _groups: weakref.WeakValueDictionary[tuple, _Group] = weakref.WeakValueDictionary()
 """(recipe, ids of the parameters) -> their group, which lives as long as a graph that uses it."""
@@ -294,17 +301,15 @@ def _pack(weights: list[Tensor], transposed: bool, bits: int, settings: Settings
     """Quantise and pack [n_i, k] matrices (or [k, n_i], transposed) as one. Raises ValueError: NaN, inf."""
     group_size = settings.group_size if bits == 4 or settings.bits == 8 else 32
     scale_dtype = SCALE_DTYPES[settings.scale_dtype]
-    parts = []
-    for weight in weights:
-        matrix = weight.detach().T if transposed else weight.detach()
-        parts.append(pack(quantize_rtn(matrix, bits, group_size, settings.sym, scale_dtype)))
+    matrices = [weight.detach().T if transposed else weight.detach() for weight in weights]
+    parts = [pack(quantize_rtn(matrix, bits, group_size, settings.sym, scale_dtype)) for matrix in matrices]
     if len(parts) == 1:
         return parts[0]
-    codes, scales, zeros = (
-        None if getattr(parts[0], name) is None else torch.cat([getattr(part, name) for part in parts])
-        for name in ("codes", "scales", "zeros")
-    )
-    return PackedWeight(codes, scales, zeros, sum(part.n for part in parts), parts[0].k, bits, group_size)
+    codes = torch.cat([part.codes for part in parts])
+    scales = torch.cat([part.scales for part in parts])
+    zeros = [part.zeros for part in parts if part.zeros is not None]
+    n = sum(part.n for part in parts)
+    return PackedWeight(codes, scales, torch.cat(zeros) if zeros else None, n, parts[0].k, bits, group_size)
 
 
 def _join_biases(linears: list[tuple[str, int, bool]], biases: list[Tensor]) -> Tensor:
@@ -321,27 +326,19 @@ def _group(linears: list[_Linear], settings: Settings) -> _Group:
     parameters = [linear.parameter for linear in linears] + given
     recipe = (bits, settings.bits, settings.group_size, settings.sym, settings.scale_dtype, transposed)
     rows = [(linear.name, linear.n, bias is not None) for linear, bias in zip(linears, biases, strict=True)]
-    key = (recipe, tuple(present for _, _, present in rows), tuple(id(parameter) for parameter in parameters))
+    key = (recipe, *(present for _, _, present in rows), *((id(p), p.shape) for p in parameters))
     group = _groups.get(key)
     if group is not None and all(ref() is p for ref, p in zip(group.parameters, parameters, strict=True)):
         group.refresh()
         return group
-    _groups[key] = group = _Group(
-        rows,
-        [weakref.ref(parameter) for parameter in parameters],
-        transposed,
-        bits,
-        settings,
-        [_stamp(parameter) for parameter in parameters],
-        _pack([linear.parameter for linear in linears], transposed, bits, settings),
-        _join_biases(rows, given) if given else None,
-    )
+    refs, stamps = [weakref.ref(p) for p in parameters], [_stamp(p) for p in parameters]
+    packed = _pack(parameters[: len(linears)], transposed, bits, settings)
+    bias = _join_biases(rows, given) if given else None
+    _groups[key] = group = _Group(rows, refs, transposed, bits, settings, stamps, packed, bias)
     return group
 
 
-def _pack_all(
-    linears: list[_Linear], settings: Settings, left: dict[str, list[str]]
-) -> list[tuple[list[_Linear], _Group]]:
+def _pack_all(linears: list[_Linear], settings: Settings, left: dict[str, list[str]]) -> _Packed:
     """Pack linears that share an input as one, or one by one if a weight of theirs cannot be quantised."""
     try:
         return [(linears, _group(linears, settings))]
@@ -355,43 +352,38 @@ def _pack_all(
 # ---- the new graph --------------------------------------------------------------------------------------------------
 
 
-def _rewrite(
-    gm: fx.GraphModule, linears: list[_Linear], group: _Group, name: str, compute: str, inductor: bool
-) -> None:
+def _rewrite(gm: Any, linears: list[_Linear], group: _Group, name: str, compute: str, inductor: bool) -> None:
     """Put the packed operator, and a split where linears are merged, in the place of ``linears``."""
     graph, first = gm.graph, linears[0]
     packed, example = group.packed, first.x.meta.get("example_value")
     with graph.inserting_before(first.node):
-        tensors = [
-            _constant(gm, f"{name}_{part}", tensor, first.weight, inductor)
-            for part, tensor in (
-                ("codes", packed.codes),
-                ("scales", packed.scales),
-                ("zeros", packed.zeros),
-                ("bias", group.bias),
-            )
-        ]
+        parts = {"codes": packed.codes, "scales": packed.scales, "zeros": packed.zeros, "bias": group.bias}
+        tensors = [_constant(gm, f"{name}_{part}", t, first.weight, inductor) for part, t in parts.items()]
         if len(linears) == 1:
             tensors[3] = first.bias
-        args = (first.x, *tensors, None, packed.n, packed.group, ops.COMPUTE[compute])
+        args = (first.x, *tensors, None, packed.n, packed.k, packed.group, ops.COMPUTE[compute])
         y = graph.call_function(torch.ops.cpullm.linear.default, args)
         want = first.node.meta.get("example_value")
         if isinstance(want, Tensor) and isinstance(example, Tensor) and want.dtype != example.dtype:
             y = graph.call_method("to", (y, want.dtype))  # autocast
         results = [y]
         if len(linears) > 1:
-            parts = graph.call_function(torch.split, (y, [linear.n for linear in linears], -1))
-            results = [graph.call_function(operator.getitem, (parts, i)) for i in range(len(linears))]
+            split = graph.call_function(torch.split, (y, [linear.n for linear in linears], -1))
+            results = [graph.call_function(operator.getitem, (split, i)) for i in range(len(linears))]
             for i, linear in enumerate(linears):
                 if any(user.op == "output" or user.target == "view" for user in linear.node.users):
-                    results[i] = graph.call_method("contiguous", (results[i],))
+                    results[i] = graph.call_method("contiguous", (results[i],))  # as they expect it
+    guards = TracingContext.get().guards_context.dynamo_guards
     for linear, result in zip(linears, results, strict=True):
+        for held in (linear.weight, linear.bias if len(linears) > 1 else None):
+            if held is not None:  # the graph is right for this very parameter only
+                guards.add(held._dynamo_source.make_guard(GuardBuilder.ID_MATCH))
         result.meta = {**linear.node.meta, **result.meta}
         linear.node.replace_all_uses_with(result)
         graph.erase_node(linear.node)
 
 
-def _constant(gm: fx.GraphModule, name: str, tensor: Tensor | None, weight: fx.Node, inductor: bool) -> fx.Node | None:
+def _constant(gm: Any, name: str, tensor: Tensor | None, weight: Any, inductor: bool) -> fx.Node | None:
     """A node that reads ``tensor`` from the graph module."""
     if tensor is None:
         return None
@@ -403,35 +395,20 @@ def _constant(gm: fx.GraphModule, name: str, tensor: Tensor | None, weight: fx.N
     return gm.graph.create_node("get_attr", name)
 
 
-def _add_guards(packed: list[tuple[list[_Linear], _Group]]) -> None:
-    """Tie the graph to the very parameters it holds."""
-    guards = TracingContext.get().guards_context.dynamo_guards
-    for linears, _ in packed:
-        held = [linear.weight for linear in linears]
-        if len(linears) > 1:
-            held += [linear.bias for linear in linears if linear.bias is not None]
-        for node in held:
-            guards.add(node._dynamo_source.make_guard(GuardBuilder.ID_MATCH))
-
-
 def _erase_unused(graph: fx.Graph, found: list[_Linear]) -> None:
-    """Drop the parameters that only packed linears used, so that Dynamo passes them no more.
-
-    Drop switches of the grad mode too: the graph runs without gradients from beginning to end.
-    """
+    """Drop parameters that only packed linears used (Dynamo passes them no more), and switches of the grad mode."""
     for node in graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled):
         graph.erase_node(node)
-    for node in {
-        node: None for linear in found for node in (linear.view, linear.weight, linear.bias) if node is not None
-    }:
-        if not node.users and node.op in ("placeholder", "call_function") and not node._erased:
-            graph.erase_node(node)
+    for linear in found:
+        for node in (linear.view, linear.weight, linear.bias):
+            if node is not None and not node.users and not node._erased:
+                graph.erase_node(node)
 
 
 def _runner(forward: Callable[..., Any], groups: list[_Group], grad: bool) -> Callable[..., Any]:
     """``forward``, preceded by a look at the parameters: what was written is packed again. No gradients."""
-    refs = [ref for group in groups for ref in group.parameters]
-    versioned = [ref for ref in refs if not ref().is_inference()]
+    refs: list[Any] = [ref for group in groups for ref in group.parameters]
+    versioned = [ref for ref in refs if not ref().is_inference()]  # those have no version
 
     def stamps() -> list[int]:
         return [ref()._version for ref in versioned] + [ref().data_ptr() for ref in refs]
@@ -442,9 +419,8 @@ def _runner(forward: Callable[..., Any], groups: list[_Group], grad: bool) -> Ca
         nonlocal seen
         now = stamps()
         if now != seen:
-            with _lock:
-                for group in groups:
-                    group.refresh()
+            for group in groups:
+                group.refresh()
             seen = now
         if grad:
             with torch.no_grad():
@@ -454,7 +430,7 @@ def _runner(forward: Callable[..., Any], groups: list[_Group], grad: bool) -> Ca
     return run
 
 
-def _log_graph(packed: list[tuple[list[_Linear], _Group]], left: dict[str, list[str]]) -> None:
+def _log_graph(packed: _Packed, left: dict[str, list[str]]) -> None:
     """One line per graph, and one for what stays."""
     count = sum(len(linears) for linears, _ in packed)
     size = sum(group.packed.nbytes for group in {group for _, group in packed})
@@ -467,32 +443,32 @@ def _log_graph(packed: list[tuple[list[_Linear], _Group]], left: dict[str, list[
 
 # ---- torch.compile(model).generate() --------------------------------------------------------------------------------
 
-_generating: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_generating: weakref.WeakKeyDictionary[nn.Module, tuple[int, Any]] = weakref.WeakKeyDictionary()
+"""Model -> (calls under way, what its _compiled_call_impl was before)."""
 
 
 @contextmanager
-def _compiled_forward(model: nn.Module, context: Any) -> Iterator[None]:
-    """Inside, calling ``model`` runs its compiled forward, unless it was compiled in place before."""
+def _compiled_forward(model: Any, context: Any) -> Iterator[None]:
+    """Inside, calling ``model`` runs its compiled forward. One that was compiled in place stays as it is."""
     with _lock:
-        ours = model._compiled_call_impl is None or model in _generating
-        if ours:
-            _generating[model] = _generating.get(model, 0) + 1
-            if model._compiled_call_impl is None:
-                model._compiled_call_impl = context(model._call_impl)
+        calls, before = _generating.get(model, (0, model._compiled_call_impl))
+        _generating[model] = (calls + 1, before)
+        if not calls and before is None:
+            model._compiled_call_impl = context(model._call_impl)
     try:
         yield
     finally:
         with _lock:
-            if ours:
-                _generating[model] -= 1
-                if not _generating[model]:
-                    del _generating[model]
-                    model._compiled_call_impl = None
+            calls, before = _generating.pop(model)
+            if calls > 1:
+                _generating[model] = (calls - 1, before)
+            else:
+                model._compiled_call_impl = before
 
 
 def _compiled_here(module: OptimizedModule) -> bool:
     """Whether torch.compile made ``module`` with this backend."""
-    backend = getattr(module.dynamo_ctx, "callback", None)
+    backend: Any = getattr(module.dynamo_ctx, "callback", None)
     while hasattr(backend, "_torchdynamo_orig_backend"):
         backend = backend._torchdynamo_orig_backend
     return getattr(backend, "compiler_fn", backend) is cpullm
@@ -517,8 +493,8 @@ def _wrap_attribute_lookup() -> None:
 
         return generate
 
-    __getattr__._cpullm_wraps = lookup
-    OptimizedModule.__getattr__ = __getattr__
+    __getattr__._cpullm_wraps = lookup  # type: ignore[attr-defined]
+    OptimizedModule.__getattr__ = __getattr__  # type: ignore[method-assign]
 
 
 _wrap_attribute_lookup()

@@ -18,7 +18,7 @@ class Settings:
 
     bits: 4 or 8, of the linears. group_size: weights that share a scale along the input: a positive multiple of 32, or -1
     for one group per output. sym: symmetric levels; otherwise an integer zero point per group (8 bits: always symmetric).
-    compute: ``"int8"`` quantises activations per row and 128 inputs, ``"fp32"`` leaves them exact. head_bits: 8 or 4 for
+    compute: ``"int8"`` quantises activations per row and 64 inputs, ``"fp32"`` leaves them exact. head_bits: 8 or 4 for
     the output head and the input embedding, None leaves both as they are. scale_dtype: ``"float16"`` or ``"bfloat16"``.
     modules_to_not_convert: names, suffixes after a dot, or regular expressions (matched from the start) of modules that
     stay as they are.
@@ -43,12 +43,12 @@ class Settings:
             raise ValueError(f"sym must be True or False, got {self.sym!r}")
         if self.compute not in ("int8", "fp32"):
             raise ValueError(f"compute must be 'int8' or 'fp32', got {self.compute!r}")
-        if self.head_bits not in (4, 8, None) or isinstance(self.head_bits, bool):
+        if self.head_bits is not None and (type(self.head_bits) is not int or self.head_bits not in (4, 8)):
             raise ValueError(f"head_bits must be 4, 8 or None, got {self.head_bits!r}")
         if self.scale_dtype not in SCALE_DTYPES:
             raise ValueError(f"scale_dtype must be one of {', '.join(SCALE_DTYPES)}, got {self.scale_dtype!r}")
         names = self.modules_to_not_convert
-        if names is not None and (isinstance(names, str) or not all(isinstance(name, str) for name in names)):
+        if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)):
             raise ValueError(f"modules_to_not_convert must be a list of strings, got {names!r}")
 
     def converts(self, name: str) -> bool:
@@ -58,10 +58,11 @@ class Settings:
             for item in self.modules_to_not_convert or ()
         )
 
-    def same_quantization(self, other: Settings) -> bool:
-        """Whether both settings give the same codes and compute."""
-        fields = ("bits", "group_size", "sym", "compute", "head_bits", "scale_dtype")
-        return all(getattr(self, field) == getattr(other, field) for field in fields)
+    def same_as(self, other: Settings) -> bool:
+        """Whether both settings ask for the same model."""
+        names = [set(settings.modules_to_not_convert or ()) for settings in (self, other)]
+        values = ("bits", "group_size", "sym", "compute", "head_bits", "scale_dtype")
+        return names[0] == names[1] and all(getattr(self, value) == getattr(other, value) for value in values)
 
 
 def _matches(pattern: str, name: str) -> bool:

@@ -75,7 +75,11 @@ EXCLUDED = "excluded by modules_to_not_convert or head_bits"
 
 def report(model: nn.Module) -> Report:
     """One row per weight of ``model``, read off the model as it is now: swapped or not, and why not."""
-    reasons: dict[str, str] = getattr(model, "_cpullm_skipped", {})
+    return report_with(model, getattr(model, "_cpullm_skipped", {}))
+
+
+def report_with(model: nn.Module, reasons: dict[str, str]) -> Report:
+    """:func:`report` with these reasons, by module name, for what stays in float."""
     rows = []
     seen: set[int] = set()
     for name, module in model.named_modules():
@@ -105,12 +109,21 @@ def report(model: nn.Module) -> Report:
             size = parameter.nbytes if first else 0
             full = name if key == "weight" else f"{name}.{key}" if name else key
             kind = "embedding" if isinstance(module, nn.Embedding) else "linear" if key == "weight" else "parameter"
-            reason = reasons.get(name) or _why_float(kind, parameter.dim(), bool(reasons))
+            reason = _recorded(name, reasons) or _why_float(module, kind, parameter.dim())
             rows.append(Row(full, kind, "float", reason, None, None, None, size, size))
     return Report(rows, ops.isa())
 
 
-def _why_float(kind: str, dims: int, optimised: bool) -> str:
+def _recorded(name: str, reasons: dict[str, str]) -> str:
+    """The reason of the module of this name or of the nearest module around it."""
+    while name not in reasons and name:
+        name = name.rpartition(".")[0]
+    return reasons.get(name, "")
+
+
+def _why_float(module: nn.Module, kind: str, dims: int) -> str:
+    if isinstance(module, nn.Linear):
+        return "not optimised"
     if kind == "embedding":
         return "lookup table, not the model's input embedding"
     if dims > 2:

@@ -34,25 +34,21 @@ class _PackedModule(nn.Module):
         """The weight the kernels use, float32 [n, k]."""
         return dequantize(self.packed)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    def check_movable(self, fn: Callable[[Tensor], Tensor]) -> Tensor:
+        """``fn`` of a small tensor of this module's dtype; RuntimeError if that is no longer on the CPU."""
         probe = fn(torch.zeros(1, dtype=self.dtype))
         if probe.device.type != "cpu":
             raise RuntimeError(
                 f"a model optimised by torch_cpullm stays on the CPU; it cannot be moved to {probe.device}. "
                 "torch_cpullm.restore(model) gives a float model back, which can."
             )
+        return probe
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        probe = self.check_movable(fn)
         if probe.dtype in (torch.float32, torch.bfloat16, torch.float16):
             self.dtype = probe.dtype
         return super()._apply(fn, recurse)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        # Packed weights are never written: a copy shares them.
-        memo[id(self.packed)] = self.packed
-        copy = self.__class__.__new__(self.__class__)
-        memo[id(self)] = copy
-        for name, value in self.__dict__.items():
-            copy.__dict__[name] = _deepcopy(value, memo)
-        return copy
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -74,7 +70,7 @@ class _PackedModule(nn.Module):
             missing.extend(name for name, value in zip(names, (codes, scales), strict=False) if value is None)
         else:
             try:
-                self.packed = pack(_canonical(codes, scales, zeros, self.packed))
+                _copy_into(self.packed, pack(_canonical(codes, scales, zeros, self.packed)))
             except ValueError as error:
                 errors.append(f"{prefix.rstrip('.')}: {error}")
         rest = {name: value for name, value in state_dict.items() if name not in names}
@@ -89,12 +85,6 @@ class _PackedModule(nn.Module):
         return f"bits={p.bits}, group_size={p.group_size}, {zeros}, dtype={str(self.dtype).removeprefix('torch.')}"
 
 
-def _deepcopy(value: Any, memo: dict[int, Any]) -> Any:
-    from copy import deepcopy
-
-    return deepcopy(value, memo)
-
-
 def _canonical(codes: Tensor, scales: Tensor, zeros: Tensor | None, like: PackedWeight) -> QuantizedWeight:
     """A saved weight checked against the module that loads it."""
     width = -(-like.k // 2) if like.bits == 4 else like.k
@@ -103,6 +93,16 @@ def _canonical(codes: Tensor, scales: Tensor, zeros: Tensor | None, like: Packed
     if like.bits == 4:
         codes = torch.stack([codes & 15, codes >> 4], -1).view(like.n, -1)[:, : like.k]
     return QuantizedWeight(codes, scales, zeros, like.bits, like.group_size)
+
+
+def _copy_into(packed: PackedWeight, new: PackedWeight) -> None:
+    """Overwrite ``packed``, which a tied module may share, with weights of the same form."""
+    if packed.scales.dtype != new.scales.dtype or getattr(packed.zeros, "dtype", None) != getattr(new.zeros, "dtype", None):
+        raise ValueError("the saved scales or zeros have another type than the module's")
+    packed.codes.copy_(new.codes)
+    packed.scales.copy_(new.scales)
+    if packed.zeros is not None and new.zeros is not None:
+        packed.zeros.copy_(new.zeros)
 
 
 class PackedLinear(_PackedModule):
@@ -156,7 +156,7 @@ class PackedEmbedding(_PackedModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = ops.embedding(ids, self.packed, self.dtype)
-        return rows if self.multiplier is None else rows * self.multiplier
+        return rows if self.multiplier is None else rows * torch.tensor(self.multiplier, dtype=self.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self._form()}"

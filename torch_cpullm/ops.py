@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .packing import CHUNK, PANEL, STEP, PackedWeight, round_up
+from .packing import ACT_BLOCK, CHUNK, PANEL, STEP, PackedWeight, round_up
 
 _LIBRARY = Path(__file__).with_name("_C.abi3.so")
 if not _LIBRARY.exists():
@@ -67,12 +67,12 @@ def linear(
     """``y = x W^T + bias``.
 
     x: float32 | bfloat16 | float16 [.., k], any strides. weight: W [n, k]. bias: [n], any of these dtypes.
-    perm: int32 [k], input j of W is ``x[.., perm[j]]``. compute: ``"int8"`` quantises x to int8 per row and 128 inputs;
+    perm: int32 [k], input j of W is ``x[.., perm[j]]``. compute: ``"int8"`` quantises x to int8 per row and 64 inputs;
     ``"fp32"`` is exact up to rounding. Returns [.., n] of x's dtype. Raises RuntimeError naming the argument that is wrong.
     """
     check_compute(compute)
     return torch.ops.cpullm.linear.default(
-        x, weight.codes, weight.scales, weight.zeros, bias, perm, weight.n, weight.group, COMPUTE[compute]
+        x, weight.codes, weight.scales, weight.zeros, bias, perm, weight.n, weight.k, weight.group, COMPUTE[compute]
     )
 
 
@@ -102,26 +102,39 @@ def quantize_weights(
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What int8 compute sees of x [.., k]: ``x ~ (q - zero) * scale``, per row and block of 128 inputs.
+    """What int8 compute sees of x [.., k]: ``x ~ (q - zero) * scale``, per row and block of 64 inputs.
 
-    Returns q int8 [m, k'], scale float32 and zero int16 [m, ceil(k'/128)], sums of ``q - zero`` int16 [m, k'/32];
+    Returns q int8 [m, k'], scale float32 and zero int16 [m, ceil(k'/64)], sums of ``q - zero`` int16 [m, k'/32];
     k' = k rounded up to 32.
     """
     return torch.ops.cpullm.quantize_activations.default(x)
 
 
+def _check_one_device(op: str, **tensors: Tensor | None) -> None:
+    """The dispatcher takes a fake kernel as soon as one tensor is on meta: refuse to invent a result for the others."""
+    devices = {name: tensor.device.type for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        found = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise RuntimeError(f"cpullm::{op}: all tensors must be CPU tensors, got {found}")
+
+
 @torch.library.register_fake("cpullm::linear")
-def _linear_fake(x, codes, scales, zeros, bias, perm, n, group_size, compute):
+def _linear_fake(x, codes, scales, zeros, bias, perm, n, k, group_size, compute):
+    _check_one_device("linear", x=x, codes=codes, scales=scales, zeros=zeros, bias=bias, perm=perm)
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise RuntimeError(f"cpullm::linear: the last dimension of x must be k = {k}, got {list(x.shape)}")
     return x.new_empty((*x.shape[:-1], n))
 
 
 @torch.library.register_fake("cpullm::embedding")
 def _embedding_fake(ids, codes, scales, zeros, n, k, group_size, dtype):
+    _check_one_device("embedding", ids=ids, codes=codes, scales=scales, zeros=zeros)
     return ids.new_empty((*ids.shape, k), dtype=dtype)
 
 
 @torch.library.register_fake("cpullm::dequantize")
 def _dequantize_fake(codes, scales, zeros, n, k, group_size):
+    _check_one_device("dequantize", codes=codes, scales=scales, zeros=zeros)
     return codes.new_empty((n, k), dtype=torch.float32)
 
 
@@ -141,8 +154,8 @@ def _quantize_activations_fake(x):
     m, kp = x.numel() // x.shape[-1], round_up(x.shape[-1], CHUNK)
     return (
         x.new_empty((m, kp), dtype=torch.int8),
-        x.new_empty((m, -(-kp // 128)), dtype=torch.float32),
-        x.new_empty((m, -(-kp // 128)), dtype=torch.int16),
+        x.new_empty((m, -(-kp // ACT_BLOCK)), dtype=torch.float32),
+        x.new_empty((m, -(-kp // ACT_BLOCK)), dtype=torch.int16),
         x.new_empty((m, kp // CHUNK), dtype=torch.int16),
     )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 PANEL = 32  # output columns of a panel
 STEP = 4  # inputs of a block
 CHUNK = 32  # k is padded to a multiple of it; a group is a multiple of it
+ACT_BLOCK = 64  # inputs that share one activation scale in int8 compute
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -24,21 +25,24 @@ def round_up(value: int, multiple: int) -> int:
 
 def check_bits(bits: int) -> None:
     """Raise ValueError unless ``bits`` is 4 or 8."""
-    if bits not in (4, 8) or isinstance(bits, bool):
+    if type(bits) is not int or bits not in (4, 8):
         raise ValueError(f"bits must be 4 or 8, got {bits!r}")
 
 
 def check_group_size(group_size: int) -> None:
-    """Raise ValueError unless ``group_size`` is -1 (one group per row) or a positive multiple of 32."""
+    """Raise ValueError unless ``group_size`` is -1 (one group per row) or a positive multiple of 32 below 2**31."""
     if not isinstance(group_size, int) or isinstance(group_size, bool):
         raise ValueError(f"group_size must be an integer, got {group_size!r}")
     if group_size != -1 and (group_size <= 0 or group_size % CHUNK):
         raise ValueError(f"group_size must be -1 (per channel) or a positive multiple of {CHUNK}, got {group_size}")
+    if group_size >= 1 << 31:
+        raise ValueError(f"group_size must be below 2**31, got {group_size}")
 
 
 def resolve_group(group_size: int, k: int) -> int:
-    """Inputs per group for a row of ``k`` inputs; -1 becomes k rounded up to 32."""
-    return round_up(k, CHUNK) if group_size == -1 else group_size
+    """Inputs per group for a row of ``k`` inputs: at most k rounded up to 32, which is what -1 stands for."""
+    whole = round_up(k, CHUNK)
+    return whole if group_size == -1 else min(group_size, whole)
 
 
 @dataclass(frozen=True)

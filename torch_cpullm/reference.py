@@ -6,22 +6,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .packing import CHUNK, PackedWeight, dequantize, resolve_group, round_up, unpack
+from .packing import ACT_BLOCK, CHUNK, PackedWeight, dequantize, resolve_group, round_up, unpack
 
-ACT_BLOCK = 128  # inputs that share one activation scale
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """int8 activations of x [.., k] in blocks of 128 inputs: ``q = clamp(round(x / scale) + zero, -127, 127)``.
+    """int8 activations of x [.., k] in blocks of 64 inputs: ``q = clamp(round(x / scale) + zero, -127, 127)``.
 
     A block's range, widened to include zero, maps to -127..127; zero is exact. Returns q int8 [m, k'], scale float32 and
-    zero int16 [m, ceil(k'/128)], sums of ``q - zero`` int16 [m, k'/32]; k' = k rounded up to 32. A block with inf or nan has
+    zero int16 [m, ceil(k'/64)], sums of ``q - zero`` int16 [m, k'/32]; k' = k rounded up to 32. A block with inf or nan has
     scale nan and q zero; a block whose scale is below 2^-100 is zero.
     """
     k = x.shape[-1]
     x = x.reshape(-1, k).float()
     kp, full = round_up(k, CHUNK), round_up(k, ACT_BLOCK)
-    blocks = torch.nn.functional.pad(x, (0, full - k)).view(x.shape[0], -1, ACT_BLOCK)
+    blocks = torch.nn.functional.pad(x, (0, full - k)).view(x.shape[0], full // ACT_BLOCK, ACT_BLOCK)
     finite = torch.isfinite(blocks).all(-1)
     blocks = torch.where(finite[..., None], blocks, torch.zeros(()))
     low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
@@ -30,7 +29,7 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inverse = torch.where(usable, torch.ones(()) / torch.where(usable, scale, torch.ones(())), torch.zeros(()))
     zero = torch.where(usable, torch.round(-127.0 - low * inverse), torch.zeros(()))
     q = (torch.round(blocks * inverse[..., None]) + zero[..., None]).clamp_(-127, 127)
-    sums = (q - zero[..., None]).view(x.shape[0], -1, CHUNK).sum(-1).to(torch.int16)[:, : kp // CHUNK]
+    sums = (q - zero[..., None]).view(x.shape[0], full // CHUNK, CHUNK).sum(-1).to(torch.int16)[:, : kp // CHUNK]
     scale = torch.where(usable, scale, torch.where(finite, torch.zeros(()), torch.full((), torch.nan)))
     q = q.view(x.shape[0], full)[:, :kp]
     return q.to(torch.int8).contiguous(), scale, zero.to(torch.int16), sums.contiguous()

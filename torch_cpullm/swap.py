@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +19,7 @@ from .launch import apply_default_threads
 from .linear import PackedEmbedding, PackedLinear
 from .packing import PackedWeight, pack
 from .quant import quantize_rtn
-from .coverage import EXCLUDED, Report, report
+from .coverage import EXCLUDED, report, report_with
 
 log = logging.getLogger("torch_cpullm")
 
@@ -26,11 +28,15 @@ log = logging.getLogger("torch_cpullm")
 class _Target:
     """A module to replace. weight is [n, k] whatever the module stores."""
 
-    name: str
+    names: list[str]  # every place the module is registered at
     module: nn.Module
     kind: str  # linear, conv1d or embedding
     bits: int
     multiplier: float | None = None  # of an embedding that scales its rows
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
 
     @property
     def weight(self) -> Tensor:
@@ -43,8 +49,8 @@ def optimize(model: nn.Module, config: Settings | None = None, *, strict: bool =
 
     Works in place and returns ``model``; ``generate()`` and pipelines work as before. nn.Linear, transformers' Conv1D and
     subclasses of nn.Linear that behave like it are replaced; everything else stays and :func:`report` says why. The float
-    weights are freed as it goes; :func:`restore` gives a float model back (of the quantised values). A second call with the
-    same settings does nothing. Sets torch's thread count once per process unless the user has
+    weights are freed as it goes, and what stays is frozen; :func:`restore` gives a trainable float model back (of the
+    quantised values). A second call with the same settings does nothing. Sets torch's thread count once per process unless the user has
     (:func:`torch_cpullm.launch.apply_default_threads`).
 
     config: :class:`torch_cpullm.CpuLlmConfig` or :class:`torch_cpullm.config.Settings`; default INT4, group 32, zero
@@ -63,8 +69,8 @@ def optimize(model: nn.Module, config: Settings | None = None, *, strict: bool =
     targets, skipped = _plan(model, settings)
     _check_weights(targets)
     if strict:
-        planned = {target.name for target in targets}
-        left = [row for row in _with_reasons(model, skipped).left_in_float if row.name not in planned]
+        planned = {name for target in targets for name in target.names}
+        left = [row for row in report_with(model, skipped).left_in_float if row.name not in planned]
         if left:
             lines = "\n".join(f"  {row.name}: {row.reason}" for row in left[:8])
             more = f"\n  and {len(left) - 8} more" if len(left) > 8 else ""
@@ -73,10 +79,11 @@ def optimize(model: nn.Module, config: Settings | None = None, *, strict: bool =
     model.eval()
     model._cpullm_settings = settings
     model._cpullm_skipped = skipped
+    model._cpullm_frozen = _freeze(model)
     packed: dict[int, PackedWeight] = {}
-    for target in tqdm(targets, desc="torch_cpullm", unit="module", disable=_progress_disabled()):
+    for target in tqdm(targets, desc="torch_cpullm", unit="module", disable=not targets or _progress_disabled()):
         _swap(model, target, settings, packed)
-    _keep_on_cpu(model)
+    _guard(model)
     left = report(model).left_in_float
     if left:
         log.warning(
@@ -95,15 +102,23 @@ def restore(model: nn.Module) -> nn.Module:
     never optimised is returned as it is.
     """
     weights: dict[tuple[int, torch.dtype], nn.Parameter] = {}
-    for name, module in list(model.named_modules()):
+    originals: dict[nn.Module, nn.Module] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(module, (PackedLinear, PackedEmbedding)):
             continue
         key = (id(module.packed), module.dtype)
         if key not in weights:
             weights[key] = nn.Parameter(ops.dequantize(module.packed).to(module.dtype), requires_grad=False)
-        _set_module(model, name, _original(module, weights[key]))
-    for name in ("_cpullm_settings", "_cpullm_skipped", "save_pretrained", "hf_device_map"):
+        if module not in originals:
+            originals[module] = _original(module, weights[key])
+        _set_module(model, name, originals[module])
+    trained = model.__dict__.get("_cpullm_frozen")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained is None or name in trained)
+    for name in ("_cpullm_settings", "_cpullm_skipped", "_cpullm_frozen", "_apply", "save_pretrained"):
         model.__dict__.pop(name, None)
+    if getattr(model, "hf_device_map", None) == _CPU_MAP:
+        del model.hf_device_map
     return model
 
 
@@ -113,8 +128,10 @@ def restore(model: nn.Module) -> nn.Module:
 def _check_model(model: nn.Module, settings: Settings) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, (nn.Linear, nn.Embedding)):
+        raise ValueError(f"model is a single {type(model).__name__}, which cannot be replaced in place; pass its parent")
     before = getattr(model, "_cpullm_settings", None)
-    if before is not None and not before.same_quantization(settings):
+    if before is not None and not before.same_as(settings):
         raise ValueError("model is already optimised with other settings; call torch_cpullm.restore(model) first")
     method = getattr(getattr(model, "config", None), "quantization_config", None)
     method = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", None)
@@ -146,23 +163,34 @@ def _check_weights(targets: list[_Target]) -> None:
 def _plan(model: nn.Module, settings: Settings) -> tuple[list[_Target], dict[str, str]]:
     """Modules to replace, and name -> reason for those that stay."""
     head, embedding = (_method_result(model, name) for name in ("get_output_embeddings", "get_input_embeddings"))
-    targets: list[_Target] = []
+    targets: dict[nn.Module, _Target] = {}
     skipped: dict[str, str] = {}
-    for name, module in model.named_modules():
+    closed: list[str] = []  # prefixes of modules that read their children's weights themselves
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, _READS_CHILDREN):
+            closed.append(name + "." if name else "")
         kind = _kind(module, module is embedding)
         if kind is None:
+            continue
+        if module in targets:
+            targets[module].names.append(name)
             continue
         bits = settings.head_bits if module is head or module is embedding else settings.bits
         if not settings.converts(name) or bits is None:
             skipped[name] = EXCLUDED
-            continue
-        target = _Target(name, module, kind, bits)
-        reason = _unsuitable(target)
-        if reason:
-            skipped[name] = reason
+        elif any(name.startswith(prefix) for prefix in closed):
+            skipped[name] = "its parent reads the weight without calling it"
         else:
-            targets.append(target)
-    return targets, skipped
+            target = _Target([name], module, kind, bits)
+            reason = _unsuitable(target)
+            if reason:
+                skipped[name] = reason
+            else:
+                targets[module] = target
+    return list(targets.values()), skipped
+
+
+_READS_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 def _method_result(model: nn.Module, name: str) -> nn.Module | None:
@@ -184,7 +212,7 @@ def _kind(module: nn.Module, is_embedding: bool) -> str | None:
 
 
 def _unsuitable(target: _Target) -> str:
-    """Why this module must stay in float, or an empty text. Subclasses are tried against what they claim to be."""
+    """Why this module must stay in float, or an empty text. A forward that is not torch's own is tried out."""
     module = target.module
     weight = module.weight
     if not weight.is_floating_point() or weight.dim() != 2 or weight.dtype.itemsize not in (2, 4):
@@ -193,28 +221,50 @@ def _unsuitable(target: _Target) -> str:
         return f"its weight is empty: {list(weight.shape)}"
     if torch.nn.utils.parametrize.is_parametrized(module):
         return "its weight is parametrised"
-    if target.kind == "linear" and type(module) is not nn.Linear:
-        with torch.no_grad():
-            x = torch.linspace(-1, 1, 3 * module.in_features, dtype=weight.dtype).view(3, -1)
-            want = nn.functional.linear(x, weight, module.bias)
-            if not _same_result(module, x, want):
-                return f"{type(module).__name__} does not compute what nn.Linear does"
-    if target.kind == "embedding" and type(module) is not nn.Embedding:
-        with torch.no_grad():
-            ids = torch.arange(min(8, weight.shape[0]))
-            rows = weight[ids]
-            got = module(ids)
-            peak = int(rows.abs().argmax())
-            if got.shape == rows.shape and float(rows.flatten()[peak]) != 0:
-                target.multiplier = float(got.flatten()[peak] / rows.flatten()[peak])
-            if target.multiplier is None or not _same_result(module, ids, rows * target.multiplier):
-                return f"{type(module).__name__} does not compute what nn.Embedding does"
-    return ""
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has forward hooks"
+    if isinstance(module, nn.Embedding):
+        if module.max_norm is not None:
+            return "it renormalises its rows (max_norm)"
+        if type(module).forward is nn.Embedding.forward:
+            return ""
+        target.multiplier = _embedding_multiplier(module)
+        return "" if target.multiplier is not None else f"{type(module).__name__} does not compute what nn.Embedding does"
+    if target.kind == "conv1d" or type(module).forward is nn.Linear.forward or _is_linear_in_effect(module):
+        return ""
+    return f"{type(module).__name__} does not compute what nn.Linear does"
 
 
-def _same_result(module: nn.Module, x: Tensor, want: Tensor) -> bool:
-    got = module(x)
-    return isinstance(got, Tensor) and got.shape == want.shape and torch.allclose(got, want, rtol=2e-2, atol=1e-5)
+def _is_linear_in_effect(module: nn.Linear) -> bool:
+    """Whether a subclass gives x W^T + b in fp32 for small and for large x."""
+    try:
+        with torch.no_grad():
+            probe = copy.deepcopy(module).float()
+            x = torch.randn(4, module.in_features, generator=torch.Generator().manual_seed(0))
+            x = torch.cat([x, 100 * x])
+            want, got = nn.functional.linear(x, probe.weight, probe.bias), probe(x)
+            return isinstance(got, Tensor) and got.shape == want.shape and torch.allclose(got, want, rtol=1e-4, atol=1e-4)
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+        return False
+
+
+def _embedding_multiplier(module: nn.Embedding) -> float | None:
+    """The factor by which a subclass scales its rows, or None if that is not what it does: tried on rows of ones and twos."""
+    probe = copy.copy(module)
+    rows = torch.ones(2, module.embedding_dim)
+    rows[1] = 2
+    probe.__dict__["_parameters"] = {"weight": nn.Parameter(rows, requires_grad=False)}
+    try:
+        with torch.no_grad():
+            got = probe(torch.tensor([[0, 1]]))
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+        return None
+    if not isinstance(got, Tensor) or got.shape != (1, 2, module.embedding_dim):
+        return None
+    factor = float(got[0, 0, 0])
+    return factor if torch.equal(got[0].float(), rows * factor) else None
 
 
 # ---- swap -----------------------------------------------------------------------------------------------------------
@@ -244,7 +294,8 @@ def _swap(model: nn.Module, target: _Target, settings: Settings, packed: dict[in
         new = PackedLinear(packed[key], module.bias, dtype=dtype, compute=settings.compute)
     new.train(module.training)
     keep_original(new, module)
-    _set_module(model, target.name, new)
+    for name in target.names:
+        _set_module(model, name, new)
 
 
 def keep_original(packed: PackedLinear | PackedEmbedding, module: nn.Module) -> None:
@@ -264,8 +315,8 @@ def _original(module: PackedLinear | PackedEmbedding, weight: nn.Parameter) -> n
             original = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta")
     transposed = not isinstance(original, (nn.Linear, nn.Embedding))
     original.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False) if transposed else weight
-    if isinstance(module, PackedLinear):
-        original.bias = module.bias
+    if isinstance(module, PackedLinear) and module.bias is not None:
+        original.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
     return original.train(module.training)
 
 
@@ -274,13 +325,32 @@ def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _keep_on_cpu(model: nn.Module) -> None:
-    """Keep pipelines on the CPU where there is an accelerator, and save_pretrained from writing what cannot be loaded."""
+def _freeze(model: nn.Module) -> set[str]:
+    """Turn gradients off where they are on, and say where: nothing of an optimised model can be trained."""
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.requires_grad_(False)
+    return names | getattr(model, "_cpullm_frozen", set())
+
+
+_CPU_MAP = {"": torch.device("cpu")}
+
+
+def _guard(model: nn.Module) -> None:
+    """Keep the model on the CPU, whole, and save_pretrained from writing what cannot be loaded."""
+    model._apply = types.MethodType(_guarded_apply, model)
     if not hasattr(model, "save_pretrained"):
         return
     if torch.accelerator.is_available() and not hasattr(model, "hf_device_map"):
-        model.hf_device_map = {"": torch.device("cpu")}
+        model.hf_device_map = dict(_CPU_MAP)  # pipelines look here before they move a model to a GPU
     model.save_pretrained = _refuse_to_save
+
+
+def _guarded_apply(model: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """``Module._apply`` that finds out first whether the packed modules would refuse, so that none is left half moved."""
+    for _, module in packed_modules(model):
+        module.check_movable(fn)
+        break
+    return type(model)._apply(model, fn, recurse)
 
 
 def _refuse_to_save(*args: object, **kwargs: object) -> None:
@@ -288,14 +358,6 @@ def _refuse_to_save(*args: object, **kwargs: object) -> None:
         "save_pretrained of an optimised model is not supported by this version of torch_cpullm; "
         "save the float model before torch_cpullm.optimize(model)"
     )
-
-
-def _with_reasons(model: nn.Module, skipped: dict[str, str]) -> Report:
-    model._cpullm_skipped = skipped
-    try:
-        return report(model)
-    finally:
-        del model._cpullm_skipped
 
 
 def _progress_disabled() -> bool | None:

@@ -3,9 +3,9 @@
 // One tile product: C (16 rows x 16 columns, int32) += A (16 rows x 64 inputs, s8) B (64 inputs x 16 columns, u8 codes; a row
 // of B is one k-step of the unpacked panel). Groups that are no multiple of 64 use half tiles of 32 inputs. Two sets of tiles
 // (C 0 1, A 4 5, B 6 7) take turns: after every segment C goes through a 1 KiB buffer to the fp32 chain of linear_i8-inl.h.
-// Registers: 16 sums y, scale, pair, and temporaries. Bound at g128, per segment of 16 x 16 outputs: 2 tile products of 16
-// cycles against 16 vectors x 4 operations on two ports = 32 cycles, so the tiles can be busy all the time only if both
-// overlap fully; at g64 the vectors need twice, at g32 (half tiles) four times as long as the tiles.
+// Registers: 16 sums y, scale, pair, and temporaries. Bound per segment of 64 inputs and 16 x 16 outputs: one tile product of
+// 16 cycles against 16 vectors x 4 operations on two ports = 32 cycles, so at most half of the tile peak; half tiles (group
+// 32) reach a quarter.
 #define CPULLM_TILE_ROWS 14
 #include "simd_avx512.h"
 //

@@ -7,8 +7,8 @@
 // memory (L1) and are touched once per segment.
 // Zero points: sum (q - xz)(c - z) = sum q c - z sum (q - xz) - xz sum c. Both corrections are one 16-bit pair product:
 // lane (z, sum c), the same for all rows, times (sum (q - xz), xz), the same for all columns.
-// Ranges: one segment is at most 128 inputs: |sum q c| <= 128 * 127 * 255 < 2^23, sum c <= 128 * 255 < 2^15,
-// |sum (q - xz)| <= 128 * 254 < 2^15, so every int16 factor fits and the int32 result is exact in fp32 after correction.
+// Ranges: one segment is at most 64 inputs: |sum q c| <= 64 * 127 * 255 < 2^23, sum c <= 64 * 255 < 2^15,
+// |sum (q - xz)| <= 64 * 254 < 2^15, so every int16 factor fits and the int32 result is exact in fp32 after correction.
 #pragma once
 
 namespace cpullm {

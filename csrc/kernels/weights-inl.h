@@ -19,9 +19,10 @@ static inline float round_scale(float s, Float type, uint16_t* bits) {
 }
 
 struct GroupChoice {
-  float error = 3.4e38f, scale = 0.0f;
+  float error = 0.0f, scale = 0.0f;
   uint16_t bits = 0;
   int zero = 0;
+  bool found = false;
 };
 
 // Squared error of (scale, zero) over w [count], count a multiple of 16; levels low - zero .. high - zero.
@@ -52,7 +53,7 @@ static inline void consider(const WeightRecipe& r, const float* w, int64_t count
   uint16_t bits;
   const float rounded = round_scale(scale, r.scale_type, &bits);
   const float e = group_error(w, count, rounded, zero, low, high, nullptr);
-  if (e < best->error) *best = {e, rounded, bits, zero};
+  if (!best->found || e < best->error) *best = {e, rounded, bits, zero, true};
 }
 
 static inline int zero_point(float low, float scale) {
@@ -73,7 +74,7 @@ static inline int zero_point(float low, float scale) {
   const int high = asymmetric ? 15 : r.bits == 8 ? 127 : 7;
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t begin = g * r.group, end = begin + r.group < r.k ? begin + r.group : r.k;
-    // A group longer than the buffer (one scale per very long row) is judged by its first kMost weights.
+    // A group longer than the buffer (one scale per very long row) takes its full range.
     const int64_t width = end - begin < kMost ? end - begin : kMost;
     const int64_t count = (width + 15) / 16 * 16;
     float least = 0.0f, most = 0.0f;
@@ -85,7 +86,7 @@ static inline int zero_point(float low, float scale) {
     }
     for (int64_t i = width; i < count; ++i) buffer[i] = 0.0f;
     GroupChoice best;
-    const int clips = r.search && r.bits == 4 ? (asymmetric ? kClips : kFineClips) : 1;
+    const int clips = r.search && r.bits == 4 && width == end - begin ? (asymmetric ? kClips : kFineClips) : 1;
     if (asymmetric) {
       for (int a = 0; a < clips; ++a)
         for (int b = 0; b < clips; ++b) {
