@@ -245,6 +245,10 @@ QuantizedRows quantize(const Kernels& table, const Rows& rows, TileShape shape, 
   q.q = rows_buffer.get<int8_t>(tiles * tile * ((q.k_padded + q.unit - 1) / q.unit * q.unit));
   q.scale = scale_buffer.get<float>(tiles * tile * q.blocks);
   q.minus = minus_buffer.get<int32_t>(tiles * tile * q.segments);
+  if (tiles * tile > rows.m) {  // rows that do not exist must not slow the arithmetic down with subnormals or nan
+    std::fill_n(q.scale + (tiles - 1) * tile * q.blocks, tile * q.blocks, 0.0f);
+    std::fill_n(q.minus + (tiles - 1) * tile * q.segments, tile * q.segments, 0);
+  }
   parallel(tiles, 8 * tile * q.k_padded, [&](int64_t begin, int64_t end) {
     table.quantize_rows(rows, q, {begin * tile, std::min(end * tile, rows.m)});
   });
@@ -276,7 +280,7 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const 
   const int64_t panels = (n + kPanel - 1) / kPanel;
   const int64_t work = rows.m * w.k_padded * kPanel;
   if (compute == int64_t(Compute::int8)) {
-    const QuantizedRows q = quantize(table, rows, table.tile_i8(rows.m), w.group);
+    const QuantizedRows q = quantize(table, rows, table.tile_i8(rows.m, w.group), w.group);
     parallel(panels, work, [&](int64_t begin, int64_t end) {
       table.linear_i8(w, q, out, {begin, end}, kernel_scratch.get<char>(kScratchBytes));
     });

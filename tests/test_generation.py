@@ -68,6 +68,33 @@ def generate(model: Any, ids: Tensor, **options: Any) -> Tensor:
     return model.generate(ids, **options)[:, ids.shape[1] :]
 
 
+def with_logits(model: Any, ids: Tensor, mask: Tensor, new: int) -> tuple[Tensor, Tensor]:
+    """(new tokens [rows, new], logits [rows, new, vocabulary])"""
+    options = {"max_new_tokens": new, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    out = model.generate(ids, attention_mask=mask, **options)
+    return out.sequences[:, ids.shape[1] :], torch.stack(out.logits, 1)
+
+
+SURE = {"fp32": (NEW, 1e-3), "int8": (5, 0.05)}
+
+
+@cache
+def sure_prompt(compute: str, length: int, repeat: int = 1) -> tuple[Tensor, int]:
+    """(ids [1, length * repeat], new) for the tiny Llama: no rounding can change the `new` tokens that follow.
+
+    torch's attention rounds differently in another shape of batch or cache. In int8 compute that may carry an activation
+    to the next of its 254 levels, which was seen to move a logit by 1.2 % of the largest.
+    """
+    new, margin = SURE[compute]
+    for seed in range(300):
+        ids = prompt(length, seed).repeat(1, repeat)
+        logits = with_logits(tiny(compute), ids, torch.ones_like(ids), new)[1][0]
+        top = logits.topk(2, -1).values
+        if bool((top[:, 0] - top[:, 1] > margin * logits.abs().amax(-1)).all()):
+            return ids, new
+    raise AssertionError("no prompt leads to clear decisions")
+
+
 # ---- pipelines ------------------------------------------------------------------------------------------------------
 
 
@@ -96,7 +123,7 @@ def test_pipeline_of_a_batch():
 def test_pipeline_of_a_chat_on_the_real_model():
     model, tokenizer = smollm2()
     pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
-    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    chat = [{"role": "user", "content": "What is the capital city of France? Answer in one sentence."}]
     answer = pipe(chat, max_new_tokens=14, do_sample=False)[0]["generated_text"][-1]
     assert answer["role"] == "assistant"
     assert "Paris" in answer["content"]
@@ -200,26 +227,26 @@ MODES = {
 @both_computes
 @pytest.mark.parametrize("mode", MODES)
 def test_a_mode_that_must_not_change_the_tokens(mode, compute):
-    ids = prompt(11).repeat(1, 2)  # text that repeats itself gives prompt lookup something to find
-    assert torch.equal(generate(tiny(compute), ids, **MODES[mode]), generate(tiny(compute), ids))
+    ids, new = sure_prompt(compute, 11, repeat=2)  # text that repeats itself gives prompt lookup something to find
+    options = {"max_new_tokens": new, **MODES[mode]}
+    assert torch.equal(generate(tiny(compute), ids, **options), generate(tiny(compute), ids, max_new_tokens=new))
 
 
 @both_computes
 def test_assistant_model(compute):
     """One that knows nothing, whose guesses are thrown away, and one that is always right."""
-    ids = prompt()
+    ids, new = sure_prompt(compute, 9)
     stranger = torch_cpullm.optimize(LLAMA.build(seed=3))
-    want = generate(tiny(compute), ids)
+    want = generate(tiny(compute), ids, max_new_tokens=new)
     for assistant in (stranger, copy.deepcopy(tiny(compute))):
-        assert torch.equal(generate(tiny(compute), ids, assistant_model=assistant), want)
+        assert torch.equal(generate(tiny(compute), ids, max_new_tokens=new, assistant_model=assistant), want)
 
 
 def test_modes_on_the_real_model():
     model, tokenizer = smollm2()
-    text = "one two three four five six seven eight nine ten. one two three four five six seven"
-    ids = tokenizer(text, return_tensors="pt").input_ids
+    ids = tokenizer("1, 2, 3, 4, 5, 6, 7, 8, 9. 1, 2, 3, 4, 5,", return_tensors="pt").input_ids
     want = generate(model, ids, max_new_tokens=6)
-    assert tokenizer.decode(want[0]).startswith(" eight nine ten.")
+    assert tokenizer.decode(want[0]) == " 6, 7,"
     for mode in MODES.values():
         assert torch.equal(generate(model, ids, max_new_tokens=6, **mode), want), mode
 
@@ -235,13 +262,6 @@ def left_padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def with_logits(model: Any, ids: Tensor, mask: Tensor, new: int) -> tuple[Tensor, Tensor]:
-    """(new tokens [rows, new], logits [rows, new, vocabulary])"""
-    options = {"max_new_tokens": new, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    out = model.generate(ids, attention_mask=mask, **options)
-    return out.sequences[:, ids.shape[1] :], torch.stack(out.logits, 1)
-
-
 def check_batch(model: Any, rows: list[list[int]], pad: int, new: int) -> tuple[Tensor, Tensor]:
     """Tokens as alone; the logits of both, [rows, new, vocabulary], for the caller to compare."""
     ids, mask = left_padded(rows, pad)
@@ -253,8 +273,8 @@ def check_batch(model: Any, rows: list[list[int]], pad: int, new: int) -> tuple[
 
 @both_computes
 def test_left_padded_batch_equals_singles(compute):
-    rows = [prompt(length, seed=length)[0].tolist() for length in (9, 1, 14, 5)]
-    got, want = check_batch(tiny(compute), rows, pad=0, new=NEW)
+    prompts = [sure_prompt(compute, length) for length in (9, 1, 14, 5)]
+    got, want = check_batch(tiny(compute), [ids[0].tolist() for ids, _ in prompts], pad=0, new=prompts[0][1])
     errors = (got - want).abs().amax(-1) / want.abs().amax(-1)
     assert float(errors.max()) <= (1e-4 if compute == "fp32" else 0.02)
 
@@ -265,9 +285,9 @@ def test_left_padded_batch_on_the_real_model(compute):
     254 levels and 30 layers carry that on: less than what int8 compute costs anyway.
     """
     model, tokenizer = smollm2(compute)
-    texts = ("The capital of France is", "Once upon a time, there was a little", "1, 2, 3, 4, 5,", "Hello")
+    texts = ("The capital of France is", "a b c d e f", "1, 2, 3, 4, 5,", "The days of the week are Monday, Tuesday,")
     rows = [tokenizer(text).input_ids for text in texts]
-    got, want = check_batch(model, rows, tokenizer.pad_token_id, new=3)
+    got, want = check_batch(model, rows, tokenizer.pad_token_id, new=2)
     p, q = want.log_softmax(-1), got.log_softmax(-1)
     assert float((p.exp() * (p - q)).sum(-1).mean()) <= (1e-5 if compute == "fp32" else 5e-3)
 

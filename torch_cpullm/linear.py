@@ -121,7 +121,7 @@ class PackedLinear(_PackedModule):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.requires_grad and torch.is_grad_enabled():
+        if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "torch_cpullm's packed linears are for inference and have no gradient; "
                 "use torch.no_grad(), or torch_cpullm.restore(model) to train"

@@ -39,7 +39,7 @@ struct Rows {
 
 // int8 activations: x[row, j] ~ (q - zero) * scale, scale and zero [row, j / kActBlock]. A block with inf or nan gets scale
 // nan. Rows are interleaved in tiles of `tile` rows, `unit` inputs at a time (tile 1: plain row-major); the last tile may be
-// short: its missing rows exist in memory, uninitialised.
+// short: its missing rows exist in memory with scale and minus zero.
 // A segment is a run of inputs inside one weight group and one activation block; segments(..) counts them.
 struct QuantizedRows {
   int8_t* q;        // [tiles, ceil(k_padded/unit), tile, unit], -127..127; the block's zero where k <= j < k_padded
@@ -94,8 +94,8 @@ static inline int64_t count_segments(int64_t begin, int64_t end, int64_t group) 
 
 struct Kernels {
   const char* isa;
-  // The interleaving for a product of m rows; fp32 rows have unit 1.
-  TileShape (*tile_i8)(int64_t m);
+  // The interleaving for a product of m rows with weights of this group; fp32 rows have unit 1.
+  TileShape (*tile_i8)(int64_t m, int64_t group);
   int64_t (*tile_f32)(int64_t m);
   // Fills the tiles that hold rows [rows.begin, rows.end); begin is a multiple of tile.
   void (*quantize_rows)(const Rows& in, const QuantizedRows& out, Range rows);

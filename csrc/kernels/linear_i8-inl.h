@@ -249,7 +249,7 @@ void prepare_block(const uint8_t* codes, int64_t k, uint8_t* bytes, int32_t* sum
 // Up to this many rows read the packed codes directly, in tiles of at most kPackedRows.
 constexpr int64_t kDirectRows = 2 * Simd::kPackedRows;
 
-TileShape tile_rows_i8(int64_t m) {
+TileShape tile_rows_i8(int64_t m, int64_t) {
   return {even_tile(m, m <= kDirectRows ? Simd::kPackedRows : Simd::kTileRows), kStep};
 }
 
