@@ -82,8 +82,8 @@ SURE = {"fp32": (NEW, 1e-3), "int8": (5, 0.05)}
 def sure_prompt(compute: str, length: int, repeat: int = 1) -> tuple[Tensor, int]:
     """(ids [1, length * repeat], new) for the tiny Llama: no rounding can change the `new` tokens that follow.
 
-    torch's attention rounds differently in another shape of batch or cache. In int8 compute that may carry an activation
-    to the next of its 254 levels, which was seen to move a logit by 1.2 % of the largest.
+    torch's attention rounds differently in another shape of batch or cache. In int8 compute that may carry an
+    activation to the next of its 254 levels, which was seen to move a logit by 1.2 % of the largest.
     """
     new, margin = SURE[compute]
     for seed in range(300):

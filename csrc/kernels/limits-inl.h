@@ -14,8 +14,10 @@ int64_t dot_peak(int64_t rounds, int32_t* sink) {
 #pragma GCC unroll 8
     for (int s = 0; s < 8; ++s) {
 #pragma GCC unroll 12
-      for (auto& d : dot) d.step(codes, x);
-      __asm__ volatile("" : "+x"(codes), "+x"(x));  // or the products would be computed once
+      for (auto& d : dot) {
+        d.step(codes, x);
+        __asm__ volatile("" : "+x"(codes));  // or the product would be computed once for all
+      }
     }
 #pragma GCC unroll 12
     for (auto& d : dot) d.end_chunk();

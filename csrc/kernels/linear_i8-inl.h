@@ -44,6 +44,8 @@ void tile_i8(const TileArgs& a) {
   constexpr int kSymmetricZero = kCodes == Codes::u8 ? S::kBias8 : 8;
   constexpr bool kSum = kCodes == Codes::packed4;  // sum the codes on the way: one more row, of ones
   constexpr int N = R + (kSum ? 1 : 0);
+  constexpr bool kDotTile = S::kDotTile && !kSum;  // the dot products of a segment in one piece of assembly
+  alignas(64) int32_t acc[kDotTile ? R : 1][kPanel];
   const uint8_t* codes = a.codes;
   const int8_t* q = a.q;
   const int64_t q_step = a.tile * kStep;
@@ -60,13 +62,18 @@ void tile_i8(const TileArgs& a) {
       const int64_t end = kWhole ? block_end : min_of(group_end, block_end);
       for (int h = 0; h < H; ++h) {
         typename S::template Dot<kCodes == Codes::u8> dot[N][2];
-        for (int r = 0; r < N; ++r) {
-          dot[r][0].clear();
-          dot[r][1].clear();
-        }
         const uint8_t* w = codes;
         const int8_t* x = q;
-        for (int64_t c = k; c < end; c += kChunk) {
+        if (kDotTile) {
+          S::template dot_tile<R>(w, x, q_step, (end - k) / kStep, acc[0]);
+        } else {
+          for (int r = 0; r < N; ++r) {
+            dot[r][0].clear();
+            dot[r][1].clear();
+          }
+        }
+        const auto sum_of = [&](int r, int i) { return kDotTile ? S::load_i32(acc[r] + 16 * i) : dot[r][i].result(); };
+        for (int64_t c = k; !kDotTile && c < end; c += kChunk) {
 #pragma GCC unroll 8
           for (int s = 0; s < 8; ++s) {
             I lo, hi;
@@ -124,8 +131,8 @@ void tile_i8(const TileArgs& a) {
 #pragma GCC unroll 16
           for (int r = 0; r < R; ++r) {
             const F t = S::set1(-float(int16_t(minus[r])));
-            const F f0 = S::to_float(S::add_pairs(dot[r][0].result(), pair0, minus + r));
-            const F f1 = S::to_float(S::add_pairs(dot[r][1].result(), pair1, minus + r));
+            const F f0 = S::to_float(S::add_pairs(sum_of(r, 0), pair0, minus + r));
+            const F f1 = S::to_float(S::add_pairs(sum_of(r, 1), pair1, minus + r));
             const F s0 = first ? S::mul(f0, scale0) : S::fma(f0, scale0, sum[h][r][0]);
             const F s1 = first ? S::mul(f1, scale1) : S::fma(f1, scale1, sum[h][r][1]);
             sum[h][r][0] = S::fma(min0, t, s0);
@@ -136,22 +143,22 @@ void tile_i8(const TileArgs& a) {
           for (int r = 0; r < R; ++r) {
             const F s = S::set1(x_scale[r]);
             float* y = a.y + r * kPanel + h * S::kLanes;
-            const F f0 = S::to_float(S::add_pairs(dot[r][0].result(), pair0, minus + r));
-            const F f1 = S::to_float(S::add_pairs(dot[r][1].result(), pair1, minus + r));
+            const F f0 = S::to_float(S::add_pairs(sum_of(r, 0), pair0, minus + r));
+            const F f1 = S::to_float(S::add_pairs(sum_of(r, 1), pair1, minus + r));
             S::store(y, S::fma(S::mul(f0, scale0), s, S::load(y)));
             S::store(y + 16, S::fma(S::mul(f1, scale1), s, S::load(y + 16)));
           }
         } else if (first) {
 #pragma GCC unroll 16
           for (int r = 0; r < R; ++r) {
-            sum[h][r][0] = S::mul(S::to_float(S::add_pairs(dot[r][0].result(), pair0, minus + r)), scale0);
-            sum[h][r][1] = S::mul(S::to_float(S::add_pairs(dot[r][1].result(), pair1, minus + r)), scale1);
+            sum[h][r][0] = S::mul(S::to_float(S::add_pairs(sum_of(r, 0), pair0, minus + r)), scale0);
+            sum[h][r][1] = S::mul(S::to_float(S::add_pairs(sum_of(r, 1), pair1, minus + r)), scale1);
           }
         } else {
 #pragma GCC unroll 16
           for (int r = 0; r < R; ++r) {
-            const F f0 = S::to_float(S::add_pairs(dot[r][0].result(), pair0, minus + r));
-            const F f1 = S::to_float(S::add_pairs(dot[r][1].result(), pair1, minus + r));
+            const F f0 = S::to_float(S::add_pairs(sum_of(r, 0), pair0, minus + r));
+            const F f1 = S::to_float(S::add_pairs(sum_of(r, 1), pair1, minus + r));
             sum[h][r][0] = S::fma(f0, scale0, sum[h][r][0]);
             sum[h][r][1] = S::fma(f1, scale1, sum[h][r][1]);
           }

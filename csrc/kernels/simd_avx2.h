@@ -167,6 +167,10 @@ struct Simd {
   };
 #endif
 
+  static constexpr bool kDotTile = false;
+  template <int R>
+  static void dot_tile(const uint8_t*, const int8_t*, int64_t, int64_t, int32_t*) {}
+
   static I shift_right(I v, int bits) { return _mm256_srli_epi32(v, bits); }
   static F code4_to_float(I v) { return _mm256_cvtepi32_ps(_mm256_and_si256(v, _mm256_set1_epi32(15))); }
   static F code8_to_float(I v) { return _mm256_cvtepi32_ps(_mm256_and_si256(v, _mm256_set1_epi32(255))); }

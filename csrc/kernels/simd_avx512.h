@@ -110,6 +110,93 @@ struct Simd {
     void end_chunk() {}
     I result() const { return acc; }
   };
+  // out [R, 32] = dot products of R rows with 32 columns over `steps` (a multiple of 8) blocks of unpacked codes.
+  // Registers: zmm0-27 sums of row i in 2i and 2i + 1, zmm28-29 codes, zmm30-31 four inputs of a row, broadcast. Written in
+  // assembly because GCC 12 moves and spills the sums between chunks (58 % of the dot product's peak became 80 %).
+  static constexpr bool kDotTile = true;
+  template <int R>
+  static void dot_tile(const uint8_t* codes, const int8_t* x, int64_t x_step, int64_t steps, int32_t* out) {
+    static_assert(R >= 1 && R <= 14, "28 sums fit");
+#define CPULLM_ROW(i, a, b, t)                                                                       \
+  ".if %c[rows] > " #i "\n"                                                                          \
+  "vpbroadcastd 4*" #i "(%[x]), %%zmm" #t "\n"                                                       \
+  "vpdpbusd %%zmm" #t ", %%zmm28, %%zmm" #a "\nvpdpbusd %%zmm" #t ", %%zmm29, %%zmm" #b "\n.endif\n"
+#define CPULLM_STORE(i, a, b) \
+  ".if %c[rows] > " #i "\nvmovdqu64 %%zmm" #a ", 128*" #i "(%[out])\nvmovdqu64 %%zmm" #b ", 128*" #i "+64(%[out])\n.endif\n"
+#define CPULLM_STEP(at)                                                                              \
+  "vmovdqu64 " #at "(%[codes]), %%zmm28\nvmovdqu64 " #at "+64(%[codes]), %%zmm29\n" CPULLM_ROWS "add %[x_step], %[x]\n"
+#define CPULLM_ROWS                                                                                  \
+        CPULLM_ROW(0, 0, 1, 30)    \
+        CPULLM_ROW(1, 2, 3, 31)    \
+        CPULLM_ROW(2, 4, 5, 30)    \
+        CPULLM_ROW(3, 6, 7, 31)    \
+        CPULLM_ROW(4, 8, 9, 30)    \
+        CPULLM_ROW(5, 10, 11, 31)    \
+        CPULLM_ROW(6, 12, 13, 30)    \
+        CPULLM_ROW(7, 14, 15, 31)    \
+        CPULLM_ROW(8, 16, 17, 30)    \
+        CPULLM_ROW(9, 18, 19, 31)    \
+        CPULLM_ROW(10, 20, 21, 30)    \
+        CPULLM_ROW(11, 22, 23, 31)    \
+        CPULLM_ROW(12, 24, 25, 30)    \
+        CPULLM_ROW(13, 26, 27, 31)
+    __asm__ volatile(
+        "vpxord %%zmm0, %%zmm0, %%zmm0\n"
+        "vpxord %%zmm1, %%zmm1, %%zmm1\n"
+        "vpxord %%zmm2, %%zmm2, %%zmm2\n"
+        "vpxord %%zmm3, %%zmm3, %%zmm3\n"
+        "vpxord %%zmm4, %%zmm4, %%zmm4\n"
+        "vpxord %%zmm5, %%zmm5, %%zmm5\n"
+        "vpxord %%zmm6, %%zmm6, %%zmm6\n"
+        "vpxord %%zmm7, %%zmm7, %%zmm7\n"
+        "vpxord %%zmm8, %%zmm8, %%zmm8\n"
+        "vpxord %%zmm9, %%zmm9, %%zmm9\n"
+        "vpxord %%zmm10, %%zmm10, %%zmm10\n"
+        "vpxord %%zmm11, %%zmm11, %%zmm11\n"
+        "vpxord %%zmm12, %%zmm12, %%zmm12\n"
+        "vpxord %%zmm13, %%zmm13, %%zmm13\n"
+        "vpxord %%zmm14, %%zmm14, %%zmm14\n"
+        "vpxord %%zmm15, %%zmm15, %%zmm15\n"
+        "vpxord %%zmm16, %%zmm16, %%zmm16\n"
+        "vpxord %%zmm17, %%zmm17, %%zmm17\n"
+        "vpxord %%zmm18, %%zmm18, %%zmm18\n"
+        "vpxord %%zmm19, %%zmm19, %%zmm19\n"
+        "vpxord %%zmm20, %%zmm20, %%zmm20\n"
+        "vpxord %%zmm21, %%zmm21, %%zmm21\n"
+        "vpxord %%zmm22, %%zmm22, %%zmm22\n"
+        "vpxord %%zmm23, %%zmm23, %%zmm23\n"
+        "vpxord %%zmm24, %%zmm24, %%zmm24\n"
+        "vpxord %%zmm25, %%zmm25, %%zmm25\n"
+        "vpxord %%zmm26, %%zmm26, %%zmm26\n"
+        "vpxord %%zmm27, %%zmm27, %%zmm27\n"
+        ".p2align 5\n1:\n"
+        CPULLM_STEP(0)
+        CPULLM_STEP(128)
+        "add $256, %[codes]\n"
+        "sub $2, %[steps]\n"
+        "jnz 1b\n"
+        CPULLM_STORE(0, 0, 1)
+        CPULLM_STORE(1, 2, 3)
+        CPULLM_STORE(2, 4, 5)
+        CPULLM_STORE(3, 6, 7)
+        CPULLM_STORE(4, 8, 9)
+        CPULLM_STORE(5, 10, 11)
+        CPULLM_STORE(6, 12, 13)
+        CPULLM_STORE(7, 14, 15)
+        CPULLM_STORE(8, 16, 17)
+        CPULLM_STORE(9, 18, 19)
+        CPULLM_STORE(10, 20, 21)
+        CPULLM_STORE(11, 22, 23)
+        CPULLM_STORE(12, 24, 25)
+        CPULLM_STORE(13, 26, 27)
+        : [codes] "+r"(codes), [x] "+r"(x), [steps] "+r"(steps)
+        : [x_step] "r"(x_step), [out] "r"(out), [rows] "i"(R)
+        : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31", "memory");
+#undef CPULLM_ROWS
+#undef CPULLM_STEP
+#undef CPULLM_STORE
+#undef CPULLM_ROW
+  }
   static constexpr int kBias8 = 128;  // what the int8 dot product leaves in: codes are value + 128
 
   // fp32 values of four consecutive inputs from packed codes: lane c, input i.
