@@ -39,62 +39,82 @@ static inline const char* row_address(const Rows& in, int64_t r) {
   return static_cast<const char*>(in.x) + r * in.stride * (in.type == Float::f32 ? 4 : 2);
 }
 
-// q = clamp(round(x / scale) + zero) per row and block of kActBlock inputs. Same results as ref.cpp.
+// scale, 1 / scale and zero of one block of inputs; see ref.cpp.
+struct BlockParams {
+  float scale, inverse;
+  int32_t zero;
+};
+
+static inline BlockParams block_params(const float* v, int64_t width) {
+  using S = Simd;
+  S::I top_bits = S::izero();
+  S::F low = S::zero(), high = S::zero();
+  for (int64_t j = 0; j < width; j += S::kLanes) {
+    const S::F x = S::load(v + j);
+    top_bits = S::max_u32(top_bits, S::magnitude(x));
+    low = S::min(low, x);
+    high = S::max(high, x);
+  }
+  const float least = S::reduce_min(low), most = S::reduce_max(high);
+  if (S::any_not_finite(top_bits)) return {bits_to_float(0x7fc00000u), 0.0f, 0};
+  const float scale = most * (1.0f / 254.0f) - least * (1.0f / 254.0f);
+  if (scale < 0x1p-100f) return {0.0f, 0.0f, 0};
+  const float inverse = 1.0f / scale;
+  return {scale, inverse, _mm_cvtss_si32(_mm_set_ss(-127.0f - least * inverse))};
+}
+
+// q = clamp(round(x / scale) + zero) per row and block of kActBlock inputs. Same results as ref.cpp. A few blocks at a time:
+// first all their scales, then all their codes, so that one block's reductions and division do not hold up the next.
 [[maybe_unused]] void quantize_rows(const Rows& in, const QuantizedRows& out, Range rows) {
   using S = Simd;
-  constexpr int kVecs = int(kChunk) / S::kLanes;
-  alignas(64) float v[kActBlock];
-  alignas(64) int8_t q[kActBlock];
-  int32_t sums[kActBlock / kChunk];  // of q - zero
+  constexpr int64_t kBlocks = 16, kInputs = kBlocks * kActBlock;
+  alignas(64) float v[kInputs];
+  alignas(64) int8_t q[kInputs];
+  int32_t sums[kInputs / kChunk];  // of q - zero
+  BlockParams params[kBlocks];
   for (int64_t r = rows.begin; r < rows.end; ++r) {
     const char* row = row_address(in, r);
     const int64_t tile = r / out.tile, lane = r % out.tile;
     const int64_t units = (out.k_padded + out.unit - 1) / out.unit;
+    int8_t* row_q = out.q + (tile * units * out.tile + lane) * out.unit;
+    float* row_scale = out.scale + tile * out.blocks * out.tile + lane;
     int32_t* minus = out.minus + tile * out.segments * out.tile + lane;
-    for (int64_t b = 0; b < out.blocks; ++b) {
-      const int64_t j0 = b * kActBlock;
-      const int64_t width = min_of(kActBlock, out.k_padded - j0);
-      S::I top_bits = S::izero();
-      S::F low = S::zero(), high = S::zero();
-      for (int64_t j = 0; j < width; j += kChunk) {
-        load_chunk(in, row, j0 + j, v + j);
-        for (int i = 0; i < kVecs; ++i) {
-          const S::F x = S::load(v + j + i * S::kLanes);
-          top_bits = S::max_u32(top_bits, S::magnitude(x));
-          low = S::min(low, x);
-          high = S::max(high, x);
-        }
+    for (int64_t j0 = 0; j0 < out.k_padded; j0 += kInputs) {
+      const int64_t width = min_of(kInputs, out.k_padded - j0);
+      for (int64_t j = 0; j < width; j += kChunk) load_chunk(in, row, j0 + j, v + j);
+      for (int64_t j = 0; j < width; j += kActBlock) {
+        params[j / kActBlock] = block_params(v + j, min_of(kActBlock, width - j));
+        row_scale[(j0 + j) / kActBlock * out.tile] = params[j / kActBlock].scale;
       }
-      const bool finite = S::reduce_max_u32(top_bits) < 0x7f800000u;  // inf and nan order above every number
-      const float least = S::reduce_min(low), most = S::reduce_max(high);
-      const float scale = most * (1.0f / 254.0f) - least * (1.0f / 254.0f);
-      const bool usable = finite && scale >= 0x1p-100f;
-      const float inverse = usable ? 1.0f / scale : 0.0f;
-      const int zero = usable ? _mm_cvtss_si32(_mm_set_ss(-127.0f - least * inverse)) : 0;
-      out.scale[(tile * out.blocks + b) * out.tile + lane] =
-          usable ? scale : finite ? 0.0f : bits_to_float(0x7fc00000u);
-      if (!usable) memset(v, 0, sizeof v);
-      const S::F inverses = S::set1(inverse);
-      const S::I zeros = S::iset1(zero), least_q = S::iset1(-127), most_q = S::iset1(127);
+      const S::I least = S::iset1(-127), most = S::iset1(127);
       for (int64_t j = 0; j < width; j += kChunk) {
-        S::I sum = S::izero();
-        for (int i = 0; i < kVecs; ++i) {
-          const int64_t at = j + i * S::kLanes;
-          S::I n = S::iadd(S::round(S::mul(S::load(v + at), inverses)), zeros);
-          n = S::imin(S::imax(n, least_q), most_q);
-          sum = S::iadd(sum, n);
-          S::store_i8(q + at, n);
+        const BlockParams& p = params[j / kActBlock];
+        if (p.inverse == 0.0f) {  // inf, nan or all but zero
+          memset(q + j, 0, kChunk);
+          sums[j / kChunk] = 0;
+          continue;
         }
-        sums[j / kChunk] = S::reduce_add(sum) - int(kChunk) * zero;
+        const S::F inverse = S::set1(p.inverse);
+        const S::I zero = S::iset1(p.zero);
+        S::I sum = S::izero();
+        for (int64_t i = j; i < j + kChunk; i += S::kLanes) {
+          const S::I n = S::iadd(S::round(S::mul(S::load(v + i), inverse)), zero);
+          const S::I clamped = S::imin(S::imax(n, least), most);
+          sum = S::iadd(sum, clamped);
+          S::store_i8(q + i, clamped);
+        }
+        sums[j / kChunk] = S::reduce_add(sum) - int(kChunk) * p.zero;
       }
       for (int64_t j = 0; j < width;) {
-        const int64_t end = min_of(((j0 + j) / out.group + 1) * out.group - j0, width);
+        const int64_t block_end = min_of((j / kActBlock + 1) * kActBlock, width);
+        const int64_t end = min_of(((j0 + j) / out.group + 1) * out.group - j0, block_end);
+        const int32_t zero = params[j / kActBlock].zero;
         int32_t sum = 0;
         for (; j < end; j += kChunk) sum += sums[j / kChunk];
         *minus = int32_t((uint32_t(-sum) & 0xffffu) | uint32_t(-zero) << 16);
         minus += out.tile;
       }
-      int8_t* to = out.q + (tile * units * out.tile + lane) * out.unit + j0 * out.tile;
+      int8_t* to = row_q + j0 * out.tile;
       if (out.tile == 1) {
         memcpy(to, q, size_t(width));
       } else if (out.unit == kStep) {

@@ -53,11 +53,8 @@ struct Simd {
   static I ior(I a, I b) { return _mm256_or_si256(a, b); }
   static I load_i32(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static void store_i32(int32_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
-  static uint32_t reduce_max_u32(I v) {
-    __m128i m = _mm_max_epu32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
-    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1));
-    return uint32_t(_mm_cvtsi128_si32(m));
+  static bool any_not_finite(I magnitudes) {
+    return _mm256_movemask_epi8(_mm256_cmpgt_epi32(magnitudes, _mm256_set1_epi32(0x7f7fffff))) != 0;
   }
   static int32_t reduce_add(I v) {
     __m128i m = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));

@@ -48,7 +48,9 @@ struct Simd {
   static I ior(I a, I b) { return _mm512_or_si512(a, b); }
   static I load_i32(const int32_t* p) { return _mm512_loadu_si512(p); }
   static void store_i32(int32_t* p, I v) { _mm512_storeu_si512(p, v); }
-  static uint32_t reduce_max_u32(I v) { return _mm512_reduce_max_epu32(v); }
+  static bool any_not_finite(I magnitudes) {
+    return _mm512_cmpge_epu32_mask(magnitudes, _mm512_set1_epi32(0x7f800000)) != 0;
+  }
   static int32_t reduce_add(I v) { return _mm512_reduce_add_epi32(v); }
   static I round(F v) { return _mm512_cvtps_epi32(v); }
   static void store_i8(int8_t* p, I v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
