@@ -1,24 +1,12 @@
-// Operators: schemas, argument checks, allocation and the split into threads. The only file that includes torch, and
-// only its stable ABI (>= 2.10). No size or index that comes from a caller reaches a kernel unchecked.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+// Operators: schemas, argument checks, allocation and the split into threads. Only ops*.cpp and ops.h include
+// torch, and only its stable ABI (>= 2.10). No size or index that comes from a caller reaches a kernel unchecked.
+#include "ops.h"
 
-#include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <optional>
-#include <string>
 #include <tuple>
-
-#include "kernels/kernels.h"
 
 namespace cpullm {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // ---- the kernel table ----------------------------------------------------------------------------------------------
 
@@ -39,7 +27,8 @@ std::string set_isa(std::string cap) {
   return table->isa;
 }
 
-// The active table; the first call selects it, so an unreachable CPULLM_ISA is an error here and not at import.
+}  // namespace
+
 const Kernels& kernels() {
   const Kernels* table = active.load(std::memory_order_acquire);
   if (!table) {
@@ -49,6 +38,8 @@ const Kernels& kernels() {
   }
   return *table;
 }
+
+namespace {
 
 std::string isa() { return kernels().isa; }
 
@@ -62,64 +53,10 @@ std::string isa_levels() {
 
 // ---- memory --------------------------------------------------------------------------------------------------------
 
-// A buffer that grows and is kept per thread: no allocation per call once warm.
-class Buffer {
- public:
-  Buffer() = default;
-  Buffer(const Buffer&) = delete;
-  ~Buffer() { std::free(data_); }
-  // 64-byte aligned, uninitialised; earlier contents are lost.
-  template <class T>
-  T* get(int64_t count) {
-    const size_t bytes = (size_t(count) * sizeof(T) + 63) / 64 * 64;
-    if (bytes > bytes_) {
-      std::free(data_);
-      bytes_ = 0;
-      data_ = std::aligned_alloc(64, bytes);
-      STD_TORCH_CHECK(data_, "torch_cpullm: cannot allocate ", bytes, " bytes of scratch memory");
-      bytes_ = bytes;
-    }
-    return static_cast<T*>(data_);
-  }
-
- private:
-  void* data_ = nullptr;
-  size_t bytes_ = 0;
-};
-
 thread_local Buffer kernel_scratch;                              // of the thread that runs a kernel
 thread_local Buffer rows_buffer, scale_buffer, minus_buffer, bias_buffer;  // of the thread that calls the operator
 
-Tensor empty_cpu(const int64_t* sizes, int64_t dims, ScalarType type) {
-  int64_t strides[64];
-  STD_TORCH_CHECK(dims <= 64, "torch_cpullm: at most 64 dimensions are supported, got ", dims);
-  int64_t stride = 1;
-  for (int64_t i = dims - 1; i >= 0; --i) {
-    strides[i] = stride;
-    stride *= sizes[i] > 1 ? sizes[i] : 1;
-  }
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, torch::stable::detail::to<int32_t>(
-                                                             torch::stable::detail::from(type)),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
 // ---- checks --------------------------------------------------------------------------------------------------------
-
-std::string shape_of(const Tensor& t) {
-  std::string s = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
-  return s + "]";
-}
-
-Float float_type(const Tensor& t, const char* op, const char* name) {
-  const ScalarType type = t.scalar_type();
-  if (type == ScalarType::Float) return Float::f32;
-  if (type == ScalarType::BFloat16) return Float::bf16;
-  STD_TORCH_CHECK(type == ScalarType::Half, op, ": ", name, " must be float32, bfloat16 or float16");
-  return Float::f16;
-}
 
 void check_packed(const Tensor& t, const char* op, const char* name, int64_t d0, int64_t d1, int64_t d2) {
   STD_TORCH_CHECK(t.dim() == 3 && t.size(0) == d0 && t.size(1) == d1 && t.size(2) == d2, op, ": ", name,
@@ -218,18 +155,6 @@ const float* check_bias(const char* op, const OptionalTensor& bias, int64_t n) {
 }
 
 // ---- work ----------------------------------------------------------------------------------------------------------
-
-// Splits [0, count) into at most one contiguous range per thread; a range is worth at least kMinWork multiply-adds.
-template <class F>
-void parallel(int64_t count, int64_t work_each, const F& f) {
-  constexpr int64_t kMinWork = 1 << 16;
-  const int64_t grain = work_each >= kMinWork ? 1 : kMinWork / (work_each > 0 ? work_each : 1);
-  if (count <= grain) {
-    f(0, count);
-  } else {
-    torch::stable::parallel_for(0, count, grain, f);
-  }
-}
 
 QuantizedRows quantize(const Kernels& table, const Rows& rows, TileShape shape, int64_t group) {
   const int64_t tile = shape.tile;

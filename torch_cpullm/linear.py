@@ -21,6 +21,7 @@ class _PackedModule(nn.Module):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
         self.packed = packed
         self.dtype = dtype
+        self.training = False  # until somebody calls train(), which forward() then refuses
 
     @property
     def weight(self) -> Tensor:
@@ -121,7 +122,7 @@ class PackedLinear(_PackedModule):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if (x.requires_grad or self.training) and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "torch_cpullm's packed linears are for inference and have no gradient; "
                 "use torch.no_grad(), or torch_cpullm.restore(model) to train"

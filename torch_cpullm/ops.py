@@ -83,6 +83,16 @@ def embedding(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     )
 
 
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """``softmax(q K^T scale + mask) V`` of one query token per row; query head h reads kv head ``h g // heads``.
+
+    q: [b, h, 1, d]. k, v: [b, g, t, d]. One dtype, float32 | bfloat16 | float16, any strides but a unit last one. mask: bool
+    (true: attend) or float (added), [b | 1, h | 1, 1, t]. Computed in float32. Returns [b, 1, h, d]. Raises RuntimeError
+    naming the argument that is wrong.
+    """
+    return torch.ops.cpullm.decode_attention.default(q, k, v, mask, scale)
+
+
 def dequantize(weight: PackedWeight) -> Tensor:
     """W as float32 [n, k], bit-equal to :func:`torch_cpullm.packing.dequantize` without the float-minimum form and
     within one rounding of it with."""
@@ -132,6 +142,13 @@ def _embedding_fake(ids, codes, scales, zeros, n, k, group_size, dtype):
     return ids.new_empty((*ids.shape, k), dtype=dtype)
 
 
+@torch.library.register_fake("cpullm::decode_attention")
+def _decode_attention_fake(q, k, v, mask, scale):
+    _check_one_device("decode_attention", q=q, k=k, v=v, mask=mask)
+    b, h, _, d = q.shape
+    return q.new_empty((b, 1, h, d))
+
+
 @torch.library.register_fake("cpullm::dequantize")
 def _dequantize_fake(codes, scales, zeros, n, k, group_size):
     _check_one_device("dequantize", codes=codes, scales=scales, zeros=zeros)
@@ -165,6 +182,7 @@ __all__ = [
     "PANEL",
     "STEP",
     "check_compute",
+    "decode_attention",
     "dequantize",
     "embedding",
     "isa",

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import logging
 import sys
-import types
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import ops
+from .attention import restore_attention, use_attention
 from .config import SCALE_DTYPES, Settings
 from .launch import apply_default_threads
 from .linear import PackedEmbedding, PackedLinear
@@ -83,7 +86,9 @@ def optimize(model: nn.Module, config: Settings | None = None, *, strict: bool =
     packed: dict[int, PackedWeight] = {}
     for target in tqdm(targets, desc="torch_cpullm", unit="module", disable=not targets or _progress_disabled()):
         _swap(model, target, settings, packed)
+    use_attention(model)
     _guard(model)
+    _return_free_memory()
     left = report(model).left_in_float
     if left:
         log.warning(
@@ -117,6 +122,7 @@ def restore(model: nn.Module) -> nn.Module:
         parameter.requires_grad_(trained is None or name in trained)
     for name in ("_cpullm_settings", "_cpullm_skipped", "_cpullm_frozen", "_apply", "save_pretrained"):
         model.__dict__.pop(name, None)
+    restore_attention(model)
     if getattr(model, "hf_device_map", None) == _CPU_MAP:
         del model.hf_device_map
     return model
@@ -332,12 +338,19 @@ def _freeze(model: nn.Module) -> set[str]:
     return names | getattr(model, "_cpullm_frozen", set())
 
 
+def _return_free_memory() -> None:
+    """Give the freed float weights back to the system: blocks of up to 32 MB glibc would keep for later."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+    if trim is not None:
+        trim(0)
+
+
 _CPU_MAP = {"": torch.device("cpu")}
 
 
 def _guard(model: nn.Module) -> None:
     """Keep the model on the CPU, whole, and save_pretrained from writing what cannot be loaded."""
-    model._apply = types.MethodType(_guarded_apply, model)
+    model._apply = _GuardedApply(model)
     if not hasattr(model, "save_pretrained"):
         return
     if torch.accelerator.is_available() and not hasattr(model, "hf_device_map"):
@@ -345,12 +358,28 @@ def _guard(model: nn.Module) -> None:
     model.save_pretrained = _refuse_to_save
 
 
-def _guarded_apply(model: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """``Module._apply`` that finds out first whether the packed modules would refuse, so that none is left half moved."""
-    for _, module in packed_modules(model):
-        module.check_movable(fn)
-        break
-    return type(model)._apply(model, fn, recurse)
+class _GuardedApply:
+    """``Module._apply`` that finds out first whether the packed modules would refuse, so that none is left half moved.
+
+    It holds no reference to its model, so that a deleted one is gone at once, and is copied and pickled with it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+
+    def __call__(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        model = self._model()
+        assert model is not None
+        for _, module in packed_modules(model):
+            module.check_movable(fn)
+            break
+        return type(model)._apply(model, fn, recurse)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _GuardedApply:
+        return _GuardedApply(memo[id(self._model())])
+
+    def __reduce__(self) -> tuple:
+        return _GuardedApply, (self._model(),)
 
 
 def _refuse_to_save(*args: object, **kwargs: object) -> None:

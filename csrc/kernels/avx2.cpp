@@ -4,6 +4,7 @@
 //
 #include "rows-inl.h"
 //
+#include "attention-inl.h"
 #include "linear_f32-inl.h"
 #include "lanes-inl.h"
 #include "limits-inl.h"
@@ -21,6 +22,7 @@ void use_avx2(Kernels& k) {
   k.linear_i8 = linear_i8;
   k.linear_f32 = linear_f32;
   k.quantize_weights = quantize_weights;
+  k.decode_attention = decode_attention;
   k.dequantize_row = dequantize_row;
   k.dot_peak = dot_peak;
   k.read_memory = read_memory;

@@ -78,6 +78,17 @@ struct WeightRecipe {
   bool search;       // look for the clipped range with the least squared error; else the full range
 };
 
+// One query token per row over a cache; strides in elements, the last dimension is contiguous.
+struct Attention {
+  const void *q, *k, *v, *mask;  // q [b, h, 1, d], k, v [b, g, t, d]; mask null or [b, h, 1, t]
+  void* out;                     // [b, h, d]
+  int64_t batch, heads, kv_heads, length, width;
+  int64_t q_stride[2], k_stride[3], v_stride[3], mask_stride[2];  // of b, h | g, t; 0 where the mask is broadcast
+  float scale;
+  Float type, mask_type;
+  bool mask_is_bool;  // true: attend; else the mask is added
+};
+
 struct Range {
   int64_t begin, end;
 };
@@ -106,6 +117,8 @@ struct Kernels {
   // Codes [k], scales and zeros [groups] of one finite row w [k]; the symmetric form leaves zeros alone.
   void (*quantize_weights)(const WeightRecipe& recipe, const void* w, Float type, uint8_t* codes, uint16_t* scales,
                            uint8_t* zeros, void* scratch);
+  // Rows of out for items b * heads + h. scratch: ceil16(length) + 2 d floats.
+  void (*decode_attention)(const Attention& a, Range items, float* scratch);
   // Limits of this level: see limits-inl.h.
   int64_t (*dot_peak)(int64_t rounds, int32_t* sink);
   int32_t (*read_memory)(const void* data, int64_t bytes);

@@ -42,6 +42,12 @@ struct Simd {
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static float reduce_min(F v) { return _mm512_reduce_min_ps(v); }
   static float reduce_max(F v) { return _mm512_reduce_max_ps(v); }
+  static float reduce_sum(F v) { return _mm512_reduce_add_ps(v); }
+  static F times_power_of_two(F v, I n) { return _mm512_scalef_ps(v, _mm512_cvtepi32_ps(n)); }
+  // v where x > bound or x is nan, else 0.
+  static F keep_above(F x, float bound, F v) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(bound), _CMP_NLE_UQ), v);
+  }
   static I imin(I a, I b) { return _mm512_min_epi32(a, b); }
   static I imax(I a, I b) { return _mm512_max_epi32(a, b); }
   static I shift_left16(I v) { return _mm512_slli_epi32(v, 16); }
