@@ -1,7 +1,8 @@
 """Prompt and decode speed of whole models, engines side by side.
 
-Every engine runs in its own process with the same threads and prompt; rounds are interleaved, so that a machine that changes
-speed changes it for all. Reported as llama-bench does: pp = prompt tokens/s, tg = generated tokens/s (median step).
+Every engine runs in its own process with the same threads and prompt; rounds are interleaved, so that a machine that
+changes speed changes it for all. Reported as llama-bench does: pp = prompt tokens/s, tg = generated tokens/s (median
+step).
 
     python -m benchmarks.bench_models --model tinyllama-1.1b --engines cpullm,hf-bf16,torchao --pp 512 --tg 64
 """
@@ -41,7 +42,8 @@ class Engine:
 
     def run(self, pp: int, tg: int, seed: int) -> dict[str, Any]:
         """One timed generation; adds foreign_cpu, the cores other processes used meanwhile."""
-        assert self.process.stdin and self.process.stdout
+        assert self.process.stdin
+        assert self.process.stdout
         start, busy = time.perf_counter(), busy_cpu_s()
         self.process.stdin.write(json.dumps({"pp": pp, "tg": tg, "seed": seed}) + "\n")
         self.process.stdin.flush()
@@ -96,7 +98,9 @@ def summarise(engine: Engine, args: argparse.Namespace, commit: str, machine: st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tinyllama-1.1b", help=f"{', '.join(engines.SHAPES)}, {engines.REAL} or a path")
+    parser.add_argument(
+        "--model", default="tinyllama-1.1b", help=f"{', '.join(engines.SHAPES)}, {engines.REAL} or a path"
+    )
     parser.add_argument("--engines", default="cpullm,hf-bf16")
     parser.add_argument("--pp", type=int, default=512, help="prompt tokens")
     parser.add_argument("--tg", type=int, default=64, help="generated tokens")
@@ -126,7 +130,9 @@ def main() -> None:
         for engine in running:
             engine.results.append(engine.run(args.pp, args.tg, seed=round_))
     print(f"{args.model}, {args.threads} threads, pp{args.pp} tg{args.tg}, {facts[0]}")
-    print(f"{'engine':<10} {'pp t/s':>8} {'tg t/s':>8} {'TTFT s':>7} {'ms/token':>9} {'peak GiB':>9} {'foreign CPU':>12}")
+    print(
+        f"{'engine':<10} {'pp t/s':>8} {'tg t/s':>8} {'TTFT s':>7} {'ms/token':>9} {'peak GiB':>9} {'foreign CPU':>12}"
+    )
     for engine in running:
         row = summarise(engine, args, facts[1], facts[0])
         print(

@@ -1,13 +1,14 @@
 """One engine in one process: loads a model, then times generation whenever the parent asks.
 
-Run by bench_models: ``python -m benchmarks.engines ENGINE MODEL --threads N ...``. Reads one line of JSON per request from
-stdin ({"pp": 512, "tg": 64}) and answers with one line of JSON on stdout.
+Run by bench_models: ``python -m benchmarks.engines ENGINE MODEL --threads N ...``. Reads one line of JSON per request
+from stdin ({"pp": 512, "tg": 64}) and answers with one line of JSON on stdout.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import resource
@@ -140,7 +141,7 @@ def timed_generate(model: Any, pp: int, tg: int, seed: int) -> dict[str, Any]:
         pad_token_id=0,
     )
     times = clock.times[1:]  # the first call carries the prompt
-    steps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(times)]
     return {"ttft_s": times[0] - start, "step_s": steps}
 
 

@@ -298,9 +298,8 @@ Tensor embedding(const Tensor& ids, const Tensor& codes, const Tensor& scales, c
   const bool wide = ids.scalar_type() == ScalarType::Long;
   STD_TORCH_CHECK(ids.is_cpu() && (wide || ids.scalar_type() == ScalarType::Int), op,
                   ": ids must be an int64 or int32 CPU tensor");
-  STD_TORCH_CHECK(
-      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op,
-      ": dtype must be float32, bfloat16 or float16");
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op,
+                  ": dtype must be float32, bfloat16 or float16");
   const Float type = dtype == ScalarType::Float ? Float::f32 : dtype == ScalarType::Half ? Float::f16 : Float::bf16;
   const Tensor flat = ids.is_contiguous() ? ids : torch::stable::contiguous(ids);
   const void* p = flat.const_data_ptr();
@@ -325,7 +324,7 @@ Tensor embedding(const Tensor& ids, const Tensor& codes, const Tensor& scales, c
   return out;
 }
 
-// ---- limits of the machine, for benchmarks ---------------------------------------------------------------------------
+// ---- limits of the machine, for benchmarks --------------------------------------------------------------------------
 
 // Every thread runs `rounds` rounds of the level's dot products on registers; returns the operations of all threads.
 int64_t dot_peak(int64_t rounds) {
@@ -359,9 +358,10 @@ int64_t read_memory(const Tensor& x) {
 }  // namespace cpullm
 
 STABLE_TORCH_LIBRARY(cpullm, m) {
-  // y = x W^T + bias, W [n, k]. x [.., k] fp32 | bf16 | fp16; codes uint8 [ceil(n/32), k'/4, 64 | 128], k' = k rounded up to 32;
-  // scales fp16 | bf16 [ceil(n/32), groups, 32]; zeros none | uint8 | the scales' type, of the scales' shape;
-  // bias [n]; perm int32 [k]: input j is x[.., perm[j]]; compute 0 = int8 activations, 1 = fp32. Returns [.., n], x's type.
+  // y = x W^T + bias, W [n, k]. x [.., k] fp32 | bf16 | fp16; codes uint8 [ceil(n/32), k'/4, 64 | 128], k' = k rounded
+  // up to 32; scales fp16 | bf16 [ceil(n/32), groups, 32]; zeros none | uint8 | the scales' type, of the scales' shape;
+  // bias [n]; perm int32 [k]: input j is x[.., perm[j]]; compute 0 = int8 activations, 1 = fp32. Returns [.., n], x's
+  // type.
   m.def(
       "linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, Tensor? perm, int n, int k, "
       "int group_size, int compute) -> Tensor");

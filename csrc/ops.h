@@ -55,9 +55,9 @@ inline Tensor empty_cpu(const int64_t* sizes, int64_t dims, ScalarType type) {
     stride *= sizes[i] > 1 ? sizes[i] : 1;
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, torch::stable::detail::to<int32_t>(
-                                                             torch::stable::detail::from(type)),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dims, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 

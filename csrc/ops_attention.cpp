@@ -27,8 +27,8 @@ Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
   STD_TORCH_CHECK(q.size(2) == 1, op, ": q must hold one token per row [b, h, 1, d], got ", shape_of(q));
   STD_TORCH_CHECK(a.heads > 0 && a.kv_heads > 0 && a.heads % a.kv_heads == 0 && a.width > 0 && a.length > 0, op,
                   ": heads must be a multiple of kv heads and no size empty, got q ", shape_of(q), ", k ", shape_of(k));
-  STD_TORCH_CHECK(k.size(0) == a.batch && k.size(3) == a.width, op, ": k must have shape [", a.batch, ", g, t, ", a.width,
-                  "], got ", shape_of(k));
+  STD_TORCH_CHECK(k.size(0) == a.batch && k.size(3) == a.width, op, ": k must have shape [", a.batch, ", g, t, ",
+                  a.width, "], got ", shape_of(k));
   STD_TORCH_CHECK(shape_of(v) == shape_of(k), op, ": v must have k's shape ", shape_of(k), ", got ", shape_of(v));
   a.q = q.const_data_ptr();
   a.k = k.const_data_ptr();
@@ -65,8 +65,8 @@ Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
 }  // namespace cpullm
 
 STABLE_TORCH_LIBRARY_FRAGMENT(cpullm, m) {
-  // One query token per row: q [b, h, 1, d], k, v [b, g, t, d] of one dtype (fp32 | bf16 | fp16), any strides but a unit last
-  // one; mask bool (true: attend) or float (added), [b | 1, h | 1, 1, t]. Returns [b, 1, h, d].
+  // One query token per row: q [b, h, 1, d], k, v [b, g, t, d] of one dtype (fp32 | bf16 | fp16), any strides but a
+  // unit last one; mask bool (true: attend) or float (added), [b | 1, h | 1, 1, t]. Returns [b, 1, h, d].
   m.def("decode_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor");
 }
 

@@ -10,7 +10,14 @@ from torch_cpullm import ops
 from torch_cpullm.attention import attention_forward
 
 # (batch, heads, kv heads, cache length, head dim): GQA, MQA, MHA; lengths and widths around the vectors' 8 and 16.
-SHAPES = [(1, 4, 2, 1, 64), (2, 6, 3, 15, 64), (1, 8, 1, 16, 80), (2, 4, 4, 17, 40), (1, 2, 1, 300, 128), (3, 9, 3, 33, 7)]
+SHAPES = [
+    (1, 4, 2, 1, 64),
+    (2, 6, 3, 15, 64),
+    (1, 8, 1, 16, 80),
+    (2, 4, 4, 17, 40),
+    (1, 2, 1, 300, 128),
+    (3, 9, 3, 33, 7),
+]
 
 
 def expected(q, k, v, mask, scale):
@@ -44,7 +51,8 @@ def test_against_float64(shape, dtype, isa):
             got = ops.decode_attention(q, k, v, mask, scale)
             want = expected(q, k, v, mask, scale)
             assert (got.shape, got.dtype) == (want.shape, dtype)
-            # the result is an average of v: its rounding, and scores of magnitude |q| |k| scale off by a few eps of fp32
+            # the result is an average of v: its rounding, and scores of magnitude |q| |k| scale off by a few eps of
+            # fp32
             off = 2.0**-20 * (1 + scale * 12 * shape[4] ** 0.5)
             assert bool(((got.double() - want).abs() <= (off + eps) * v.double().abs().max()).all())
 
@@ -79,7 +87,12 @@ def test_wrong_arguments():
         ops.decode_attention(q, k, v.bfloat16(), None, 1.0)
     with pytest.raises(RuntimeError, match="heads must be a multiple"):
         ops.decode_attention(q[:, :3], k, v, None, 1.0)
-    wrong = torch.ones(2, 1, 1, 8, dtype=torch.bool), torch.ones(3, 1, 1, 9), torch.ones(2, 9), torch.ones(2, 1, 1, 9).int()
+    wrong = (
+        torch.ones(2, 1, 1, 8, dtype=torch.bool),
+        torch.ones(3, 1, 1, 9),
+        torch.ones(2, 9),
+        torch.ones(2, 1, 1, 9).int(),
+    )
     for bad in wrong:
         with pytest.raises(RuntimeError, match="mask"):
             ops.decode_attention(q, k, v, bad, 1.0)
@@ -97,7 +110,13 @@ def test_opcheck():
 def test_models_switch_from_sdpa_and_back():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 99}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "vocab_size": 99,
+    }
     model = LlamaForCausalLM(LlamaConfig(**sizes))
     before = model.config._attn_implementation
     torch_cpullm.optimize(model)

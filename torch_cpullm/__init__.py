@@ -1,7 +1,7 @@
 """INT4 inference of HuggingFace language models on x86 CPUs.
 
-``torch_cpullm.optimize(model)``; the rest of HuggingFace stays as it is. Importing this package loads nothing heavy: torch,
-the compiled operators and transformers come with the first use of a name.
+``torch_cpullm.optimize(model)``; the rest of HuggingFace stays as it is. Importing this package loads nothing heavy:
+torch, the compiled operators and transformers come with the first use of a name.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import launch as _launch  # records torch's thread count before anybody changes it
+from . import launch as _launch  # noqa: F401  (records torch's thread count before anybody changes it)
 
 if TYPE_CHECKING:
     from .coverage import Report, report

@@ -1,12 +1,12 @@
 """The attention implementation "cpullm" of transformers: our kernel for one query token, SDPA for everything else.
 
-SDPA repeats the kv heads in memory and takes 0.9 ms per layer for one token at a context of 512; the kernel reads the cache
-as it is.
+SDPA repeats the kv heads in memory and takes 0.9 ms per layer for one token at a context of 512; the kernel reads the
+cache as it is.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +17,29 @@ NAME = "cpullm"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+class _Switchable(Protocol):
+    """What transformers' models have to choose their attention by."""
+
+    def set_attn_implementation(self, name: str) -> None: ...
+
+    def _can_set_attn_implementation(self) -> bool: ...
+
+
 def use_attention(model: nn.Module) -> None:
     """Switch a transformers model from SDPA to "cpullm". A model with another attention implementation keeps it."""
     if getattr(getattr(model, "config", None), "_attn_implementation", None) != "sdpa":
         return
     if not hasattr(model, "set_attn_implementation") or not _register():
         return
-    if model._can_set_attn_implementation():
-        model.set_attn_implementation(NAME)
+    hf = cast("_Switchable", model)
+    if hf._can_set_attn_implementation():
+        hf.set_attn_implementation(NAME)
 
 
 def restore_attention(model: nn.Module) -> None:
     """Undo :func:`use_attention`."""
     if getattr(getattr(model, "config", None), "_attn_implementation", None) == NAME:
-        model.set_attn_implementation("sdpa")
+        cast("_Switchable", model).set_attn_implementation("sdpa")
 
 
 def _register() -> bool:

@@ -16,12 +16,12 @@ SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 class Settings:
     """Settings of :func:`torch_cpullm.optimize`. Raises ValueError naming the field that is wrong.
 
-    bits: 4 or 8, of the linears. group_size: weights that share a scale along the input: a positive multiple of 32, or -1
-    for one group per output. sym: symmetric levels; otherwise an integer zero point per group (8 bits: always symmetric).
-    compute: ``"int8"`` quantises activations per row and 64 inputs, ``"fp32"`` leaves them exact. head_bits: 8 or 4 for
-    the output head and the input embedding, None leaves both as they are. scale_dtype: ``"float16"`` or ``"bfloat16"``.
-    modules_to_not_convert: names, suffixes after a dot, or regular expressions (matched from the start) of modules that
-    stay as they are.
+    bits: 4 or 8, of the linears. group_size: weights that share a scale along the input: a positive multiple of 32, or
+    -1 for one group per output. sym: symmetric levels; otherwise an integer zero point per group (8 bits: always
+    symmetric). compute: ``"int8"`` quantises activations per row and 64 inputs, ``"fp32"`` leaves them exact.
+    head_bits: 8 or 4 for the output head and the input embedding, None leaves both as they are. scale_dtype:
+    ``"float16"`` or ``"bfloat16"``. modules_to_not_convert: names, suffixes after a dot, or regular expressions
+    (matched from the start) of modules that stay as they are.
     """
 
     bits: int = 4
@@ -48,7 +48,9 @@ class Settings:
         if self.scale_dtype not in SCALE_DTYPES:
             raise ValueError(f"scale_dtype must be one of {', '.join(SCALE_DTYPES)}, got {self.scale_dtype!r}")
         names = self.modules_to_not_convert
-        if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)):
+        if names is not None and not (
+            isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+        ):
             raise ValueError(f"modules_to_not_convert must be a list of strings, got {names!r}")
 
     def converts(self, name: str) -> bool:

@@ -13,7 +13,7 @@ from .linear import PackedEmbedding, PackedLinear
 
 @dataclass(frozen=True)
 class Row:
-    """One module. kind: linear, embedding or parameter; state: int4, int8 or float; bytes as stored, biases left out."""
+    """One module. kind: linear, embedding or parameter; state: int4, int8 or float; bytes as stored, without biases."""
 
     name: str
     kind: str
@@ -53,7 +53,9 @@ class Report:
         for row in self.rows:
             pattern = re.sub(r"\.\d+(?=\.|$)", ".*", row.name)
             merged.setdefault((pattern, row.state, row.reason, row.bits, row.group_size, row.compute), []).append(row)
-        lines = [f"{'module':<44} {'count':>5} {'state':<6} {'group':>5} {'compute':<7} {'MB before':>9} {'MB after':>9}"]
+        lines = [
+            f"{'module':<44} {'count':>5} {'state':<6} {'group':>5} {'compute':<7} {'MB before':>9} {'MB after':>9}"
+        ]
         for (pattern, state, reason, _, group, compute), rows in merged.items():
             before, after = (sum(getattr(row, name) for row in rows) / 1e6 for name in ("bytes_before", "bytes_after"))
             name = pattern if len(pattern) <= 44 else "…" + pattern[-43:]

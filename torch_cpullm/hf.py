@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -27,7 +27,7 @@ class CpuLlmConfig(Settings, QuantizationConfigMixin):
         modules_to_not_convert: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.quant_method = "cpullm"
+        self.quant_method = cast("Any", "cpullm")  # transformers types only the methods of its own
         Settings.__init__(self, bits, group_size, sym, compute, head_bits, scale_dtype, modules_to_not_convert)
 
     def to_dict(self) -> dict[str, Any]:

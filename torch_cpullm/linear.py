@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +97,8 @@ def _canonical(codes: Tensor, scales: Tensor, zeros: Tensor | None, like: Packed
 
 def _copy_into(packed: PackedWeight, new: PackedWeight) -> None:
     """Overwrite ``packed``, which a tied module may share, with weights of the same form."""
-    if packed.scales.dtype != new.scales.dtype or getattr(packed.zeros, "dtype", None) != getattr(new.zeros, "dtype", None):
+    types, new_types = ([getattr(t, "dtype", None) for t in (w.scales, w.zeros)] for w in (packed, new))
+    if types != new_types:
         raise ValueError("the saved scales or zeros have another type than the module's")
     packed.codes.copy_(new.codes)
     packed.scales.copy_(new.scales)
@@ -112,6 +112,8 @@ class PackedLinear(_PackedModule):
     For inference only. compute: ``"int8"`` or ``"fp32"``, see :func:`torch_cpullm.ops.linear`.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self, packed: PackedWeight, bias: Tensor | None = None, *, dtype: torch.dtype, compute: str = "int8"
     ) -> None:
@@ -122,6 +124,7 @@ class PackedLinear(_PackedModule):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [.., in_features] -> [.., out_features] of x's dtype; RuntimeError where a gradient is asked for."""
         if (x.requires_grad or self.training) and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "torch_cpullm's packed linears are for inference and have no gradient; "
@@ -130,6 +133,7 @@ class PackedLinear(_PackedModule):
         return ops.linear(x, self.packed, self.bias, None, self.compute)
 
     def extra_repr(self) -> str:
+        """The text between the brackets of ``repr()``."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"{self._form()}, compute={self.compute}"
@@ -156,8 +160,10 @@ class PackedEmbedding(_PackedModule):
         self.multiplier = multiplier
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Ids int64 | int32 [..] -> [.., embedding_dim] of ``dtype``; RuntimeError for an id out of range."""
         rows = ops.embedding(ids, self.packed, self.dtype)
         return rows if self.multiplier is None else rows * torch.tensor(self.multiplier, dtype=self.dtype)
 
     def extra_repr(self) -> str:
+        """The text between the brackets of ``repr()``."""
         return f"{self.num_embeddings}, {self.embedding_dim}, {self._form()}"

@@ -68,7 +68,8 @@ def linear(
 
     x: float32 | bfloat16 | float16 [.., k], any strides. weight: W [n, k]. bias: [n], any of these dtypes.
     perm: int32 [k], input j of W is ``x[.., perm[j]]``. compute: ``"int8"`` quantises x to int8 per row and 64 inputs;
-    ``"fp32"`` is exact up to rounding. Returns [.., n] of x's dtype. Raises RuntimeError naming the argument that is wrong.
+    ``"fp32"`` is exact up to rounding. Returns [.., n] of x's dtype. Raises RuntimeError naming the argument that is
+    wrong.
     """
     check_compute(compute)
     return torch.ops.cpullm.linear.default(
@@ -77,7 +78,7 @@ def linear(
 
 
 def embedding(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """Rows of W [n, k]: ids int64 | int32 [..] -> [.., k] of ``dtype``. Raises RuntimeError for an id outside [0, n)."""
+    """Rows of W [n, k]: ids int64 | int32 [..] -> [.., k] of ``dtype``. RuntimeError for an id outside [0, n)."""
     return torch.ops.cpullm.embedding.default(
         ids, weight.codes, weight.scales, weight.zeros, weight.n, weight.k, weight.group, dtype
     )
@@ -86,16 +87,17 @@ def embedding(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """``softmax(q K^T scale + mask) V`` of one query token per row; query head h reads kv head ``h g // heads``.
 
-    q: [b, h, 1, d]. k, v: [b, g, t, d]. One dtype, float32 | bfloat16 | float16, any strides but a unit last one. mask: bool
-    (true: attend) or float (added), [b | 1, h | 1, 1, t]. Computed in float32. Returns [b, 1, h, d]. Raises RuntimeError
-    naming the argument that is wrong.
+    q: [b, h, 1, d]. k, v: [b, g, t, d]. One dtype, float32 | bfloat16 | float16, any strides but a unit last one. mask:
+    bool (true: attend) or float (added), [b | 1, h | 1, 1, t]. Computed in float32. Returns [b, 1, h, d]. Raises
+    RuntimeError naming the argument that is wrong.
     """
     return torch.ops.cpullm.decode_attention.default(q, k, v, mask, scale)
 
 
 def dequantize(weight: PackedWeight) -> Tensor:
     """W as float32 [n, k], bit-equal to :func:`torch_cpullm.packing.dequantize` without the float-minimum form and
-    within one rounding of it with."""
+    within one rounding of it with.
+    """
     return torch.ops.cpullm.dequantize.default(
         weight.codes, weight.scales, weight.zeros, weight.n, weight.k, weight.group
     )
@@ -106,7 +108,8 @@ def quantize_weights(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Round to nearest of a finite contiguous matrix [n, k], see :func:`torch_cpullm.quant.quantize_rtn`.
 
-    Returns codes uint8 [n, k], scales [n, groups] of ``scale_dtype``, zero points uint8 [n, groups] (undefined if symmetric).
+    Returns codes uint8 [n, k], scales [n, groups] of ``scale_dtype``, zero points uint8 [n, groups] (undefined if
+    symmetric).
     """
     return torch.ops.cpullm.quantize_weights.default(weight, bits, group, sym, search, scale_dtype)
 

@@ -86,9 +86,7 @@ class QuantizedWeight:
         if self.bits != 4:
             raise ValueError("zeros are supported for bits=4 only; 8-bit weights are symmetric")
         if zeros.dtype not in (torch.uint8, scales.dtype) or list(zeros.shape) != shape:
-            raise ValueError(
-                f"zeros must be uint8 or {scales.dtype} {shape}, got {zeros.dtype} {list(zeros.shape)}"
-            )
+            raise ValueError(f"zeros must be uint8 or {scales.dtype} {shape}, got {zeros.dtype} {list(zeros.shape)}")
         if zeros.dtype == torch.uint8 and bool((zeros > 15).any()):
             raise ValueError(f"zero points must lie in 0..15, got {int(zeros.max())}")
         if zeros.dtype != torch.uint8 and not bool(torch.isfinite(zeros).all()):
@@ -112,7 +110,7 @@ class QuantizedWeight:
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """W [n, k] in the layout that every kernel reads, padded with zero weights to n' = 32 ceil(n/32), k' = 32 ceil(k/32).
+    """W [n, k] in the layout every kernel reads, padded with zero weights to n' = 32 ceil(n/32), k' = 32 ceil(k/32).
 
     codes: uint8 [n'/32, k'/4, 64] for 4 bits: byte ``4c + i`` of a block holds column c (low nibble) and column c + 16
         (high nibble), input i; uint8 [n'/32, k'/4, 128] for 8 bits: byte ``4c + i`` holds column c, input i.
@@ -199,8 +197,9 @@ def unpack(packed: PackedWeight) -> QuantizedWeight:
 
 
 def dequantize(weight: QuantizedWeight | PackedWeight) -> Tensor:
-    """W as float32 [n, k]: ``fma(code, scale, base)``, base the minimum or ``-zero * scale``; exact but for one rounding
-    of the float-minimum form."""
+    """W as float32 [n, k]: ``fma(code, scale, base)``, base the minimum or ``-zero * scale``; exact but for one
+    rounding of the float-minimum form.
+    """
     w = unpack(weight) if isinstance(weight, PackedWeight) else weight
     group = resolve_group(w.group_size, w.k)
     codes = w.codes.float()

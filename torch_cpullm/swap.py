@@ -9,7 +9,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,11 @@ from tqdm.auto import tqdm
 from . import ops
 from .attention import restore_attention, use_attention
 from .config import SCALE_DTYPES, Settings
+from .coverage import EXCLUDED, report, report_with
 from .launch import apply_default_threads
 from .linear import PackedEmbedding, PackedLinear
 from .packing import PackedWeight, pack
 from .quant import quantize_rtn
-from .coverage import EXCLUDED, report, report_with
 
 log = logging.getLogger("torch_cpullm")
 
@@ -42,25 +42,30 @@ class _Target:
         return self.names[0]
 
     @property
+    def stored(self) -> nn.Parameter:
+        """The weight as the module has it."""
+        return cast("nn.Parameter", self.module.weight)
+
+    @property
     def weight(self) -> Tensor:
-        weight = self.module.weight.detach()
+        weight = self.stored.detach()
         return weight.T if self.kind == "conv1d" else weight
 
 
 def optimize(model: nn.Module, config: Settings | None = None, *, strict: bool = False) -> nn.Module:
-    """Replace every linear layer of ``model`` by one with packed INT4 weights, and its head and input embedding by INT8.
+    """Replace every linear layer of ``model`` by packed INT4 weights, and its head and input embedding by INT8.
 
-    Works in place and returns ``model``; ``generate()`` and pipelines work as before. nn.Linear, transformers' Conv1D and
-    subclasses of nn.Linear that behave like it are replaced; everything else stays and :func:`report` says why. The float
-    weights are freed as it goes, and what stays is frozen; :func:`restore` gives a trainable float model back (of the
-    quantised values). A second call with the same settings does nothing. Sets torch's thread count once per process unless the user has
-    (:func:`torch_cpullm.launch.apply_default_threads`).
+    Works in place and returns ``model``; ``generate()`` and pipelines work as before. nn.Linear, transformers' Conv1D
+    and subclasses of nn.Linear that behave like it are replaced; everything else stays and :func:`report` says why. The
+    float weights are freed as it goes, and what stays is frozen; :func:`restore` gives a trainable float model back (of
+    the quantised values). A second call with the same settings does nothing. Sets torch's thread count once per process
+    unless the user has (:func:`torch_cpullm.launch.apply_default_threads`).
 
     config: :class:`torch_cpullm.CpuLlmConfig` or :class:`torch_cpullm.config.Settings`; default INT4, group 32, zero
     points, int8 compute. strict: raise instead of leaving a weight matrix in float.
 
-    Raises TypeError or ValueError, before anything is changed: ``model`` is no module, is on another device or on meta, is
-    quantised by another method or with other settings, holds NaN or inf (named), or ``strict`` cannot be met. Raises
+    Raises TypeError or ValueError, before anything is changed: ``model`` is no module, is on another device or on meta,
+    is quantised by another method or with other settings, holds NaN or inf (named), or ``strict`` cannot be met. Raises
     RuntimeError when CPULLM_ISA names a level this machine cannot run.
     """
     settings = config if config is not None else Settings()
@@ -80,9 +85,7 @@ def optimize(model: nn.Module, config: Settings | None = None, *, strict: bool =
             raise ValueError(f"strict=True, but these weights would stay in float:\n{lines}{more}")
     apply_default_threads()
     model.eval()
-    model._cpullm_settings = settings
-    model._cpullm_skipped = skipped
-    model._cpullm_frozen = _freeze(model)
+    _set_attributes(model, _cpullm_settings=settings, _cpullm_skipped=skipped, _cpullm_frozen=_freeze(model))
     packed: dict[int, PackedWeight] = {}
     for target in tqdm(targets, desc="torch_cpullm", unit="module", disable=not targets or _progress_disabled()):
         _swap(model, target, settings, packed)
@@ -103,8 +106,8 @@ def optimize(model: nn.Module, config: Settings | None = None, *, strict: bool =
 def restore(model: nn.Module) -> nn.Module:
     """Undo :func:`optimize` in place: the original modules with the dequantised weights, in each module's dtype.
 
-    The original float values are gone; the model computes with what INT4 made of them. Returns ``model``; a model that was
-    never optimised is returned as it is.
+    The original float values are gone; the model computes with what INT4 made of them. Returns ``model``; a model that
+    was never optimised is returned as it is.
     """
     weights: dict[tuple[int, torch.dtype], nn.Parameter] = {}
     originals: dict[nn.Module, nn.Module] = {}
@@ -135,7 +138,9 @@ def _check_model(model: nn.Module, settings: Settings) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, (nn.Linear, nn.Embedding)):
-        raise ValueError(f"model is a single {type(model).__name__}, which cannot be replaced in place; pass its parent")
+        raise ValueError(
+            f"model is a single {type(model).__name__}, which cannot be replaced in place; pass its parent"
+        )
     before = getattr(model, "_cpullm_settings", None)
     if before is not None and not before.same_as(settings):
         raise ValueError("model is already optimised with other settings; call torch_cpullm.restore(model) first")
@@ -155,8 +160,7 @@ def _check_model(model: nn.Module, settings: Settings) -> None:
 
 def _check_weights(targets: list[_Target]) -> None:
     for target in targets:
-        weight = target.module.weight
-        low, high = torch.aminmax(weight.detach())
+        low, high = torch.aminmax(target.stored.detach())
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
             raise ValueError(f"the weight of {target.name} holds NaN or inf")
         if float(torch.maximum(-low, high)) > 65504:
@@ -220,7 +224,7 @@ def _kind(module: nn.Module, is_embedding: bool) -> str | None:
 def _unsuitable(target: _Target) -> str:
     """Why this module must stay in float, or an empty text. A forward that is not torch's own is tried out."""
     module = target.module
-    weight = module.weight
+    weight = target.stored
     if not weight.is_floating_point() or weight.dim() != 2 or weight.dtype.itemsize not in (2, 4):
         return f"its weight is {str(weight.dtype).removeprefix('torch.')} {list(weight.shape)}"
     if 0 in weight.shape:
@@ -237,8 +241,12 @@ def _unsuitable(target: _Target) -> str:
         if type(module).forward is nn.Embedding.forward:
             return ""
         target.multiplier = _embedding_multiplier(module)
-        return "" if target.multiplier is not None else f"{type(module).__name__} does not compute what nn.Embedding does"
-    if target.kind == "conv1d" or type(module).forward is nn.Linear.forward or _is_linear_in_effect(module):
+        return (
+            "" if target.multiplier is not None else f"{type(module).__name__} does not compute what nn.Embedding does"
+        )
+    if target.kind == "conv1d" or type(module).forward is nn.Linear.forward:
+        return ""
+    if _is_linear_in_effect(cast("nn.Linear", module)):
         return ""
     return f"{type(module).__name__} does not compute what nn.Linear does"
 
@@ -251,13 +259,15 @@ def _is_linear_in_effect(module: nn.Linear) -> bool:
             x = torch.randn(4, module.in_features, generator=torch.Generator().manual_seed(0))
             x = torch.cat([x, 100 * x])
             want, got = nn.functional.linear(x, probe.weight, probe.bias), probe(x)
-            return isinstance(got, Tensor) and got.shape == want.shape and torch.allclose(got, want, rtol=1e-4, atol=1e-4)
+            return (
+                isinstance(got, Tensor) and got.shape == want.shape and torch.allclose(got, want, rtol=1e-4, atol=1e-4)
+            )
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
         return False
 
 
 def _embedding_multiplier(module: nn.Embedding) -> float | None:
-    """The factor by which a subclass scales its rows, or None if that is not what it does: tried on rows of ones and twos."""
+    """The factor by which a subclass scales its rows, None if it does something else; tried on rows of 1 and 2."""
     probe = copy.copy(module)
     rows = torch.ones(2, module.embedding_dim)
     rows[1] = 2
@@ -279,8 +289,8 @@ def _embedding_multiplier(module: nn.Embedding) -> float | None:
 def _swap(model: nn.Module, target: _Target, settings: Settings, packed: dict[int, PackedWeight]) -> None:
     """Replace one module. packed: id of a float weight -> its packed form, so that tied weights stay one copy."""
     module = target.module
-    dtype = module.weight.dtype
-    key = id(module.weight)
+    dtype = target.stored.dtype
+    key = id(target.stored)
     if key not in packed:
         packed[key] = pack(
             quantize_rtn(
@@ -293,11 +303,11 @@ def _swap(model: nn.Module, target: _Target, settings: Settings, packed: dict[in
         )
     new: PackedLinear | PackedEmbedding
     if target.kind == "embedding":
-        new = PackedEmbedding(
-            packed[key], dtype=dtype, padding_idx=module.padding_idx, multiplier=target.multiplier
-        )
+        padding_idx = cast("nn.Embedding", module).padding_idx
+        new = PackedEmbedding(packed[key], dtype=dtype, padding_idx=padding_idx, multiplier=target.multiplier)
     else:
-        new = PackedLinear(packed[key], module.bias, dtype=dtype, compute=settings.compute)
+        bias = cast("nn.Parameter | None", module.bias)
+        new = PackedLinear(packed[key], bias, dtype=dtype, compute=settings.compute)
     new.train(module.training)
     keep_original(new, module)
     for name in target.names:
@@ -316,7 +326,6 @@ def _original(module: PackedLinear | PackedEmbedding, weight: nn.Parameter) -> n
     if original is None:
         if isinstance(module, PackedLinear):
             original = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-            original.bias = module.bias
         else:
             original = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta")
     transposed = not isinstance(original, (nn.Linear, nn.Embedding))
@@ -329,6 +338,12 @@ def _original(module: PackedLinear | PackedEmbedding, weight: nn.Parameter) -> n
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+def _set_attributes(module: nn.Module, **attributes: object) -> None:
+    """Plain assignments; torch's annotations allow tensors and modules only."""
+    for name, value in attributes.items():
+        setattr(module, name, value)
 
 
 def _freeze(model: nn.Module) -> set[str]:
@@ -350,12 +365,12 @@ _CPU_MAP = {"": torch.device("cpu")}
 
 def _guard(model: nn.Module) -> None:
     """Keep the model on the CPU, whole, and save_pretrained from writing what cannot be loaded."""
-    model._apply = _GuardedApply(model)
+    _set_attributes(model, _apply=_GuardedApply(model))
     if not hasattr(model, "save_pretrained"):
         return
     if torch.accelerator.is_available() and not hasattr(model, "hf_device_map"):
-        model.hf_device_map = dict(_CPU_MAP)  # pipelines look here before they move a model to a GPU
-    model.save_pretrained = _refuse_to_save
+        _set_attributes(model, hf_device_map=dict(_CPU_MAP))  # pipelines look here before they move a model to a GPU
+    _set_attributes(model, save_pretrained=_refuse_to_save)
 
 
 class _GuardedApply:

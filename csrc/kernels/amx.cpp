@@ -1,11 +1,11 @@
 // The amx level: int8 tiles for many rows; few rows stay with the avx512 kernels.
 //
-// One tile product: C (16 rows x 16 columns, int32) += A (16 rows x 64 inputs, s8) B (64 inputs x 16 columns, u8 codes; a row
-// of B is one k-step of the unpacked panel). Groups that are no multiple of 64 use half tiles of 32 inputs. Two sets of tiles
-// (C 0 1, A 4 5, B 6 7) take turns: after every segment C goes through a 1 KiB buffer to the fp32 chain of linear_i8-inl.h.
-// Registers: 16 sums y, scale, pair, and temporaries. Bound per segment of 64 inputs and 16 x 16 outputs: one tile product of
-// 16 cycles against 16 vectors x 4 operations on two ports = 32 cycles, so at most half of the tile peak; half tiles (group
-// 32) reach a quarter.
+// One tile product: C (16 rows x 16 columns, int32) += A (16 rows x 64 inputs, s8) B (64 inputs x 16 columns, u8
+// codes; a row of B is one k-step of the unpacked panel). Groups that are no multiple of 64 use half tiles of 32
+// inputs. Two sets of tiles (C 0 1, A 4 5, B 6 7) take turns: after every segment C goes through a 1 KiB buffer to
+// the fp32 chain of linear_i8-inl.h. Registers: 16 sums y, scale, pair, and temporaries. Bound per segment of 64
+// inputs and 16 x 16 outputs: one tile product of 16 cycles against 16 vectors x 4 operations on two ports = 32
+// cycles, so at most half of the tile peak; half tiles (group 32) reach a quarter.
 #define CPULLM_TILE_ROWS 14
 #include "simd_avx512.h"
 //
@@ -23,6 +23,9 @@ constexpr int64_t kFullTileRows = 16, kHalfTileRows = 48;
 
 void (*few_rows)(const Weight&, const QuantizedRows&, const Output&, Range, void*);
 
+// The tile intrinsics do not tell the compiler what they read: without this it may drop the stores before them.
+void publish(const void* data) { __asm__ volatile("" : : "r"(data) : "memory"); }
+
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t column_bytes[16] = {};
@@ -35,6 +38,7 @@ void configure(int64_t step) {
     c.rows[i] = uint8_t(i < 6 ? kTile : step / kStep);
     c.column_bytes[i] = uint16_t(i == 4 || i == 5 ? step : 64);
   }
+  publish(&c);
   _tile_loadconfig(&c);
 }
 
@@ -86,7 +90,8 @@ int64_t make_segments(const Weight& w, int64_t panel, int64_t k0, int64_t k1, co
   return g - out;
 }
 
-// C = A B over the inputs of one segment, then to `acc` [16, 16]. Tile numbers must be literals: one function per set.
+// C = A B over the inputs of one segment, then to `acc` [16, 16]. Tile numbers must be literals: a function
+// per set.
 void multiply_0(const int8_t* a, const uint8_t* b, int64_t k, int64_t end, int64_t step, int32_t* acc) {
   _tile_zero(0);
   for (; k < end; k += step) {
@@ -107,8 +112,8 @@ void multiply_1(const int8_t* a, const uint8_t* b, int64_t k, int64_t end, int64
   _tile_stored(1, acc, kTile * 4);
 }
 
-// 16 rows x 16 columns (half i of the panel) over all segments of a K block. y [16, 32] stays in 16 registers; while the
-// chain of one segment runs, the tiles of the next one multiply.
+// 16 rows x 16 columns (half i of the panel) over all segments of a K block. y [16, 32] stays in 16 registers; while
+// the chain of one segment runs, the tiles of the next one multiply.
 template <bool kWhole, bool kMinimum>
 void tile_block(const Segment* segments, int64_t count, int i, const int8_t* a, const uint8_t* b, int64_t step,
                 const int32_t* minus, const float* x_scale, float* y_out, int32_t* buffer) {
@@ -157,10 +162,10 @@ void linear_i8_amx(const Weight& w, const QuantizedRows& x, const Output& out, R
   uint8_t* bytes = static_cast<uint8_t*>(scratch);
   int32_t* sums_c = reinterpret_cast<int32_t*>(bytes + 32 * kBlockK);
   float* partial = reinterpret_cast<float*>(bytes + 64 * 1024);
-  int32_t* buffer = reinterpret_cast<int32_t*>(bytes + 64 * 1024 + kBlockRows * kPanel * 4);  // two of [16, 16]
+  int32_t* buffer = reinterpret_cast<int32_t*>(bytes + 64 * 1024 + kBlockRows * kPanel * 4);  // 2 x [16, 16]
   Segment segments[kMostSegments];
   const bool minimum = w.form == Zeros::minimum;
-  const auto run = minimum                   ? tile_block<false, true>
+  const auto run = minimum                    ? tile_block<false, true>
                    : w.group % kActBlock == 0 ? tile_block<true, false>
                                               : tile_block<false, false>;
   const int64_t block_bytes = 16 * w.bits;
@@ -188,7 +193,7 @@ void linear_i8_amx(const Weight& w, const QuantizedRows& x, const Output& out, R
           }
         }
         if ((k1 - k0) % kTileK && block == bytes) memset(bytes + (k1 - k0) / kStep * 128, 0, kChunk / kStep * 128);
-        __asm__ volatile("" ::: "memory");  // the tile loads below do not say what they read
+        publish(block);
         const int64_t count = make_segments(w, panel, k0, k1, sums_c, segments);
         for (int64_t r = row0; r < row_end; r += kTile)
           for (int i = 0; i < 2; ++i)
@@ -208,6 +213,7 @@ int64_t dot_peak_amx(int64_t rounds, int32_t* sink) {
   alignas(64) int32_t out[kTile * kTile];
   configure(kTileK);
   for (int i = 0; i < kTile * kTile; ++i) out[i] = 0;
+  publish(out);
   _tile_loadd(4, out, 64);
   _tile_loadd(5, out, 64);
   _tile_loadd(6, out, 64);

@@ -1,4 +1,5 @@
-// Attention of one query token over a cache, written once over Simd: scores, softmax, weighted sum of values; fp32 inside.
+// Attention of one query token over a cache, written once over Simd: scores, softmax, weighted sum of values; fp32
+// inside.
 #pragma once
 
 namespace cpullm {

@@ -70,10 +70,8 @@ bool has_amx() {
 const Level kLadder[kLevels] = {
     {"ref", always, use_ref},
 #ifndef CPULLM_REF_ONLY
-    {"avx2", has_avx2, use_avx2},
-    {"avx_vnni", has_avx_vnni, use_avx_vnni},
-    {"avx512", has_avx512, use_avx512},
-    {"amx", has_amx, use_amx},
+    {"avx2", has_avx2, use_avx2},       {"avx_vnni", has_avx_vnni, use_avx_vnni},
+    {"avx512", has_avx512, use_avx512}, {"amx", has_amx, use_amx},
 #endif
 };
 

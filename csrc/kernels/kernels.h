@@ -19,7 +19,7 @@ enum class Zeros : int { symmetric = 0, integer, minimum };     // what Weight::
 
 // A packed matrix W [n, k]; W = scale * (code - zero), or scale * code + minimum.
 struct Weight {
-  const uint8_t* codes;    // [panels, k_padded/4, 16 * bits]: 4 bits: byte 4c+i = column c | column c+16 << 4, input i
+  const uint8_t* codes;    // [panels, k_padded/4, 16 * bits]; 4 bits: byte 4c+i = column c | c+16 << 4, input i
   const uint16_t* scales;  // [panels, groups, 32] fp16 or bf16
   const void* zeros;       // null; or uint8 [panels, groups, 32]; or minima of the scales' type, same shape
   int64_t n, k, k_padded;  // k_padded = k rounded up to kChunk
@@ -37,12 +37,12 @@ struct Rows {
   const int32_t* order;  // null or [k], every entry checked by the caller to lie in [0, k)
 };
 
-// int8 activations: x[row, j] ~ (q - zero) * scale, scale and zero [row, j / kActBlock]. A block with inf or nan gets scale
-// nan. Rows are interleaved in tiles of `tile` rows, `unit` inputs at a time (tile 1: plain row-major); the last tile may be
-// short: its missing rows exist in memory with scale and minus zero.
+// int8 activations: x[row, j] ~ (q - zero) * scale, scale and zero [row, j / kActBlock]. A block with inf or nan gets
+// scale nan. Rows are interleaved in tiles of `tile` rows, `unit` inputs at a time (tile 1: plain row-major); the last
+// tile may be short: its missing rows exist in memory with scale and minus zero.
 // A segment is a run of inputs inside one weight group and one activation block; segments(..) counts them.
 struct QuantizedRows {
-  int8_t* q;        // [tiles, ceil(k_padded/unit), tile, unit], -127..127; the block's zero where k <= j < k_padded
+  int8_t* q;        // [tiles, ceil(k_padded/unit), tile, unit], -127..127; the block's zero where j >= k
   float* scale;     // [tiles, blocks, tile], blocks = ceil(k_padded / kActBlock)
   int32_t* minus;   // [tiles, segments, tile]: int16 pair, low -sum (q - zero) over the segment, high -zero
   int64_t m, k_padded, blocks, tile, unit;

@@ -42,8 +42,7 @@ static inline void dequantize_block(const uint8_t* block, int half, const Simd::
     S::I v[2];
     S::load_u8(block, half, v[0], v[1]);
     for (int i = 0; i < 2; ++i)
-      for (int j = 0; j < 4; ++j)
-        out[i][j] = S::fma(S::code8_to_float(S::shift_right(v[i], 8 * j)), scale[i], base[i]);
+      for (int j = 0; j < 4; ++j) out[i][j] = S::fma(S::code8_to_float(S::shift_right(v[i], 8 * j)), scale[i], base[i]);
   }
 }
 
@@ -115,8 +114,7 @@ void tile_f32(const float* w, const float* x, int64_t tile, int64_t k, float* y,
     S::F sum[R][2];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
-      for (int i = 0; i < 2; ++i)
-        sum[r][i] = first ? S::zero() : S::load(y + r * kPanel + h * S::kLanes + 16 * i);
+      for (int i = 0; i < 2; ++i) sum[r][i] = first ? S::zero() : S::load(y + r * kPanel + h * S::kLanes + 16 * i);
     const float* p = w + h * S::kLanes;
     for (int64_t j = 0; j < k; ++j) {
       const S::F w0 = S::load(p + j * kPanel), w1 = S::load(p + j * kPanel + 16);

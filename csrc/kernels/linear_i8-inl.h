@@ -1,14 +1,14 @@
 // y[m, n] = x[m, k] W[n, k]^T with int8 activations, written once over Simd. Same chain as ref.cpp, bit for bit.
 //
-// One tile = R rows x 32 columns. Few rows read the packed nibbles directly: a panel is streamed from memory once per
-// tile of R <= kPackedRows. Many rows first unpack kBlockK inputs of the panel to bytes (16 KiB, stays in L1), then
-// run every tile of R <= kTileRows over it.
-// Registers at R = 14 on avx512: 28 accumulators, 2 vectors of codes, 1 broadcast = 31 of 32. The fp32 chains live in
-// memory (L1) and are touched once per segment.
-// Zero points: sum (q - xz)(c - z) = sum q c - z sum (q - xz) - xz sum c. Both corrections are one 16-bit pair product:
-// lane (z, sum c), the same for all rows, times (sum (q - xz), xz), the same for all columns.
+// One tile = R rows x 32 columns. Few rows read the packed nibbles directly: a panel is streamed from memory once
+// per tile of R <= kPackedRows. Many rows first unpack kBlockK inputs of the panel to bytes (16 KiB, stays in L1),
+// then run every tile of R <= kTileRows over it.
+// Registers at R = 14 on avx512: 28 accumulators, 2 vectors of codes, 1 broadcast = 31 of 32. The fp32 chains live
+// in memory (L1) and are touched once per segment.
+// Zero points: sum (q - xz)(c - z) = sum q c - z sum (q - xz) - xz sum c. Both corrections are one 16-bit pair
+// product: lane (z, sum c), the same for all rows, times (sum (q - xz), xz), the same for all columns.
 // Ranges: one segment is at most 64 inputs: |sum q c| <= 64 * 127 * 255 < 2^23, sum c <= 64 * 255 < 2^15,
-// |sum (q - xz)| <= 64 * 254 < 2^15, so every int16 factor fits and the int32 result is exact in fp32 after correction.
+// |sum (q - xz)| <= 64 * 254 < 2^15, so every int16 factor fits and the corrected int32 result is exact in fp32.
 #pragma once
 
 namespace cpullm {
@@ -221,7 +221,7 @@ void run_tile(int64_t rows, const TileArgs& a) {
   a.group % kActBlock == 0 ? run_tile<kCodes, true>(rows, a) : run_tile<kCodes, false>(rows, a);
 }
 
-// Codes of one K block of a panel to bytes (4 bits; 8-bit codes are bytes already), and their sums per chunk and column.
+// Codes of one K block of a panel to bytes (4 bits; 8-bit codes are bytes already), and their sums per chunk, column.
 template <Codes kCodes>
 void prepare_block(const uint8_t* codes, int64_t k, uint8_t* bytes, int32_t* sums) {
   using S = Simd;
@@ -260,7 +260,8 @@ TileShape tile_rows_i8(int64_t m, int64_t) {
   return {even_tile(m, m <= kDirectRows ? Simd::kPackedRows : Simd::kTileRows), kStep};
 }
 
-[[maybe_unused]] void linear_i8(const Weight& w, const QuantizedRows& x, const Output& out, Range panels, void* scratch) {
+[[maybe_unused]] void linear_i8(const Weight& w, const QuantizedRows& x, const Output& out, Range panels,
+                                void* scratch) {
   const bool unpack = w.bits == 4 && x.m > kDirectRows;
   uint8_t* bytes = static_cast<uint8_t*>(scratch);
   int32_t* sums_c = reinterpret_cast<int32_t*>(bytes + 32 * kBlockK);
@@ -278,10 +279,10 @@ TileShape tile_rows_i8(int64_t m, int64_t) {
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     const uint8_t* panel_codes = w.codes + panel * (w.k_padded / kStep) * block_bytes;
     a.scales = w.scales + panel * w.groups * kPanel;
-    a.zeros = w.form == Zeros::integer   ? static_cast<const uint8_t*>(w.zeros) + panel * w.groups * kPanel
-              : w.form == Zeros::minimum ? static_cast<const void*>(static_cast<const uint16_t*>(w.zeros) +
-                                                                    panel * w.groups * kPanel)
-                                         : nullptr;
+    a.zeros = w.form == Zeros::integer ? static_cast<const uint8_t*>(w.zeros) + panel * w.groups * kPanel
+              : w.form == Zeros::minimum
+                  ? static_cast<const void*>(static_cast<const uint16_t*>(w.zeros) + panel * w.groups * kPanel)
+                  : nullptr;
     for (int64_t row0 = 0; row0 < x.m; row0 += block_rows) {
       const int64_t row_end = min_of(row0 + block_rows, x.m);
       memset(partial, 0, size_t(row_end - row0) * kPanel * sizeof(float));

@@ -89,8 +89,8 @@ GroupParams group_params(const Weight& w, int64_t col, int64_t g) {
   return p;
 }
 
-// One block of one row: q = clamp(round(x / scale) + zero), so that the block's range [low, high], which always includes
-// zero, maps to -127..127 and zero itself is exact.
+// One block of one row: q = clamp(round(x / scale) + zero), so that the block's range [low, high], which always
+// includes zero, maps to -127..127 and zero itself is exact.
 struct BlockParams {
   float scale, inverse;
   int zero;
@@ -250,8 +250,8 @@ int32_t read_memory(const void* data, int64_t bytes) {
 }  // namespace
 
 void use_ref(Kernels& k) {
-  k = {"ref", plain_rows, one_row, quantize_rows, load_rows, linear_i8, linear_f32,
-       quantize_weights, decode_attention, dot_peak, read_memory, dequantize_row};
+  k = {"ref",      plain_rows,       one_row,          quantize_rows, load_rows,   linear_i8,
+       linear_f32, quantize_weights, decode_attention, dot_peak,      read_memory, dequantize_row};
 }
 
 }  // namespace cpullm

@@ -63,8 +63,9 @@ static inline BlockParams block_params(const float* v, int64_t width) {
   return {scale, inverse, _mm_cvtss_si32(_mm_set_ss(-127.0f - least * inverse))};
 }
 
-// q = clamp(round(x / scale) + zero) per row and block of kActBlock inputs. Same results as ref.cpp. A few blocks at a time:
-// first all their scales, then all their codes, so that one block's reductions and division do not hold up the next.
+// q = clamp(round(x / scale) + zero) per row and block of kActBlock inputs. Same results as ref.cpp. A few blocks at a
+// time: first all their scales, then all their codes, so that one block's reductions and division do not hold up the
+// next.
 [[maybe_unused]] void quantize_rows(const Rows& in, const QuantizedRows& out, Range rows) {
   using S = Simd;
   constexpr int64_t kBlocks = 16, kInputs = kBlocks * kActBlock;
@@ -144,7 +145,8 @@ static inline void store_panel(const Output& out, int64_t n, int64_t r, int64_t 
   const int64_t col = panel * kPanel;
   const int64_t at = r * out.stride + col;
   if (col + kPanel > n) {
-    for (int64_t c = 0; c < n - col; ++c) store_float(out.y, at + c, out.type, out.bias ? y[c] + out.bias[col + c] : y[c]);
+    for (int64_t c = 0; c < n - col; ++c)
+      store_float(out.y, at + c, out.type, out.bias ? y[c] + out.bias[col + c] : y[c]);
     return;
   }
   for (int i = 0; i < int(kPanel); i += Simd::kLanes) {

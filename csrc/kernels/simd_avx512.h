@@ -64,8 +64,8 @@ struct Simd {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
   static F load_bf16(const uint16_t* p) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(
-        _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
   }
   static void store_f16(uint16_t* p, F v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
@@ -119,12 +119,14 @@ struct Simd {
     I result() const { return acc; }
   };
   // out [R, 32] = dot products of R rows with 32 columns over `steps` (a multiple of 8) blocks of unpacked codes.
-  // Registers: zmm0-27 sums of row i in 2i and 2i + 1, zmm28-29 codes, zmm30-31 four inputs of a row, broadcast. Written in
-  // assembly because GCC 12 moves and spills the sums between chunks (58 % of the dot product's peak became 80 %).
+  // Registers: zmm0-27 sums of row i in 2i and 2i + 1, zmm28-29 codes, zmm30-31 four inputs of a row, broadcast.
+  // Written in assembly because GCC 12 moves and spills the sums between chunks (58 % of the dot product's peak became
+  // 80 %).
   static constexpr bool kDotTile = true;
   template <int R>
   static void dot_tile(const uint8_t* codes, const int8_t* x, int64_t x_step, int64_t steps, int32_t* out) {
     static_assert(R >= 1 && R <= 14, "28 sums fit");
+    // clang-format off
 #define CPULLM_ROW(i, a, b, t)                                                                       \
   ".if %c[rows] > " #i "\n"                                                                          \
   "vpbroadcastd 4*" #i "(%[x]), %%zmm" #t "\n"                                                       \
@@ -204,6 +206,7 @@ struct Simd {
 #undef CPULLM_STEP
 #undef CPULLM_STORE
 #undef CPULLM_ROW
+    // clang-format on
   }
   static constexpr int kBias8 = 128;  // what the int8 dot product leaves in: codes are value + 128
 
