@@ -375,7 +375,7 @@ STABLE_TORCH_LIBRARY(cpullm, m) {
   m.def(
       "quantize_weights(Tensor weight, int bits, int group_size, bool sym, bool search, ScalarType scale_dtype) -> "
       "(Tensor, Tensor, Tensor)");
-  // What the int8 kernels see of x [.., k]: q int8 [m, k'], scale fp32 and zero int16 [m, ceil(k'/64)], sums of
+  // What the int8 kernels see of x [.., k]: q int8 [m, k'], scale fp32 and zero int16 [m, k'/32], sums of
   // q - zero int16 [m, k'/32].
   m.def("quantize_activations(Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("dot_peak(int rounds) -> int");

@@ -1,7 +1,7 @@
 """The grid of the operator tests, with the reason for each size, and how to make the tensors of a case.
 
 Sizes stand around the edges of what kernels work in: panels of 32 columns, blocks of 4 inputs, chunks of 32 inputs,
-activation blocks of 64 inputs, 512 inputs unpacked at a time, tiles of at most 16 rows.
+activation blocks of 32 inputs, 512 inputs unpacked at a time, tiles of at most 16 rows.
 """
 
 from contextlib import contextmanager

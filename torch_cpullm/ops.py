@@ -67,7 +67,7 @@ def linear(
     """``y = x W^T + bias``.
 
     x: float32 | bfloat16 | float16 [.., k], any strides. weight: W [n, k]. bias: [n], any of these dtypes.
-    perm: int32 [k], input j of W is ``x[.., perm[j]]``. compute: ``"int8"`` quantises x to int8 per row and 64 inputs;
+    perm: int32 [k], input j of W is ``x[.., perm[j]]``. compute: ``"int8"`` quantises x to int8 per row and 32 inputs;
     ``"fp32"`` is exact up to rounding. Returns [.., n] of x's dtype. Raises RuntimeError naming the argument that is
     wrong.
     """
@@ -115,9 +115,9 @@ def quantize_weights(
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What int8 compute sees of x [.., k]: ``x ~ (q - zero) * scale``, per row and block of 64 inputs.
+    """What int8 compute sees of x [.., k]: ``x ~ (q - zero) * scale``, per row and block of 32 inputs.
 
-    Returns q int8 [m, k'], scale float32 and zero int16 [m, ceil(k'/64)], sums of ``q - zero`` int16 [m, k'/32];
+    Returns q int8 [m, k'], scale float32 and zero int16 [m, k'/32], sums of ``q - zero`` int16 [m, k'/32];
     k' = k rounded up to 32.
     """
     return torch.ops.cpullm.quantize_activations.default(x)

@@ -11,10 +11,10 @@ from .packing import ACT_BLOCK, CHUNK, PackedWeight, dequantize, resolve_group, 
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """int8 activations of x [.., k] in blocks of 64 inputs: ``q = clamp(round(x / scale) + zero, -127, 127)``.
+    """int8 activations of x [.., k] in blocks of 32 inputs: ``q = clamp(round(x / scale) + zero, -127, 127)``.
 
     A block's range, widened to include zero, maps to -127..127; zero is exact. Returns q int8 [m, k'], scale float32
-    and zero int16 [m, ceil(k'/64)], sums of ``q - zero`` int16 [m, k'/32]; k' = k rounded up to 32. A block with inf or
+    and zero int16 [m, k'/32], sums of ``q - zero`` int16 [m, k'/32]; k' = k rounded up to 32. A block with inf or
     nan has scale nan and q zero; a block whose scale is below 2^-100 is zero.
     """
     k = x.shape[-1]

@@ -1,11 +1,11 @@
 // The amx level: int8 tiles for many rows; few rows stay with the avx512 kernels.
 //
 // One tile product: C (16 rows x 16 columns, int32) += A (16 rows x 64 inputs, s8) B (64 inputs x 16 columns, u8
-// codes; a row of B is one k-step of the unpacked panel). Groups that are no multiple of 64 use half tiles of 32
+// codes; a row of B is one k-step of the unpacked panel). Segments of less than 64 inputs use half tiles of 32
 // inputs. Two sets of tiles (C 0 1, A 4 5, B 6 7) take turns: after every segment C goes through a 1 KiB buffer to
-// the fp32 chain of linear_i8-inl.h. Registers: 16 sums y, scale, pair, and temporaries. Bound per segment of 64
-// inputs and 16 x 16 outputs: one tile product of 16 cycles against 16 vectors x 4 operations on two ports = 32
-// cycles, so at most half of the tile peak; half tiles (group 32) reach a quarter.
+// the fp32 chain of linear_i8-inl.h. Registers: 16 sums y, scale, pair, and temporaries. Bound per segment of 16 x 16
+// outputs: 16 vectors x 4 operations on two ports = 32 cycles against one tile product of 16 cycles (64 inputs) or 8 (32
+// inputs): with activation blocks of 32 at most a quarter of the tile peak.
 #define CPULLM_TILE_ROWS 14
 #include "simd_avx512.h"
 //
@@ -16,8 +16,8 @@
 namespace cpullm {
 namespace {
 
-constexpr int64_t kTile = 16;      // rows of a tile
-constexpr int64_t kTileK = 64;     // inputs of a full tile
+constexpr int64_t kTile = 16;  // rows of a tile
+constexpr int64_t kTileK = 64;  // inputs of a full tile
 // From this many rows on tiles are faster, for groups of full and of half tiles (measured on 16 cores, 4096 x 4096).
 constexpr int64_t kFullTileRows = 16, kHalfTileRows = 48;
 
@@ -43,16 +43,16 @@ void configure(int64_t step) {
 }
 
 TileShape tile_rows(int64_t m, int64_t group) {
-  const int64_t least = group % kTileK ? kHalfTileRows : kFullTileRows;
+  const int64_t least = group % kTileK || kActBlock % kTileK ? kHalfTileRows : kFullTileRows;
   return m < least ? tile_rows_i8(m, group) : TileShape{kTile, kTileK};
 }
 
 // One segment of inputs of a panel, the same for every row.
 struct Segment {
   int64_t begin, end;  // inputs, from the start of the K block
-  Simd::I pair[2];     // low: zero point, high: sum of codes
+  Simd::I pair[2];  // low: zero point, high: sum of codes
   Simd::F scale[2], minimum[2];
-  bool first, last;    // of its activation block
+  bool first, last;  // of its activation block
 };
 
 constexpr int64_t kMostSegments = kBlockK / kChunk;
@@ -169,7 +169,7 @@ void linear_i8_amx(const Weight& w, const QuantizedRows& x, const Output& out, R
                    : w.group % kActBlock == 0 ? tile_block<true, false>
                                               : tile_block<false, false>;
   const int64_t block_bytes = 16 * w.bits;
-  const int64_t step = w.group % kTileK ? kChunk : kTileK;
+  const int64_t step = w.group % kTileK || kActBlock % kTileK ? kChunk : kTileK;
   const int64_t row_stride = (w.k_padded + kTileK - 1) / kTileK * kTileK;  // bytes of one row of q
   configure(step);
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {

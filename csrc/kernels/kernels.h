@@ -11,7 +11,7 @@ namespace cpullm {
 constexpr int64_t kPanel = 32;      // output columns of one panel
 constexpr int64_t kStep = 4;        // inputs of one block of codes (one lane of a 4-way dot product)
 constexpr int64_t kChunk = 32;      // k is padded to a multiple of it, and so is every group
-constexpr int64_t kActBlock = 64;    // inputs that share one activation scale, for every group, m and level
+constexpr int64_t kActBlock = 32;    // inputs that share one activation scale, for every group, m and level
 constexpr int64_t kMaxTile = 16;    // most rows any level interleaves
 
 enum class Float : int { f32, bf16, f16 };                      // element type of activations, outputs, scales

@@ -7,8 +7,8 @@
 // in memory (L1) and are touched once per segment.
 // Zero points: sum (q - xz)(c - z) = sum q c - z sum (q - xz) - xz sum c. Both corrections are one 16-bit pair
 // product: lane (z, sum c), the same for all rows, times (sum (q - xz), xz), the same for all columns.
-// Ranges: one segment is at most 64 inputs: |sum q c| <= 64 * 127 * 255 < 2^23, sum c <= 64 * 255 < 2^15,
-// |sum (q - xz)| <= 64 * 254 < 2^15, so every int16 factor fits and the corrected int32 result is exact in fp32.
+// Ranges: one segment is at most 32 inputs: |sum q c| <= 32 * 127 * 255 < 2^23, sum c <= 32 * 255 < 2^15,
+// |sum (q - xz)| <= 32 * 254 < 2^15, so every int16 factor fits and the corrected int32 result is exact in fp32.
 #pragma once
 
 namespace cpullm {
@@ -218,7 +218,12 @@ void run_tile(int64_t rows, const TileArgs& a) {
 
 template <Codes kCodes>
 void run_tile(int64_t rows, const TileArgs& a) {
-  a.group % kActBlock == 0 ? run_tile<kCodes, true>(rows, a) : run_tile<kCodes, false>(rows, a);
+  constexpr bool kAlwaysWhole = kChunk % kActBlock == 0;
+  if (kAlwaysWhole || a.group % kActBlock == 0) {
+    run_tile<kCodes, true>(rows, a);
+  } else if constexpr (!kAlwaysWhole) {
+    run_tile<kCodes, false>(rows, a);
+  }
 }
 
 // Codes of one K block of a panel to bytes (4 bits; 8-bit codes are bytes already), and their sums per chunk, column.
