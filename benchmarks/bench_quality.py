@@ -54,7 +54,9 @@ def divergence(logits: Tensor, reference: Tensor) -> float:
     """Mean KL(reference || logits) in nats per token."""
     total = 0.0
     for a, b in zip(logits, reference, strict=True):
-        total += float(torch.nn.functional.kl_div(a.log_softmax(-1), b.log_softmax(-1), log_target=True, reduction="sum"))
+        total += float(
+            torch.nn.functional.kl_div(a.log_softmax(-1), b.log_softmax(-1), log_target=True, reduction="sum")
+        )
     return total / (logits.shape[0] * logits.shape[1])
 
 
@@ -90,12 +92,20 @@ def main() -> None:
     ids = tokenizer(text[:60000], return_tensors="pt").input_ids[0][: WINDOWS * WINDOW].view(WINDOWS, WINDOW)
     dense = torch_cpullm.restore(torch_cpullm.load_gguf(path, progress=False)[0])
     reference = logits_of(dense, ids)
-    results = [{"bench": "quality", "weights": "float, dequantised file", "perplexity, fp32 compute": round(perplexity(reference, ids), 3)}]
+    results = [
+        {
+            "bench": "quality",
+            "weights": "float, dequantised file",
+            "perplexity, fp32 compute": round(perplexity(reference, ids), 3),
+        }
+    ]
     results.append(measure("GGUF file as it is (float minima)", model, ids, reference))
     for name, settings in RECIPES:
         model = torch_cpullm.restore(torch_cpullm.load_gguf(path, progress=False)[0])
         assert not any(isinstance(module, (PackedLinear, PackedEmbedding)) for module in model.modules())
-        results.append(measure(name, torch_cpullm.optimize(model, torch_cpullm.CpuLlmConfig(**settings)), ids, reference))
+        results.append(
+            measure(name, torch_cpullm.optimize(model, torch_cpullm.CpuLlmConfig(**settings)), ids, reference)
+        )
         print(results[-1], flush=True)
     for row in results:
         row |= {"machine": machine.machine_name(), "commit": machine.git_commit()}

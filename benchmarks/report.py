@@ -361,7 +361,7 @@ def plain_table(found: Sequence[Row]) -> str:
 
 
 def _plain(value: object) -> str:
-    return "" if value is None else number(value) if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def _with_legend(parts: Sequence[str], legend: str) -> str:

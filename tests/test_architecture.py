@@ -26,7 +26,16 @@ LAYERS = [
 TRANSFORMS = ["swap", "backend", "cqil", "distributed"]
 
 # The only modules that name transformers, and the only one that does so when it is imported.
-USE_TRANSFORMERS = {"attention", "hf", "runner", "formats.gguf", "formats.gguf_hf", "formats.gguf_plan", "cqil", "distributed"}
+USE_TRANSFORMERS = {
+    "attention",
+    "hf",
+    "runner",
+    "formats.gguf",
+    "formats.gguf_hf",
+    "formats.gguf_plan",
+    "cqil",
+    "distributed",
+}
 LOAD_TRANSFORMERS = {"hf"}
 
 

@@ -358,7 +358,9 @@ def test_bench_fits_with_a_long_name():
 
 def test_generate_demo(call):
     """The two commands' heart: the packaged SmolLM2 answers in English, with the numbers and the comparison below."""
-    code, out, err = call("generate", "What is the capital city of France? Answer in one sentence.", "-n", 12, "--compare")
+    code, out, err = call(
+        "generate", "What is the capital city of France? Answer in one sentence.", "-n", 12, "--compare"
+    )
     assert (code, err) == (0, "")
     assert "Paris" in out
     for label in ("model", "load", "prompt", "decode", "memory", "cpu", "threads"):
@@ -380,7 +382,9 @@ def test_the_bare_command_compares(call, monkeypatch):
 
 
 def test_generate_quiet_prints_the_text_only(call):
-    code, out, err = call("generate", "What is the capital city of France? Answer in one sentence.", "-n", 12, "--quiet")
+    code, out, err = call(
+        "generate", "What is the capital city of France? Answer in one sentence.", "-n", 12, "--quiet"
+    )
     assert (code, err) == (0, "")
     assert "Paris" in out
     assert len(out.splitlines()) == 1
