@@ -1,10 +1,11 @@
 """Perplexity of SmolLM2-135M: the GGUF file as it is, and optimize() of its dequantised weights, against float.
 
-The file's weights are 4-bit already: with float minima INT4 reproduces them exactly, with zero points it is a second rounding.
+The file's weights are 4-bit already: with float minima INT4 reproduces them exactly, with zero points it is a second
+rounding.
 
     python -m benchmarks.bench_quality --text wikitext2_raw_test.txt --json benchmarks/results/quality.jsonl
 
-TEXT is WikiText-2 raw, one row per line; every non-empty row is followed by a newline and rows are joined by a blank line.
+TEXT is WikiText-2 raw, one row per line; every non-empty row is followed by a newline, rows are joined by a blank line.
 Scored: the first 4,096 tokens in two windows of 2,048 without overlap, no BOS.
 """
 
