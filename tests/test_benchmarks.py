@@ -415,7 +415,7 @@ def test_other_benchmarks_tables(tmp_path):
     (tmp_path / "quality.jsonl").write_text(json.dumps({**common, "recipe": "rtn", "ppl": 17.31}) + "\n")
     wanted = "| tiny | cpullm (g32, sym, int8) | 2 | pp512, tg64 | 700\\* | 88.8\\* | 0.73 | 11.3 | 0.90 |"
     assert wanted in lines_of(report.table("models", tmp_path), "|")
-    assert lines_of(report.table("quality", tmp_path), "|")[::2] == ["| recipe | ppl |", "| rtn | 17.3 |"]
+    assert lines_of(report.table("quality", tmp_path), "|")[::2] == ["| recipe | ppl |", "| rtn | 17.31 |"]
     (tmp_path / "models.jsonl").write_text(json.dumps(common) + "\n")
     with pytest.raises(ValueError, match=r"models\*\.jsonl has no model, engine"):
         report.table("models", tmp_path)
