@@ -241,9 +241,13 @@ int64_t dot_peak(int64_t rounds, int32_t* sink) {
 }
 
 int32_t read_memory(const void* data, int64_t bytes) {
-  const uint32_t* p = static_cast<const uint32_t*>(data);
+  const char* p = static_cast<const char*>(data);
   uint32_t sum = 0;
-  for (int64_t i = 0; i < bytes / 4; ++i) sum += p[i];
+  for (int64_t i = 0; i + 4 <= bytes; i += 4) {
+    uint32_t v;
+    memcpy(&v, p + i, 4);
+    sum += v;
+  }
   return int32_t(sum);
 }
 
