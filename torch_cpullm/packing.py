@@ -5,6 +5,8 @@ Letters: n output columns, k inputs. ``groups = ceil(k / group_size)``; the last
 
 from __future__ import annotations
 
+import ctypes
+import math
 from dataclasses import dataclass
 
 import torch
@@ -149,13 +151,24 @@ def _panels(x: Tensor, pad_value: float = 0) -> Tensor:
     return x.view(-1, PANEL, x.shape[1]).transpose(1, 2).contiguous()
 
 
+_HUGE_PAGE = 1 << 21
+_MADV_HUGEPAGE = 14  # Linux
+
+
 def _aligned_empty(shape: tuple[int, ...]) -> Tensor:
-    """Uninitialised uint8 tensor that starts at a 64-byte boundary."""
-    count = 1
-    for size in shape:
-        count *= size
-    raw = torch.empty(count + 63, dtype=torch.uint8)
-    start = -raw.data_ptr() % 64
+    """Uninitialised uint8 tensor at a 64-byte boundary; from 2 MiB on at a huge page's, and advised to use huge pages.
+
+    The advice is a hint: nothing depends on it, and systems without huge pages ignore it.
+    """
+    count = math.prod(shape)
+    alignment = _HUGE_PAGE if count >= _HUGE_PAGE else 64
+    raw = torch.empty(count + alignment - 1, dtype=torch.uint8)
+    start = -raw.data_ptr() % alignment
+    madvise = getattr(ctypes.CDLL(None), "madvise", None)
+    if alignment == _HUGE_PAGE and madvise is not None:
+        madvise(
+            ctypes.c_void_p(raw.data_ptr() + start), ctypes.c_size_t(count // _HUGE_PAGE * _HUGE_PAGE), _MADV_HUGEPAGE
+        )
     return raw[start : start + count].view(shape)
 
 
