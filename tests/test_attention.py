@@ -1,12 +1,14 @@
 """decode_attention against a float64 softmax, on every level."""
 
+import importlib
+import inspect
 import math
 
 import pytest
 import torch
 
 import torch_cpullm
-from torch_cpullm import ops
+from torch_cpullm import attention, ops
 from torch_cpullm.attention import attention_forward
 
 # (batch, heads, kv heads, cache length, head dim): GQA, MQA, MHA; lengths and widths around the vectors' 8 and 16.
@@ -65,6 +67,16 @@ def test_nan_stays_visible_and_masked_rows_are_zero(isa):
     assert got[1].isnan().all()
     nothing = torch.zeros(2, 1, 1, 20, dtype=torch.bool)
     assert ops.decode_attention(*inputs((2, 2, 1, 20, 32), torch.float32), nothing, 1.0).eq(0).all()
+
+
+def test_a_row_masked_by_the_least_number_is_finite(isa):
+    """A float mask with finfo.min everywhere shifts all scores alike: an average, not nan."""
+    q, k, v = inputs((1, 2, 1, 20, 32), torch.float32)
+    least = torch.full((1, 1, 1, 20), torch.finfo(torch.float32).min)
+    got = ops.decode_attention(q, k, v, least, 1.0)
+    assert torch.allclose(got, v.mean(2).expand(1, 2, 32)[:, None], atol=1e-5)
+    least[..., 7] = 0
+    assert torch.allclose(ops.decode_attention(q, k, v, least, 1.0)[0, 0, 1], v[0, 0, 7], atol=1e-6)
 
 
 def test_threads_do_not_change_a_bit(isa):
@@ -135,3 +147,35 @@ def test_anything_but_one_token_is_sdpa():
     assert torch.allclose(got, want.transpose(1, 2), atol=1e-6)
     got, _ = attention_forward(module, q, k, v, None, scaling=0.25)
     assert torch.allclose(got.double(), expected(q, k, v, None, 0.25), atol=1e-6)
+
+
+def test_models_that_ask_for_the_name_keep_sdpa():
+    """DeepSeek V3.2 builds its index mask only under the names "eager" and "sdpa"."""
+
+    def asks(name):
+        return attention._COMPARES_NAME.search(
+            inspect.getsource(importlib.import_module(f"transformers.models.{name}"))
+        )
+
+    assert asks("deepseek_v32.modeling_deepseek_v32")
+    assert asks("gemma4.modeling_gemma4")
+    for name in ("llama", "qwen3", "gemma2", "gpt2", "mixtral", "gpt_neox"):
+        assert not asks(f"{name}.modeling_{name}"), name
+
+
+def test_a_part_with_eager_attention_keeps_the_whole_model_as_it_is():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "vocab_size": 99,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**sizes))
+    model.tower = LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="eager"))
+    torch_cpullm.optimize(model)
+    assert (model.config._attn_implementation, model.tower.config._attn_implementation) == ("sdpa", "eager")
+    torch_cpullm.restore(model)
+    assert (model.config._attn_implementation, model.tower.config._attn_implementation) == ("sdpa", "eager")

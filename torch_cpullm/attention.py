@@ -6,6 +6,9 @@ cache as it is.
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
 from typing import Any, Protocol, cast
 
 import torch
@@ -26,20 +29,37 @@ class _Switchable(Protocol):
 
 
 def use_attention(model: nn.Module) -> None:
-    """Switch a transformers model from SDPA to "cpullm". A model with another attention implementation keeps it."""
-    if getattr(getattr(model, "config", None), "_attn_implementation", None) != "sdpa":
+    """Switch a transformers model from SDPA to "cpullm", where that cannot change its meaning.
+
+    A model keeps what it has if any part of it uses another implementation than SDPA, or if its code compares the
+    implementation's name with "sdpa": it would take another path under any other name.
+    """
+    parts = [part for part in model.modules() if hasattr(part, "_can_set_attn_implementation")]
+    if not parts or not all(_is_plain_sdpa(part) for part in parts) or not _register():
         return
-    if not hasattr(model, "set_attn_implementation") or not _register():
-        return
-    hf = cast("_Switchable", model)
-    if hf._can_set_attn_implementation():
-        hf.set_attn_implementation(NAME)
+    cast("_Switchable", model).set_attn_implementation(NAME)
+    model.__dict__["_cpullm_attention"] = True
 
 
 def restore_attention(model: nn.Module) -> None:
     """Undo :func:`use_attention`."""
-    if getattr(getattr(model, "config", None), "_attn_implementation", None) == NAME:
+    if model.__dict__.pop("_cpullm_attention", False):
         cast("_Switchable", model).set_attn_implementation("sdpa")
+
+
+_COMPARES_NAME = re.compile(r"_attn_implementation\s*(==|!=|in\b|not\s+in\b).{0,200}?sdpa", re.DOTALL)
+
+
+def _is_plain_sdpa(part: nn.Module) -> bool:
+    """Whether this transformers model uses SDPA through the attention interface and never asks for its name."""
+    if getattr(getattr(part, "config", None), "_attn_implementation", None) != "sdpa":
+        return False
+    if not cast("_Switchable", part)._can_set_attn_implementation():
+        return False
+    try:
+        return _COMPARES_NAME.search(inspect.getsource(sys.modules[type(part).__module__])) is None
+    except (OSError, TypeError, KeyError):  # no source to look at
+        return False
 
 
 def _register() -> bool:
@@ -83,7 +103,9 @@ def _one_token(
         return False
     if any(kwargs.get(name) is not None for name in ("position_bias", "cache", "softcap", "s_aux")):
         return False
-    if query.requires_grad or any(t.stride(-1) != 1 for t in (query, key, value)):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+        return False
+    if any(t.stride(-1) != 1 for t in (query, key, value)):
         return False
     return mask is None or (
         mask.dim() == 4

@@ -83,7 +83,7 @@ static inline void weigh_values(const void* v, int64_t stride, int64_t length, c
     S::F total = S::zero();
     for (int64_t t = 0; t < padded; t += S::kLanes) {
       const S::F x = S::load(scores + t);
-      const S::F e = S::keep_above(x, -3.0e38f, exp_negative(x - S::set1(most)));  // exactly 0 where masked
+      const S::F e = S::keep_above(x, -__builtin_inff(), exp_negative(x - S::set1(most)));  // exactly 0 where masked
       S::store(scores + t, e);
       total = total + e;
     }

@@ -75,13 +75,31 @@ const Level kLadder[kLevels] = {
 #endif
 };
 
-const Kernels* select_kernels(const char* cap, const char** error) {
-  static Kernels tables[kLevels];
-  int top = kLevels - 1;
-  const bool capped = cap && *cap;
-  if (capped) {
-    for (top = kLevels - 1; top >= 0 && strcmp(kLadder[top].name, cap) != 0; --top) {
+namespace {
+
+// One table per level, built once and never written again: other threads may be reading it.
+struct Tables {
+  Kernels level[kLevels];
+  Tables() {
+    Kernels table{};
+    for (int i = 0; i < kLevels; ++i) {
+      if (kLadder[i].supported()) {  // improves on every supported level below it; a CPU may lack one in between
+        kLadder[i].use(table);
+        table.isa = kLadder[i].name;
+      }
+      level[i] = table;
     }
+  }
+};
+
+const Tables tables;  // when the library is loaded: nothing here can fail
+
+}  // namespace
+
+const Kernels* select_kernels(const char* cap, const char** error) {
+  int top = kLevels - 1;
+  if (cap && *cap) {
+    while (top >= 0 && strcmp(kLadder[top].name, cap) != 0) --top;
     if (top < 0) {
       *error = "is not a known level";
       return nullptr;
@@ -91,13 +109,7 @@ const Kernels* select_kernels(const char* cap, const char** error) {
       return nullptr;
     }
   }
-  while (!kLadder[top].supported()) --top;  // ref always is
-  // A level improves on every supported level below it (a 512-bit CPU without AVX-VNNI skips that rung).
-  Kernels& table = tables[top];
-  for (int i = 0; i <= top; ++i)
-    if (kLadder[i].supported()) kLadder[i].use(table);
-  table.isa = kLadder[top].name;
-  return &table;
+  return &tables.level[top];
 }
 
 }  // namespace cpullm

@@ -214,6 +214,7 @@ void run_tile(int64_t rows, const TileArgs& a) {
       default: break;
     }
   }
+  __builtin_trap();  // a tile this level does not make
 }
 
 template <Codes kCodes>

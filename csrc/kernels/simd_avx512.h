@@ -125,7 +125,7 @@ struct Simd {
   static constexpr bool kDotTile = true;
   template <int R>
   static void dot_tile(const uint8_t* codes, const int8_t* x, int64_t x_step, int64_t steps, int32_t* out) {
-    static_assert(R >= 1 && R <= 14, "28 sums fit");
+    static_assert(R >= 1 && R <= 14 && kActBlock % (2 * kStep) == 0, "28 sums fit, steps are even");
     // clang-format off
 #define CPULLM_ROW(i, a, b, t)                                                                       \
   ".if %c[rows] > " #i "\n"                                                                          \
@@ -199,7 +199,7 @@ struct Simd {
         CPULLM_STORE(11, 22, 23)
         CPULLM_STORE(12, 24, 25)
         CPULLM_STORE(13, 26, 27)
-        : [codes] "+r"(codes), [x] "+r"(x), [steps] "+r"(steps)
+        : [codes] "+&r"(codes), [x] "+&r"(x), [steps] "+&r"(steps)
         : [x_step] "r"(x_step), [out] "r"(out), [rows] "i"(R)
         : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31", "memory");
 #undef CPULLM_ROWS
