@@ -119,7 +119,7 @@ def mutated(draw, names):
         if how == "none":
             return None if name in ("zeros", "bias", "perm") else tensor
         if how == "dtype":
-            return tensor.to(dtype)
+            return tensor if tensor.numel() > 2**20 else tensor.to(dtype)  # rows repeated without memory stay so
         if how == "fill":
             if name != "perm" or not tensor.numel():
                 return tensor
