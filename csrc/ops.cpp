@@ -371,7 +371,7 @@ STABLE_TORCH_LIBRARY(cpullm, m) {
       "ScalarType dtype) -> Tensor");
   m.def("dequantize(Tensor codes, Tensor scales, Tensor? zeros, int n, int k, int group_size) -> Tensor");
   // Round to nearest of a finite matrix [n, k] -> codes uint8 [n, k], scales [n, groups], zeros uint8 [n, groups] (not
-  // filled when symmetric). search: least squared error over clipped ranges.
+  // filled when symmetric). search: least error over clipped ranges.
   m.def(
       "quantize_weights(Tensor weight, int bits, int group_size, bool sym, bool search, ScalarType scale_dtype) -> "
       "(Tensor, Tensor, Tensor)");

@@ -75,7 +75,7 @@ struct WeightRecipe {
   int bits;          // 8: symmetric only
   Zeros form;        // symmetric or integer
   Float scale_type;  // scales are rounded to it before the codes are chosen
-  bool search;       // look for the clipped range with the least squared error; else the full range
+  bool search;       // look for the clipped range with the least error; else the full range
 };
 
 // One query token per row over a cache; strides in elements, the last dimension is contiguous.

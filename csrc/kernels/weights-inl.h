@@ -1,9 +1,11 @@
 // Round-to-nearest with a search for the clipped range, one group at a time; written over 16 lanes of floats so that
 // every level gives the same codes. Included with a type Lanes that holds 16 floats.
 //
-// A candidate (scale, zero) is judged by  e = sum (scale * q - w)^2,  q = clamp(round(w / scale), low, high).
+// A candidate (scale, zero) is judged by  e = sum |scale * q - w|^p,  q = clamp(round(w / scale), low, high), with p = 2 for
+// groups of 32, 3 up to 128 and 4 beyond: the longer the group, the more do squares clip the few large weights that
+// matter (perplexity of SmolLM2 per channel: 49.5 with squares, 30.3 with p = 4; group 32: 22.7 and 24.0).
 // Zero padding of a short group costs nothing: zero is a level of every candidate.
-// After the grid, the scale that minimises e for the chosen codes, sum(w q) / sum(q q), is tried as well.
+// After the grid, the scale that minimises the squares for the chosen codes, sum(w q) / sum(q q), is tried as well.
 #pragma once
 
 namespace cpullm {
@@ -25,8 +27,11 @@ struct GroupChoice {
   bool found = false;
 };
 
-// Squared error of (scale, zero) over w [count], count a multiple of 16; levels low - zero .. high - zero.
-static inline float group_error(const float* w, int64_t count, float scale, int zero, int low, int high, float* fit) {
+static inline int error_power(int64_t group) { return group <= 32 ? 2 : group <= 128 ? 3 : 4; }
+
+// Error of (scale, zero) over w [count], count a multiple of 16; levels low - zero .. high - zero.
+static inline float group_error(const float* w, int64_t count, float scale, int zero, int low, int high, int power,
+                                float* fit) {
   const float inverse = scale != 0.0f ? 1.0f / scale : 0.0f;
   Lanes error = Lanes::zero(), wq = Lanes::zero(), qq = Lanes::zero();
   const Lanes s = Lanes::set1(scale), inv = Lanes::set1(inverse);
@@ -35,7 +40,15 @@ static inline float group_error(const float* w, int64_t count, float scale, int 
     const Lanes x = Lanes::load(w + i);
     const Lanes q = Lanes::clamp(Lanes::round(Lanes::mul(x, inv)), lo, hi);
     const Lanes d = Lanes::fms(q, s, x);
-    error = Lanes::fma(d, d, error);
+    const Lanes d2 = Lanes::mul(d, d);
+    if (power == 2) {
+      error = Lanes::fma(d, d, error);
+    } else if (power == 3) {
+      const Lanes size = Lanes::clamp(d, Lanes::mul(d, Lanes::set1(-1.0f)), Lanes::set1(__builtin_inff()));
+      error = Lanes::fma(d2, size, error);
+    } else {
+      error = Lanes::fma(d2, d2, error);
+    }
     if (fit) {
       wq = Lanes::fma(x, q, wq);
       qq = Lanes::fma(q, q, qq);
@@ -52,7 +65,7 @@ static inline void consider(const WeightRecipe& r, const float* w, int64_t count
                             int high, GroupChoice* best) {
   uint16_t bits;
   const float rounded = round_scale(scale, r.scale_type, &bits);
-  const float e = group_error(w, count, rounded, zero, low, high, nullptr);
+  const float e = group_error(w, count, rounded, zero, low, high, error_power(r.group), nullptr);
   if (!best->found || e < best->error) *best = {e, rounded, bits, zero, true};
 }
 
@@ -104,7 +117,7 @@ static inline int zero_point(float low, float scale) {
     }
     for (int pass = 0; clips > 1 && pass < 2; ++pass) {
       float fit;
-      group_error(buffer, count, best.scale, best.zero, low, high, &fit);
+      group_error(buffer, count, best.scale, best.zero, low, high, error_power(r.group), &fit);
       consider(r, buffer, count, fit, best.zero, low, high, &best);
     }
     if (r.bits == 8 && best.scale < 0.0f) {  // keep 8-bit scales positive

@@ -21,8 +21,8 @@ def quantize_rtn(
 
     weight: float32 | bfloat16 | float16 [n, k], finite. bits: 4, or 8 (symmetric only). group_size: a positive multiple
     of 32, or -1 for one group per row. sym: symmetric levels instead of an integer zero point. clip_search: for 4 bits,
-    try clipped ranges (both ends of the range apart) and keep the scale and zero point with the least squared error of
-    the weights; otherwise the full range of each group.
+    try clipped ranges (both ends of the range apart) and keep the scale and zero point with the least error, the sum of
+    |error|^p with p = 2 for groups of 32, 3 up to 128 and 4 beyond; otherwise the full range of each group.
 
     Raises ValueError for a wrong argument, for NaN or inf in ``weight``, and for weights whose scale overflows
     ``scale_dtype``.
