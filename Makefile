@@ -87,8 +87,10 @@ try:
     import torch
     if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10):
         print(torch.__version__, *(p for p in sys.path if os.path.basename(p) in ("site-packages", "dist-packages")), sep="\n")
-except Exception:
+except ImportError:
     pass
+except Exception as error:
+    print("The torch of", sys.executable, "cannot be used:", error, file=sys.stderr)
 endef
 export FIND_TORCH
 

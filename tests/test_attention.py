@@ -119,7 +119,7 @@ def test_opcheck():
         torch.library.opcheck(torch.ops.cpullm.decode_attention.default, (q, k, v, mask, 0.25))
 
 
-def test_models_switch_from_sdpa_and_back():
+def tiny_llama(**options):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {
@@ -129,7 +129,11 @@ def test_models_switch_from_sdpa_and_back():
         "num_attention_heads": 4,
         "vocab_size": 99,
     }
-    model = LlamaForCausalLM(LlamaConfig(**sizes))
+    return LlamaForCausalLM(LlamaConfig(**sizes, **options))
+
+
+def test_models_switch_from_sdpa_and_back():
+    model = tiny_llama()
     before = model.config._attn_implementation
     torch_cpullm.optimize(model)
     assert (before, model.config._attn_implementation) == ("sdpa", "cpullm")
@@ -164,17 +168,8 @@ def test_models_that_ask_for_the_name_keep_sdpa():
 
 
 def test_a_part_with_eager_attention_keeps_the_whole_model_as_it_is():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "vocab_size": 99,
-    }
-    model = LlamaForCausalLM(LlamaConfig(**sizes))
-    model.tower = LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="eager"))
+    model = tiny_llama()
+    model.tower = tiny_llama(attn_implementation="eager")
     torch_cpullm.optimize(model)
     assert (model.config._attn_implementation, model.tower.config._attn_implementation) == ("sdpa", "eager")
     torch_cpullm.restore(model)
