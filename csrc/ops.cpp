@@ -54,7 +54,7 @@ std::string isa_levels() {
 // ---- memory --------------------------------------------------------------------------------------------------------
 
 thread_local Buffer kernel_scratch;                              // of the thread that runs a kernel
-thread_local Buffer rows_buffer, scale_buffer, minus_buffer, bias_buffer;  // of the thread that calls the operator
+thread_local Buffer rows_buffer, scale_buffer, minus_buffer, apart_buffer, bias_buffer;  // of the operator's caller
 
 // ---- checks --------------------------------------------------------------------------------------------------------
 
@@ -170,6 +170,8 @@ QuantizedRows quantize(const Kernels& table, const Rows& rows, TileShape shape, 
   q.q = rows_buffer.get<int8_t>(tiles * tile * ((q.k_padded + q.unit - 1) / q.unit * q.unit));
   q.scale = scale_buffer.get<float>(tiles * tile * q.blocks);
   q.minus = minus_buffer.get<int32_t>(tiles * tile * q.segments);
+  q.apart = apart_buffer.get<int32_t>(tiles * (tile + 1) * q.segments);
+  q.apart_rows = reinterpret_cast<uint32_t*>(q.apart + tiles * tile * q.segments);
   if (tiles * tile > rows.m) {  // rows that do not exist must not slow the arithmetic down with subnormals or nan
     std::fill_n(q.scale + (tiles - 1) * tile * q.blocks, tile * q.blocks, 0.0f);
     std::fill_n(q.minus + (tiles - 1) * tile * q.segments, tile * q.segments, 0);
@@ -223,24 +225,19 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const 
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_activations(const Tensor& x) {
+std::tuple<Tensor, Tensor> quantize_activations(const Tensor& x) {
   std::optional<Tensor> holder;
   const Rows rows = check_rows("cpullm::quantize_activations", x, holder);
-  const QuantizedRows q = quantize(kernels(), rows, {1, kStep}, kChunk);  // plain rows, one segment per chunk
-  const int64_t q_size[] = {q.m, q.k_padded}, s_size[] = {q.m, q.blocks}, t_size[] = {q.m, q.segments};
-  Tensor values = empty_cpu(q_size, 2, ScalarType::Char), scale = empty_cpu(s_size, 2, ScalarType::Float),
-         zero = empty_cpu(s_size, 2, ScalarType::Short), sums = empty_cpu(t_size, 2, ScalarType::Short);
-  std::copy_n(q.q, q.m * q.k_padded, static_cast<int8_t*>(values.mutable_data_ptr()));
+  const QuantizedRows q = quantize(kernels(), rows, {1, kStep}, kActBlock);  // plain rows, one segment per block
+  const int64_t q_size[] = {q.m, q.k_padded}, s_size[] = {q.m, q.blocks};
+  Tensor values = empty_cpu(q_size, 2, ScalarType::Int), scale = empty_cpu(s_size, 2, ScalarType::Float);
+  auto* to = static_cast<int32_t*>(values.mutable_data_ptr());
+  std::copy_n(q.q, q.m * q.k_padded, to);
+  for (int64_t i = 0; i < q.m * q.blocks; ++i)
+    if (q.apart_rows[i])
+      to[i / q.blocks * q.k_padded + i % q.blocks * kActBlock + (q.apart[i] & 255)] = q.apart[i] >> 8;
   std::copy_n(q.scale, q.m * q.blocks, static_cast<float*>(scale.mutable_data_ptr()));
-  auto* zeros = static_cast<int16_t*>(zero.mutable_data_ptr());
-  auto* totals = static_cast<int16_t*>(sums.mutable_data_ptr());
-  for (int64_t r = 0; r < q.m; ++r)
-    for (int64_t c = 0; c < q.segments; ++c) {
-      const int32_t minus = q.minus[r * q.segments + c];
-      totals[r * q.segments + c] = int16_t(-int16_t(minus & 0xffff));
-      zeros[r * q.blocks + c * kChunk / kActBlock] = int16_t(-(minus >> 16));
-    }
-  return {values, scale, zero, sums};
+  return {values, scale};
 }
 
 std::tuple<Tensor, Tensor, Tensor> quantize_weights(const Tensor& weight, int64_t bits, int64_t group_size, bool sym,
@@ -375,9 +372,9 @@ STABLE_TORCH_LIBRARY(cpullm, m) {
   m.def(
       "quantize_weights(Tensor weight, int bits, int group_size, bool sym, bool search, ScalarType scale_dtype) -> "
       "(Tensor, Tensor, Tensor)");
-  // What the int8 kernels see of x [.., k]: q int8 [m, k'], scale fp32 and zero int16 [m, k'/32], sums of
-  // q - zero int16 [m, k'/32].
-  m.def("quantize_activations(Tensor x) -> (Tensor, Tensor, Tensor, Tensor)");
+  // What the int8 kernels see of x [.., k]: q int32 [m, k'], the inputs kept apart in their places, and scale fp32
+  // [m, ceil(k'/128)].
+  m.def("quantize_activations(Tensor x) -> (Tensor, Tensor)");
   m.def("dot_peak(int rounds) -> int");
   m.def("read_memory(Tensor x) -> int");
   m.def("isa() -> str");

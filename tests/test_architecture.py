@@ -210,7 +210,7 @@ def test_sources_are_found():
 def test_kernels_know_neither_torch_nor_the_stl(path):
     beside = {p.name for p in path.parent.glob("*.h")}
     allowed = beside | C_HEADERS | OF_ONE_FILE.get(path.name, set())
-    if path.name.startswith(("simd_", "amx")):
+    if path.name.startswith(("simd_", "dot_", "amx")):
         allowed |= {"immintrin.h"}
     assert set(includes(path)) <= allowed
     code = code_of(path)

@@ -114,10 +114,10 @@ def quantize_weights(
     return torch.ops.cpullm.quantize_weights.default(weight, bits, group, sym, search, scale_dtype)
 
 
-def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What int8 compute sees of x [.., k]: ``x ~ (q - zero) * scale``, per row and block of 32 inputs.
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What int8 compute sees of x [.., k]: ``x ~ q * scale``, per row and block of 128 inputs.
 
-    Returns q int8 [m, k'], scale float32 and zero int16 [m, k'/32], sums of ``q - zero`` int16 [m, k'/32];
+    Returns q int32 [m, k'], at most one input of a block beyond -127..127, and scale float32 [m, ceil(k'/128)];
     k' = k rounded up to 32.
     """
     return torch.ops.cpullm.quantize_activations.default(x)
@@ -172,12 +172,7 @@ def _quantize_weights_fake(weight, bits, group_size, sym, search, scale_dtype):
 @torch.library.register_fake("cpullm::quantize_activations")
 def _quantize_activations_fake(x):
     m, kp = x.numel() // x.shape[-1], round_up(x.shape[-1], CHUNK)
-    return (
-        x.new_empty((m, kp), dtype=torch.int8),
-        x.new_empty((m, -(-kp // ACT_BLOCK)), dtype=torch.float32),
-        x.new_empty((m, -(-kp // ACT_BLOCK)), dtype=torch.int16),
-        x.new_empty((m, kp // CHUNK), dtype=torch.int16),
-    )
+    return x.new_empty((m, kp), dtype=torch.int32), x.new_empty((m, -(-kp // ACT_BLOCK)), dtype=torch.float32)
 
 
 __all__ = [

@@ -15,7 +15,7 @@ from torch import Tensor
 PANEL = 32  # output columns of a panel
 STEP = 4  # inputs of a block
 CHUNK = 32  # k is padded to a multiple of it; a group is a multiple of it
-ACT_BLOCK = 32  # inputs that share one activation scale in int8 compute
+ACT_BLOCK = 128  # inputs that share one activation scale in int8 compute
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16)
 

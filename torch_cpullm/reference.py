@@ -10,12 +10,16 @@ from torch import Tensor
 from .packing import ACT_BLOCK, CHUNK, PackedWeight, dequantize, resolve_group, round_up, unpack
 
 
-def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """int8 activations of x [.., k] in blocks of 32 inputs: ``q = clamp(round(x / scale) + zero, -127, 127)``.
+MOST_APART = 16256  # largest quantised magnitude of an input kept apart
 
-    A block's range, widened to include zero, maps to -127..127; zero is exact. Returns q int8 [m, k'], scale float32
-    and zero int16 [m, k'/32], sums of ``q - zero`` int16 [m, k'/32]; k' = k rounded up to 32. A block with inf or
-    nan has scale nan and q zero; a block whose scale is below 2^-100 is zero.
+
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 activations of x [.., k] in blocks of 128 inputs: ``q = round(x / scale)``.
+
+    A block's largest magnitude maps to 127. Where the others need at most 0.7 of that range they decide the scale, and
+    the largest is kept apart, as a multiple of the same scale up to 16256. Returns q int32 [m, k'] and scale float32
+    [m, ceil(k'/128)]; k' = k rounded up to 32. A block with inf or nan has scale nan and q zero; a block whose scale is
+    below 2^-100 is zero.
     """
     k = x.shape[-1]
     x = x.reshape(-1, k).float()
@@ -23,24 +27,21 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     blocks = torch.nn.functional.pad(x, (0, full - k)).view(x.shape[0], full // ACT_BLOCK, ACT_BLOCK)
     finite = torch.isfinite(blocks).all(-1)
     blocks = torch.where(finite[..., None], blocks, torch.zeros(()))
-    low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
-    scale = high * torch.tensor(1.0 / 254.0) - low * torch.tensor(1.0 / 254.0)
+    most, second = blocks.abs().topk(2, -1).values.unbind(-1)
+    apart = second <= most * torch.tensor(0.7)
+    rest = torch.maximum(second * torch.tensor(1.0 / 127.0), most * torch.tensor(1.0 / MOST_APART))
+    scale = torch.where(apart, rest, most * torch.tensor(1.0 / 127.0))
     usable = finite & (scale >= 2.0**-100)
     inverse = torch.where(usable, torch.ones(()) / torch.where(usable, scale, torch.ones(())), torch.zeros(()))
-    zero = torch.where(usable, torch.round(-127.0 - low * inverse), torch.zeros(()))
-    q = (torch.round(blocks * inverse[..., None]) + zero[..., None]).clamp_(-127, 127)
-    sums = (q - zero[..., None]).view(x.shape[0], full // CHUNK, CHUNK).sum(-1).to(torch.int16)[:, : kp // CHUNK]
+    q = torch.round(blocks * inverse[..., None]).to(torch.int32)
     scale = torch.where(usable, scale, torch.where(finite, torch.zeros(()), torch.full((), torch.nan)))
-    q = q.view(x.shape[0], full)[:, :kp]
-    return q.to(torch.int8).contiguous(), scale, zero.to(torch.int16), sums.contiguous()
+    return q.view(x.shape[0], full)[:, :kp].contiguous(), scale
 
 
 def dequantize_activations(x: Tensor) -> Tensor:
     """x [.., k] as int8 compute sees it, float64 [m, k]."""
-    q, scale, zero, _ = quantize_activations(x)
-    spread = (t.double().repeat_interleave(ACT_BLOCK, 1)[:, : q.shape[1]] for t in (scale, zero))
-    scale64, zero64 = spread
-    return ((q.double() - zero64) * scale64)[:, : x.shape[-1]]
+    q, scale = quantize_activations(x)
+    return (q.double() * scale.double().repeat_interleave(ACT_BLOCK, 1)[:, : q.shape[1]])[:, : x.shape[-1]]
 
 
 def linear(

@@ -3,9 +3,9 @@
 // One tile product: C (16 rows x 16 columns, int32) += A (16 rows x 64 inputs, s8) B (64 inputs x 16 columns, u8
 // codes; a row of B is one k-step of the unpacked panel). Segments of less than 64 inputs use half tiles of 32
 // inputs. Two sets of tiles (C 0 1, A 4 5, B 6 7) take turns: after every segment C goes through a 1 KiB buffer to
-// the fp32 chain of linear_i8-inl.h. Registers: 16 sums y, scale, pair, and temporaries. Bound per segment of 16 x 16
-// outputs: 16 vectors x 4 operations on two ports = 32 cycles against one tile product of 16 cycles (64 inputs) or 8 (32
-// inputs): with activation blocks of 32 at most a quarter of the tile peak.
+// the fp32 chain of linear_i8-inl.h. Registers: 16 sums y, scale, zero, and temporaries. Bound per segment of 16 x 16
+// outputs: 16 vectors x 4 operations on two ports = 32 cycles against tile products of 16 cycles per 64 inputs: half of
+// the tile peak for groups of 128, a third for 64, a fifth for 32, if nothing overlaps.
 #define CPULLM_TILE_ROWS 14
 #include "simd_avx512.h"
 //
@@ -50,7 +50,7 @@ TileShape tile_rows(int64_t m, int64_t group) {
 // One segment of inputs of a panel, the same for every row.
 struct Segment {
   int64_t begin, end;  // inputs, from the start of the K block
-  Simd::I pair[2];  // low: zero point, high: sum of codes
+  Simd::I zero[2];  // zero points
   Simd::F scale[2], minimum[2];
   bool first, last;  // of its activation block
 };
@@ -58,7 +58,7 @@ struct Segment {
 constexpr int64_t kMostSegments = kBlockK / kChunk;
 
 // The segments of inputs [k0, k1) of a panel; returns how many.
-int64_t make_segments(const Weight& w, int64_t panel, int64_t k0, int64_t k1, const int32_t* sums_c, Segment* out) {
+int64_t make_segments(const Weight& w, int64_t panel, int64_t k0, int64_t k1, Segment* out) {
   using S = Simd;
   Segment* g = out;
   for (int64_t k = k0; k < k1; ++g) {
@@ -70,18 +70,14 @@ int64_t make_segments(const Weight& w, int64_t panel, int64_t k0, int64_t k1, co
     g->first = k % kActBlock == 0;
     g->last = end == block_end;
     for (int i = 0; i < 2; ++i) {
-      S::I sum = S::izero();
-      for (int64_t c = g->begin / kChunk; c < g->end / kChunk; ++c)
-        sum = S::iadd(sum, S::load_i32(sums_c + c * kPanel + 16 * i));
-      g->pair[i] = S::shift_left16(sum);
       g->minimum[i] = S::zero();
+      g->zero[i] = S::izero();
       if (w.form == Zeros::integer) {
-        const auto* zeros = static_cast<const uint8_t*>(w.zeros) + at;
-        g->pair[i] = S::ior(g->pair[i], S::load_u8_as_i32(zeros + 16 * i));
+        g->zero[i] = S::load_u8_as_i32(static_cast<const uint8_t*>(w.zeros) + at + 16 * i);
       } else if (w.form == Zeros::minimum) {
         g->minimum[i] = load_scale(static_cast<const uint16_t*>(w.zeros) + at + 16 * i, w.scale_type);
       } else {
-        g->pair[i] = S::ior(g->pair[i], S::iset1(w.bits == 8 ? 128 : 8));
+        g->zero[i] = S::iset1(w.bits == 8 ? 128 : 8);
       }
       g->scale[i] = load_scale(w.scales + at + 16 * i, w.scale_type);
     }
@@ -112,12 +108,35 @@ void multiply_1(const int8_t* a, const uint8_t* b, int64_t k, int64_t end, int64
   _tile_stored(1, acc, kTile * 4);
 }
 
+// acc [16, 16] += the inputs kept apart times their codes; codes: half i of the segment's unpacked blocks.
+void add_apart_rows(uint32_t rows, const int32_t* apart, const uint8_t* codes, int32_t* acc) {
+  using S = Simd;
+  for (; rows; rows &= rows - 1) {
+    const int r = __builtin_ctz(rows);
+    const int j = apart[r] & 255;
+    const S::I v = S::shift_right(_mm512_loadu_si512(codes + j / kStep * 128), 8 * int(j % kStep));
+    const S::I product = S::imul16(S::iand(v, S::iset1(255)), apart[r] >> 8);
+    S::store_i32(acc + r * kTile, S::iadd(S::load_i32(acc + r * kTile), product));
+  }
+}
+
+// What a block of 16 rows brings along, at its first segment and block of inputs.
+struct TileRows {
+  const int8_t* q;
+  const int32_t *minus, *apart;  // [segments, 16]
+  const uint32_t* apart_rows;  // [segments]
+  const float* x_scale;  // [blocks, 16]
+};
+
 // 16 rows x 16 columns (half i of the panel) over all segments of a K block. y [16, 32] stays in 16 registers; while
 // the chain of one segment runs, the tiles of the next one multiply.
 template <bool kWhole, bool kMinimum>
-void tile_block(const Segment* segments, int64_t count, int i, const int8_t* a, const uint8_t* b, int64_t step,
-                const int32_t* minus, const float* x_scale, float* y_out, int32_t* buffer) {
+void tile_block(const Segment* segments, int64_t count, int i, const TileRows& rows, const uint8_t* b, int64_t step,
+                float* y_out, int32_t* buffer) {
   using S = Simd;
+  const int8_t* a = rows.q;
+  const int32_t* minus = rows.minus;
+  const float* x_scale = rows.x_scale;
   S::F y[kTile];
   S::F sum[kTile];
 #pragma GCC unroll 16
@@ -128,22 +147,23 @@ void tile_block(const Segment* segments, int64_t count, int i, const int8_t* a, 
   multiply_0(a, b, segments[0].begin, segments[0].end, step, buffer);
   for (int64_t s = 0; s < count; ++s) {
     const Segment& g = segments[s];
-    const int32_t* acc = buffer + (s & 1) * kTile * kTile;
+    int32_t* acc = buffer + (s & 1) * kTile * kTile;
     if (s + 1 < count) {
       const Segment& next = segments[s + 1];
       int32_t* to = buffer + (~s & 1) * kTile * kTile;
       s & 1 ? multiply_0(a, b, next.begin, next.end, step, to) : multiply_1(a, b, next.begin, next.end, step, to);
     }
-    const S::I pair = g.pair[i];
+    if (rows.apart_rows[s]) add_apart_rows(rows.apart_rows[s], rows.apart + s * kTile, b + g.begin / kStep * 128, acc);
+    const S::I zero = g.zero[i];
     const S::F scale = g.scale[i];
 #pragma GCC unroll 16
     for (int r = 0; r < kTile; ++r) {
-      const S::F f = S::to_float(S::add_pairs(S::load_i32(acc + r * kTile), pair, minus + r));
+      const S::F f = S::to_float(S::add_times(S::load_i32(acc + r * kTile), zero, minus + r));
       if (kWhole) {
         y[r] = S::fma(S::mul(f, scale), S::set1(x_scale[r]), y[r]);
       } else {
         sum[r] = S::fma(f, scale, sum[r]);
-        if (kMinimum) sum[r] = S::fma(g.minimum[i], S::set1(-float(int16_t(minus[r]))), sum[r]);
+        if (kMinimum) sum[r] = S::fma(g.minimum[i], S::set1(-float(minus[r])), sum[r]);
         if (g.last) {
           y[r] = S::fma(sum[r], S::set1(x_scale[r]), y[r]);
           sum[r] = S::zero();
@@ -160,7 +180,6 @@ void tile_block(const Segment* segments, int64_t count, int i, const int8_t* a, 
 void linear_i8_amx(const Weight& w, const QuantizedRows& x, const Output& out, Range panels, void* scratch) {
   if (x.unit != kTileK) return few_rows(w, x, out, panels, scratch);
   uint8_t* bytes = static_cast<uint8_t*>(scratch);
-  int32_t* sums_c = reinterpret_cast<int32_t*>(bytes + 32 * kBlockK);
   float* partial = reinterpret_cast<float*>(bytes + 64 * 1024);
   int32_t* buffer = reinterpret_cast<int32_t*>(bytes + 64 * 1024 + kBlockRows * kPanel * 4);  // 2 x [16, 16]
   Segment segments[kMostSegments];
@@ -172,10 +191,11 @@ void linear_i8_amx(const Weight& w, const QuantizedRows& x, const Output& out, R
   const int64_t step = w.group % kTileK || kActBlock % kTileK ? kChunk : kTileK;
   const int64_t row_stride = (w.k_padded + kTileK - 1) / kTileK * kTileK;  // bytes of one row of q
   configure(step);
-  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-    const uint8_t* panel_codes = w.codes + panel * (w.k_padded / kStep) * block_bytes;
-    for (int64_t row0 = 0; row0 < x.m; row0 += kBlockRows) {
-      const int64_t row_end = min_of(row0 + kBlockRows, x.m);
+  const int64_t block_rows = rows_per_block(x);
+  for (int64_t row0 = 0; row0 < x.m; row0 += block_rows) {
+    const int64_t row_end = min_of(row0 + block_rows, x.m);
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+      const uint8_t* panel_codes = w.codes + panel * (w.k_padded / kStep) * block_bytes;
       memset(partial, 0, size_t((row_end - row0 + kTile - 1) / kTile * kTile) * kPanel * sizeof(float));
       int64_t first_segment = 0;
       for (int64_t k0 = 0; k0 < w.k_padded; k0 += kBlockK) {
@@ -183,23 +203,23 @@ void linear_i8_amx(const Weight& w, const QuantizedRows& x, const Output& out, R
         const uint8_t* codes = panel_codes + k0 / kStep * block_bytes;
         const uint8_t* block = bytes;
         if (w.bits == 4) {
-          prepare_block<Codes::unpacked4>(codes, k1 - k0, bytes, sums_c);
+          unpack_block(codes, k1 - k0, bytes);
+        } else if ((k1 - k0) % kTileK == 0 || step == kChunk) {
+          block = codes;
         } else {
-          prepare_block<Codes::u8>(codes, k1 - k0, nullptr, sums_c);
-          if ((k1 - k0) % kTileK == 0 || step == kChunk) {
-            block = codes;
-          } else {
-            memcpy(bytes, codes, size_t(k1 - k0) / kStep * 128);
-          }
+          memcpy(bytes, codes, size_t(k1 - k0) / kStep * 128);
         }
         if ((k1 - k0) % kTileK && block == bytes) memset(bytes + (k1 - k0) / kStep * 128, 0, kChunk / kStep * 128);
         publish(block);
-        const int64_t count = make_segments(w, panel, k0, k1, sums_c, segments);
-        for (int64_t r = row0; r < row_end; r += kTile)
+        const int64_t count = make_segments(w, panel, k0, k1, segments);
+        for (int64_t r = row0; r < row_end; r += kTile) {
+          const int64_t first = r * x.segments + first_segment * kTile;
+          const TileRows rows{x.q + r * row_stride + k0 * kTile, x.minus + first, x.apart + first,
+                              x.apart_rows + r / kTile * x.segments + first_segment,
+                              x.scale + r * x.blocks + k0 / kActBlock * kTile};
           for (int i = 0; i < 2; ++i)
-            run(segments, count, i, x.q + r * row_stride + k0 * kTile, block + 64 * i, step,
-                x.minus + r * x.segments + first_segment * kTile, x.scale + r * x.blocks + k0 / kActBlock * kTile,
-                partial + (r - row0) * kPanel + 16 * i, buffer);
+            run(segments, count, i, rows, block + 64 * i, step, partial + (r - row0) * kPanel + 16 * i, buffer);
+        }
         first_segment += count;
       }
       for (int64_t r = row0; r < row_end; ++r) store_panel(out, w.n, r, panel, partial + (r - row0) * kPanel);

@@ -1,5 +1,5 @@
 // The avx_vnni level: avx2 with the 256-bit vpdpbusd of client CPUs.
-#define CPULLM_TILE_ROWS 5
+#define CPULLM_TILE_ROWS 6
 #define CPULLM_VNNI
 #include "simd_avx2.h"
 //

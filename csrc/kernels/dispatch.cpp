@@ -3,10 +3,11 @@
 
 #include "kernels.h"
 
+#include <unistd.h>
+
 #ifndef CPULLM_REF_ONLY
 #include <cpuid.h>
 #include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 namespace cpullm {
@@ -77,6 +78,14 @@ const Level kLadder[kLevels] = {
 
 namespace {
 
+int64_t read_l2_bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes >= 128 * 1024) return bytes;
+#endif
+  return 512 * 1024;  // unknown: what the smallest servers of ten years have
+}
+
 // One table per level, built once and never written again: other threads may be reading it.
 struct Tables {
   Kernels level[kLevels];
@@ -95,6 +104,8 @@ struct Tables {
 const Tables tables;  // when the library is loaded: nothing here can fail
 
 }  // namespace
+
+const int64_t l2_bytes = read_l2_bytes();
 
 const Kernels* select_kernels(const char* cap, const char** error) {
   int top = kLevels - 1;

@@ -11,11 +11,15 @@ namespace cpullm {
 constexpr int64_t kPanel = 32;      // output columns of one panel
 constexpr int64_t kStep = 4;        // inputs of one block of codes (one lane of a 4-way dot product)
 constexpr int64_t kChunk = 32;      // k is padded to a multiple of it, and so is every group
-constexpr int64_t kActBlock = 32;    // inputs that share one activation scale, for every group, m and level
+constexpr int64_t kActBlock = 128;   // inputs that share one activation scale, for every group, m and level
+constexpr int32_t kMostApart = 16256;  // largest quantised magnitude of an input kept apart (128 * 127)
 constexpr int64_t kMaxTile = 16;    // most rows any level interleaves
 
 enum class Float : int { f32, bf16, f16 };                      // element type of activations, outputs, scales
 enum class Zeros : int { symmetric = 0, integer, minimum };     // what Weight::zeros holds
+
+// Where a kernel finds codes: packed nibbles, nibbles unpacked to bytes (scratch memory), or 8-bit codes.
+enum class Codes { packed4, unpacked4, u8 };
 
 // A packed matrix W [n, k]; W = scale * (code - zero), or scale * code + minimum.
 struct Weight {
@@ -37,16 +41,19 @@ struct Rows {
   const int32_t* order;  // null or [k], every entry checked by the caller to lie in [0, k)
 };
 
-// int8 activations: x[row, j] ~ (q - zero) * scale, scale and zero [row, j / kActBlock]. A block with inf or nan gets
-// scale nan. Rows are interleaved in tiles of `tile` rows, `unit` inputs at a time (tile 1: plain row-major); the last
-// tile may be short: its missing rows exist in memory with scale and minus zero.
+// int8 activations: x[row, j] ~ q * scale, scale [row, j / kActBlock]. Where one input of a block outgrows the others
+// it is kept apart: q is 0 there and its value, on the same scale but up to kMostApart, stands in `apart`. A block with
+// inf or nan gets scale nan. Rows are interleaved in tiles of `tile` rows, `unit` inputs at a time (tile 1: plain
+// row-major); the last tile may be short: its missing rows exist in memory with scale and minus zero.
 // A segment is a run of inputs inside one weight group and one activation block; segments(..) counts them.
 struct QuantizedRows {
-  int8_t* q;        // [tiles, ceil(k_padded/unit), tile, unit], -127..127; the block's zero where j >= k
-  float* scale;     // [tiles, blocks, tile], blocks = ceil(k_padded / kActBlock)
-  int32_t* minus;   // [tiles, segments, tile]: int16 pair, low -sum (q - zero) over the segment, high -zero
+  int8_t* q;             // [tiles, ceil(k_padded/unit), tile, unit], -127..127; 0 where j >= k
+  float* scale;          // [tiles, blocks, tile], blocks = ceil(k_padded / kActBlock)
+  int32_t* minus;        // [tiles, segments, tile]: -sum of the segment's values, the one apart included; fits int16
+  int32_t* apart;  // [tiles, segments, tile]: value << 8 | input - segment's begin; only where apart_rows says so
+  uint32_t* apart_rows;  // [tiles, segments]: bit r = row r of the tile has an input apart in this segment
   int64_t m, k_padded, blocks, tile, unit;
-  int64_t group;    // of the weights to come
+  int64_t group;  // of the weights to come
   int64_t segments;
 };
 
@@ -64,7 +71,7 @@ struct FloatRows {
 // y [m, n] = result + bias.
 struct Output {
   void* y;
-  int64_t stride;     // elements between rows
+  int64_t stride;  // elements between rows
   Float type;
   const float* bias;  // null or [n]
 };
@@ -72,16 +79,16 @@ struct Output {
 // How to quantise one row of a float matrix, group by group.
 struct WeightRecipe {
   int64_t k, group;
-  int bits;          // 8: symmetric only
-  Zeros form;        // symmetric or integer
+  int bits;  // 8: symmetric only
+  Zeros form;  // symmetric or integer
   Float scale_type;  // scales are rounded to it before the codes are chosen
-  bool search;       // look for the clipped range with the least error; else the full range
+  bool search;  // look for the clipped range with the least error; else the full range
 };
 
 // One query token per row over a cache; strides in elements, the last dimension is contiguous.
 struct Attention {
   const void *q, *k, *v, *mask;  // q [b, h, 1, d], k, v [b, g, t, d]; mask null or [b, h, 1, t]
-  void* out;                     // [b, h, d]
+  void* out;  // [b, h, d]
   int64_t batch, heads, kv_heads, length, width;
   int64_t q_stride[2], k_stride[3], v_stride[3], mask_stride[2];  // of b, h | g, t; 0 where the mask is broadcast
   float scale;
@@ -129,6 +136,8 @@ struct Kernels {
 // Bytes of private memory a linear kernel may use: unpacked codes of one K block and partial sums of one row block.
 constexpr int64_t kScratchBytes = 64 * 1024 + 512 * kPanel * 4 + 16 * 1024;
 
+extern const int64_t l2_bytes;  // of one core's L2 cache, read when the library is loaded
+
 // Levels fill the table from the slowest to the fastest; each overwrites what it does better.
 void use_ref(Kernels& k);
 #ifndef CPULLM_REF_ONLY
@@ -140,7 +149,7 @@ void use_amx(Kernels& k);
 
 struct Level {
   const char* name;
-  bool (*supported)();       // CPUID and operating-system state
+  bool (*supported)();  // CPUID and operating-system state
   void (*use)(Kernels& k);
 };
 

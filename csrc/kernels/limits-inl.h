@@ -7,7 +7,7 @@ namespace {
 // `rounds` rounds of 8-step chunks on 12 independent accumulators; returns the multiplications and additions done.
 int64_t dot_peak(int64_t rounds, int32_t* sink) {
   using S = Simd;
-  typename S::template Dot<false> dot[12];
+  S::Dot dot[12];
   for (auto& d : dot) d.clear();
   S::I codes = S::iset1(0x01020304), x = S::iset1(0x02020202);
   for (int64_t i = 0; i < rounds; ++i) {

@@ -1,9 +1,9 @@
 // The meaning of every kernel in plain C++. Runs on any CPU; the other levels are checked against it.
 //
 // int8 chain of one output (all levels, bit for bit): a segment is a run of inputs inside one weight group and one
-// activation block;   acc = sum (q - x_zero) * (code - zero)   (exact int32)
+// activation block;   acc = sum q * (code - zero), q with the input kept apart   (exact int32)
 //   block = fma(float(acc), scale, block)                      segments ascending
-//   block = fma(minimum, float(sum (q - x_zero)), block)       float-minimum form only (zero = 0)
+//   block = fma(minimum, float(sum q), block)                  float-minimum form only (zero = 0)
 //   y     = fma(block, activation scale, y)                    blocks ascending
 #include "half.h"
 #include "kernels.h"
@@ -89,22 +89,23 @@ GroupParams group_params(const Weight& w, int64_t col, int64_t g) {
   return p;
 }
 
-// One block of one row: q = clamp(round(x / scale) + zero), so that the block's range [low, high], which always
-// includes zero, maps to -127..127 and zero itself is exact.
+// One block of one row: q = round(x / scale), the largest magnitude at 127. If the others need at most 0.7 of that
+// range, the largest is kept apart and they decide the scale.
 struct BlockParams {
   float scale, inverse;
-  int zero;
+  bool apart;
 };
 
-BlockParams block_params(float low, float high, bool finite) {
-  const float scale = high * (1.0f / 254.0f) - low * (1.0f / 254.0f);  // (high - low) could overflow
-  if (!finite) return {bits_to_float(0x7fc00000u), 0.0f, 0};
-  if (scale < 0x1p-100f) return {0.0f, 0.0f, 0};  // 1 / scale could overflow
-  const float inverse = 1.0f / scale;
-  return {scale, inverse, int(__builtin_nearbyintf(-127.0f - low * inverse))};
+BlockParams block_params(float most, float second, bool finite) {
+  if (!finite) return {bits_to_float(0x7fc00000u), 0.0f, false};
+  const bool apart = second <= most * 0.7f;
+  const float rest = second * (1.0f / 127.0f), least = most * (1.0f / float(kMostApart));
+  const float scale = !apart ? most * (1.0f / 127.0f) : rest > least ? rest : least;
+  if (scale < 0x1p-100f) return {0.0f, 0.0f, false};  // 1 / scale could overflow
+  return {scale, 1.0f / scale, apart};
 }
 
-int32_t int16_pair(int low, int high) { return int32_t((uint32_t(low) & 0xffffu) | uint32_t(high) << 16); }
+int32_t clamp_to(int32_t v, int32_t most) { return v < -most ? -most : v > most ? most : v; }
 
 void quantize_rows(const Rows& in, const QuantizedRows& out, Range rows) {
   const auto at = [&](int64_t r, int64_t j) {
@@ -114,31 +115,39 @@ void quantize_rows(const Rows& in, const QuantizedRows& out, Range rows) {
     const int64_t tile = r / out.tile, lane = r % out.tile;
     const int64_t units = (out.k_padded + out.unit - 1) / out.unit;
     int8_t* to = out.q + (tile * units * out.tile + lane) * out.unit;
-    int32_t* minus = out.minus + tile * out.segments * out.tile + lane;
+    int64_t segment = 0;
     for (int64_t b = 0; b < out.blocks; ++b) {
       const int64_t begin = b * kActBlock, end = min64(begin + kActBlock, out.k_padded);
-      float low = 0.0f, high = 0.0f;
-      bool finite = true;
+      uint32_t most = 0, second = 0;  // magnitudes: bits of non-negative floats order like the floats
+      int64_t largest = begin;
       for (int64_t j = begin; j < min64(end, in.k); ++j) {
-        const float v = at(r, j);
-        finite = finite && (float_to_bits(v) & 0x7fffffffu) < 0x7f800000u;
-        low = v < low ? v : low;
-        high = v > high ? v : high;
+        const uint32_t v = float_to_bits(at(r, j)) & 0x7fffffffu;
+        if (v > most) largest = j;
+        second = v > most ? most : v > second ? v : second;
+        most = v > most ? v : most;
       }
-      const BlockParams p = block_params(low, high, finite);
+      const BlockParams p = block_params(bits_to_float(most), bits_to_float(second), most < 0x7f800000u);
       out.scale[(tile * out.blocks + b) * out.tile + lane] = p.scale;
-      for (int64_t j = begin; j < end;) {
-        const int64_t segment_end = min64((j / out.group + 1) * out.group, end);
-        int sum = 0;
+      for (int64_t j = begin; j < end; ++segment) {
+        const int64_t segment_begin = j, segment_end = min64((j / out.group + 1) * out.group, end);
+        const int64_t i = tile * out.segments + segment;
+        uint32_t& apart_rows = out.apart_rows[i];
+        if (lane == 0) apart_rows = 0;
+        int32_t sum = 0;
         for (; j < segment_end; ++j) {
-          int q = p.zero;
-          if (j < in.k && p.inverse != 0.0f) q += int(__builtin_nearbyintf(at(r, j) * p.inverse));
-          q = q < -127 ? -127 : q > 127 ? 127 : q;
+          int32_t q = 0;
+          if (j < in.k && p.inverse != 0.0f) q = int32_t(__builtin_nearbyintf(at(r, j) * p.inverse));
+          const bool apart = p.apart && j == largest;
+          q = clamp_to(q, apart ? kMostApart : 127);
+          sum += q;
+          if (apart) {
+            out.apart[i * out.tile + lane] = int32_t(uint32_t(q) << 8 | uint32_t(j - segment_begin));
+            apart_rows |= 1u << lane;
+            q = 0;
+          }
           to[(j / out.unit) * out.tile * out.unit + j % out.unit] = int8_t(q);
-          sum += q - p.zero;
         }
-        *minus = int16_pair(-sum, -p.zero);
-        minus += out.tile;
+        out.minus[i * out.tile + lane] = -sum;
       }
     }
   }
@@ -161,19 +170,23 @@ void linear_i8(const Weight& w, const QuantizedRows& x, const Output& out, Range
     const int8_t* q = x.q + tile * x.tile * x.k_padded + lane * kStep;
     for (int64_t col = panels.begin * kPanel; col < col_end; ++col) {
       float y = 0.0f;
-      const int32_t* minus = x.minus + tile * x.segments * x.tile + lane;
+      int64_t segment = tile * x.segments;
       for (int64_t b = 0; b < x.blocks; ++b) {
         float block = 0.0f;
         const int64_t block_end = min64((b + 1) * kActBlock, w.k_padded);
-        for (int64_t j = b * kActBlock; j < block_end; minus += x.tile) {
-          const int64_t g = j / w.group;
+        for (int64_t j = b * kActBlock; j < block_end; ++segment) {
+          const int64_t g = j / w.group, begin = j;
           const int64_t end = min64((g + 1) * w.group, block_end);
           const GroupParams p = group_params(w, col, g);
-          const int sum = -int16_t(*minus & 0xffff), x_zero = -(*minus >> 16);
+          const int32_t minus = x.minus[segment * x.tile + lane];
           int32_t acc = 0;
-          for (; j < end; ++j) acc += (q[(j / kStep) * x.tile * kStep + j % kStep] - x_zero) * code_at(w, col, j);
-          block = __builtin_fmaf(float(acc - p.zero * sum), p.scale, block);
-          if (w.form == Zeros::minimum) block = __builtin_fmaf(p.minimum, float(sum), block);
+          for (; j < end; ++j) acc += q[(j / kStep) * x.tile * kStep + j % kStep] * code_at(w, col, j);
+          if (x.apart_rows[segment] >> lane & 1) {
+            const int32_t apart = x.apart[segment * x.tile + lane];
+            acc += (apart >> 8) * code_at(w, col, begin + (apart & 255));
+          }
+          block = __builtin_fmaf(float(acc + p.zero * minus), p.scale, block);
+          if (w.form == Zeros::minimum) block = __builtin_fmaf(p.minimum, float(-minus), block);
         }
         y = __builtin_fmaf(block, x.scale[(tile * x.blocks + b) * x.tile + lane], y);
       }

@@ -39,81 +39,95 @@ static inline const char* row_address(const Rows& in, int64_t r) {
   return static_cast<const char*>(in.x) + r * in.stride * (in.type == Float::f32 ? 4 : 2);
 }
 
-// scale, 1 / scale and zero of one block of inputs; see ref.cpp.
+// scale, 1 / scale and the input kept apart (its place in v, or -1) of one block of inputs; see ref.cpp.
 struct BlockParams {
   float scale, inverse;
-  int32_t zero;
+  int32_t apart;
 };
 
 static inline BlockParams block_params(const float* v, int64_t width) {
   using S = Simd;
-  S::I top_bits = S::izero();
-  S::F low = S::zero(), high = S::zero();
+  S::I most = S::izero(), second = S::izero();  // magnitudes as bits: they order like the floats
   for (int64_t j = 0; j < width; j += S::kLanes) {
-    const S::F x = S::load(v + j);
-    top_bits = S::max_u32(top_bits, S::magnitude(x));
-    low = S::min(low, x);
-    high = S::max(high, x);
+    const S::I x = S::magnitude(S::load(v + j));
+    second = S::max_u32(second, S::min_u32(most, x));
+    most = S::max_u32(most, x);
   }
-  const float least = S::reduce_min(low), most = S::reduce_max(high);
-  if (S::any_not_finite(top_bits)) return {bits_to_float(0x7fc00000u), 0.0f, 0};
-  const float scale = most * (1.0f / 254.0f) - least * (1.0f / 254.0f);
-  if (scale < 0x1p-100f) return {0.0f, 0.0f, 0};
-  const float inverse = 1.0f / scale;
-  return {scale, inverse, _mm_cvtss_si32(_mm_set_ss(-127.0f - least * inverse))};
+  const uint32_t top = S::reduce_max_u32(most);
+  const uint32_t holders = S::equal_lanes(most, top);
+  uint32_t next = S::reduce_max_u32(S::max_u32(second, S::without_lanes(most, top)));
+  if (holders & (holders - 1)) next = top;
+  if (top >= 0x7f800000u) return {bits_to_float(0x7fc00000u), 0.0f, -1};
+  const bool apart = bits_to_float(next) <= bits_to_float(top) * 0.7f;
+  const float rest = bits_to_float(next) * (1.0f / 127.0f), least = bits_to_float(top) * (1.0f / float(kMostApart));
+  const float scale = !apart ? bits_to_float(top) * (1.0f / 127.0f) : rest > least ? rest : least;
+  if (scale < 0x1p-100f) return {0.0f, 0.0f, -1};
+  int64_t at = -1;
+  if (apart) {
+    uint32_t lanes = 0;
+    for (at = 0; !(lanes = S::equal_lanes(S::magnitude(S::load(v + at)), top)); at += S::kLanes) {
+    }
+    at += __builtin_ctz(lanes);
+  }
+  return {scale, 1.0f / scale, int32_t(at)};
 }
 
-// q = clamp(round(x / scale) + zero) per row and block of kActBlock inputs. Same results as ref.cpp. A few blocks at a
-// time: first all their scales, then all their codes, so that one block's reductions and division do not hold up the
-// next.
+// q = round(x / scale) per row and block of kActBlock inputs, an outgrowing input apart. Same results as ref.cpp. A few
+// blocks at a time: first all their scales, then all their codes, so that one block's reductions and division do not
+// hold up the next.
 [[maybe_unused]] void quantize_rows(const Rows& in, const QuantizedRows& out, Range rows) {
   using S = Simd;
-  constexpr int64_t kBlocks = 16, kInputs = kBlocks * kActBlock;
+  constexpr int64_t kBlocks = 8, kInputs = kBlocks * kActBlock;
   alignas(64) float v[kInputs];
   alignas(64) int8_t q[kInputs];
-  int32_t sums[kInputs / kChunk];  // of q - zero
   BlockParams params[kBlocks];
+  int32_t apart[kBlocks];
   for (int64_t r = rows.begin; r < rows.end; ++r) {
     const char* row = row_address(in, r);
     const int64_t tile = r / out.tile, lane = r % out.tile;
     const int64_t units = (out.k_padded + out.unit - 1) / out.unit;
     int8_t* row_q = out.q + (tile * units * out.tile + lane) * out.unit;
     float* row_scale = out.scale + tile * out.blocks * out.tile + lane;
-    int32_t* minus = out.minus + tile * out.segments * out.tile + lane;
+    int64_t segment = tile * out.segments;
+    if (lane == 0) memset(out.apart_rows + segment, 0, size_t(out.segments) * sizeof(uint32_t));
     for (int64_t j0 = 0; j0 < out.k_padded; j0 += kInputs) {
       const int64_t width = min_of(kInputs, out.k_padded - j0);
       for (int64_t j = 0; j < width; j += kChunk) load_chunk(in, row, j0 + j, v + j);
       for (int64_t j = 0; j < width; j += kActBlock) {
-        params[j / kActBlock] = block_params(v + j, min_of(kActBlock, width - j));
-        row_scale[(j0 + j) / kActBlock * out.tile] = params[j / kActBlock].scale;
+        const BlockParams p = block_params(v + j, min_of(kActBlock, width - j));
+        params[j / kActBlock] = p;
+        row_scale[(j0 + j) / kActBlock * out.tile] = p.scale;
+        if (p.apart >= 0) {
+          apart[j / kActBlock] = _mm_cvtss_si32(_mm_set_ss(v[j + p.apart] * p.inverse));
+          v[j + p.apart] = 0.0f;
+        }
       }
-      const S::I least = S::iset1(-127), most = S::iset1(127);
-      for (int64_t j = 0; j < width; j += kChunk) {
+      for (int64_t j = 0; j < width; ++segment) {
         const BlockParams& p = params[j / kActBlock];
+        const int64_t begin = j, block = j / kActBlock * kActBlock;
+        const int64_t end = min_of(((j0 + j) / out.group + 1) * out.group - j0, min_of(block + kActBlock, width));
         if (p.inverse == 0.0f) {  // inf, nan or all but zero
-          memset(q + j, 0, kChunk);
-          sums[j / kChunk] = 0;
+          memset(q + j, 0, size_t(end - j));
+          j = end;
+          out.minus[segment * out.tile + lane] = 0;
           continue;
         }
         const S::F inverse = S::set1(p.inverse);
-        const S::I zero = S::iset1(p.zero);
-        S::I sum = S::izero();
-        for (int64_t i = j; i < j + kChunk; i += S::kLanes) {
-          const S::I n = S::iadd(S::round(S::mul(S::load(v + i), inverse)), zero);
-          const S::I clamped = S::imin(S::imax(n, least), most);
-          sum = S::iadd(sum, clamped);
-          S::store_i8(q + i, clamped);
+        S::I sums = S::izero();
+        for (; j < end; j += S::kLanes) {
+          const S::I n = S::round(S::mul(S::load(v + j), inverse));  // |n| <= 127: |x| <= 127 scale but for rounding
+          sums = S::iadd(sums, n);
+          S::store_i8(q + j, n);
         }
-        sums[j / kChunk] = S::reduce_add(sum) - int(kChunk) * p.zero;
-      }
-      for (int64_t j = 0; j < width;) {
-        const int64_t block_end = min_of((j / kActBlock + 1) * kActBlock, width);
-        const int64_t end = min_of(((j0 + j) / out.group + 1) * out.group - j0, block_end);
-        const int32_t zero = params[j / kActBlock].zero;
-        int32_t sum = 0;
-        for (; j < end; j += kChunk) sum += sums[j / kChunk];
-        *minus = int32_t((uint32_t(-sum) & 0xffffu) | uint32_t(-zero) << 16);
-        minus += out.tile;
+        int32_t sum = S::reduce_add(sums);
+        const int64_t at = block + p.apart;
+        if (p.apart >= 0 && at >= begin && at < end) {
+          const int32_t value = apart[block / kActBlock];
+          sum += value;
+          out.apart[segment * out.tile + lane] = int32_t(uint32_t(value) << 8 | uint32_t(at - begin));
+          out.apart_rows[segment] |= 1u << lane;
+        }
+        out.minus[segment * out.tile + lane] = -sum;
       }
       int8_t* to = row_q + j0 * out.tile;
       if (out.tile == 1) {

@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "dot_avx2.h"
 #include "half.h"
 #include "kernels.h"
 
@@ -29,11 +30,26 @@ struct Simd {
   static I iset1(int32_t v) { return _mm256_set1_epi32(v); }
   static I iadd(I a, I b) { return _mm256_add_epi32(a, b); }
   static I isub(I a, I b) { return _mm256_sub_epi32(a, b); }
-  // acc + the int16 pairs of `pair` times the pair at p.
-  static I add_pairs(I acc, I pair, const int32_t* p) {
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(pair, _mm256_set1_epi32(*p)));
+  // acc + v * *p, 0 <= v < 2^15, and v * value: everything in int16.
+  static I add_times(I acc, I v, const int32_t* p) {
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(v, _mm256_set1_epi32(*p)));
   }
+  static I imul16(I v, int32_t value) { return _mm256_madd_epi16(v, _mm256_set1_epi32(value & 0xffff)); }
   static I max_u32(I a, I b) { return _mm256_max_epu32(a, b); }
+  static I min_u32(I a, I b) { return _mm256_min_epu32(a, b); }
+  static uint32_t reduce_max_u32(I v) {
+    __m128i m = _mm_max_epu32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
+    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1));
+    return uint32_t(_mm_cvtsi128_si32(m));
+  }
+  static uint32_t equal_lanes(I a, uint32_t v) {
+    return uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(a, _mm256_set1_epi32(int32_t(v))))));
+  }
+  // a, zero in the lanes that equal v.
+  static I without_lanes(I a, uint32_t v) {
+    return _mm256_andnot_si256(_mm256_cmpeq_epi32(a, _mm256_set1_epi32(int32_t(v))), a);
+  }
   static I magnitude(F v) { return _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff)); }
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
@@ -62,8 +78,7 @@ struct Simd {
   }
   static I imin(I a, I b) { return _mm256_min_epi32(a, b); }
   static I imax(I a, I b) { return _mm256_max_epi32(a, b); }
-  static I shift_left16(I v) { return _mm256_slli_epi32(v, 16); }
-  static I ior(I a, I b) { return _mm256_or_si256(a, b); }
+  static I iand(I a, I b) { return _mm256_and_si256(a, b); }
   static I load_i32(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static void store_i32(int32_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
   static bool any_not_finite(I magnitudes) {
@@ -103,13 +118,6 @@ struct Simd {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   }
 
-  // Four inputs of one row, broadcast to every lane.
-  static I broadcast4(const int8_t* p) {
-    int32_t v;
-    memcpy(&v, p, 4);
-    return _mm256_set1_epi32(v);
-  }
-
   // The two vectors of column pass `half` of one block: columns 8 half .. 8 half + 7 and those 16 further on.
   static I load_packed4_raw(const uint8_t* block, int half) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + 32 * half));
@@ -136,8 +144,7 @@ struct Simd {
 #ifdef CPULLM_VNNI
   static constexpr const char* kName = "avx_vnni";
   static constexpr int kBias8 = 128;
-  // Dot products of u8 codes and s8 activations, exact in int32.
-  template <bool kWide>
+  // One step of a dot product, for dot_peak.
   struct Dot {
     I acc;
     void clear() { acc = izero(); }
@@ -145,50 +152,93 @@ struct Simd {
     void end_chunk() {}
     I result() const { return acc; }
   };
+  template <int R, Codes kCodes>
+  static void dot_tile(const uint8_t* codes, const int8_t* x, int64_t x_step, int64_t steps, int32_t* out) {
+    dot_tile_avx_vnni<R, kCodes == Codes::packed4, kCodes != Codes::unpacked4>(codes, x, x_step, steps, out);
+  }
 #else
   static constexpr const char* kName = "avx2";
   static constexpr int kBias8 = 0;
-  // Without VNNI. Narrow (codes 0..15): a pair of products is at most 2 * 15 * 127 = 3810, so the 8 steps of a chunk
-  // stay below 8 * 3810 = 30480 in int16. Wide (codes 0..255 = value + 128): |value| * (+-x), a pair is at most
-  // 2 * 128 * 127 = 32512 < 32768, widened at every step; the bias of 128 is gone (kBias8 = 0).
-  template <bool kWide>
+  // One step of a dot product, for dot_peak.
   struct Dot {
     I acc, acc16;
-    void clear() {
-      acc = izero();
-      acc16 = izero();
-    }
-    void step(I codes, I x) {
-      if (kWide) {
-        const I value = _mm256_xor_si256(codes, _mm256_set1_epi8(char(0x80)));
-        const I pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(value), _mm256_sign_epi8(x, value));
-        acc = _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-      } else {
-        acc16 = _mm256_add_epi16(acc16, _mm256_maddubs_epi16(codes, x));
-      }
-    }
+    void clear() { acc = acc16 = izero(); }
+    void step(I codes, I x) { acc16 = _mm256_add_epi16(acc16, _mm256_maddubs_epi16(codes, x)); }
     void end_chunk() {
-      if (!kWide) {
-        acc = _mm256_add_epi32(acc, _mm256_madd_epi16(acc16, _mm256_set1_epi16(1)));
-        acc16 = izero();
-      }
+      acc = _mm256_add_epi32(acc, _mm256_madd_epi16(acc16, _mm256_set1_epi16(1)));
+      acc16 = izero();
     }
     I result() const { return acc; }
   };
+  // 8-bit codes (value + 128) without VNNI: |value| * (+-x), a pair is at most 2 * 128 * 127 = 32512 < 32768, widened at
+  // every step; the bias of 128 is gone (kBias8 = 0).
+  template <int R>
+  static void dot_tile_wide(const uint8_t* codes, const int8_t* x, int64_t x_step, int64_t steps, int32_t* out) {
+    I acc[R][2];
+    for (auto& row : acc) row[0] = row[1] = izero();
+    for (int64_t s = 0; s < steps; ++s, codes += 128, x += x_step) {
+      _mm_prefetch(reinterpret_cast<const char*>(codes) + 4096, _MM_HINT_T0);
+      const I bias = _mm256_set1_epi8(char(0x80)), ones = _mm256_set1_epi16(1);
+      const I lo = _mm256_xor_si256(load_packed4_raw(codes, 0), bias);
+      const I hi = _mm256_xor_si256(load_packed4_raw(codes + 64, 0), bias);
+      const I lo_size = _mm256_abs_epi8(lo), hi_size = _mm256_abs_epi8(hi);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        int32_t four;
+        memcpy(&four, x + 4 * r, 4);
+        const I v = iset1(four);
+        acc[r][0] = iadd(acc[r][0], _mm256_madd_epi16(_mm256_maddubs_epi16(lo_size, _mm256_sign_epi8(v, lo)), ones));
+        acc[r][1] = iadd(acc[r][1], _mm256_madd_epi16(_mm256_maddubs_epi16(hi_size, _mm256_sign_epi8(v, hi)), ones));
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      store_i32(out + 16 * r, acc[r][0]);
+      store_i32(out + 16 * r + 8, acc[r][1]);
+    }
+  }
+  template <int R, Codes kCodes>
+  static void dot_tile(const uint8_t* codes, const int8_t* x, int64_t x_step, int64_t steps, int32_t* out) {
+    if (kCodes == Codes::u8) return dot_tile_wide<R>(codes, x, x_step, steps, out);
+    dot_tile_avx2<R, kCodes == Codes::packed4, kCodes == Codes::packed4>(codes, x, x_step, steps, out);
+  }
 #endif
 
-  static constexpr bool kDotTile = false;
-  template <int R>
-  static void dot_tile(const uint8_t*, const int8_t*, int64_t, int64_t, int32_t*) {}
+  template <int R, Codes kCodes>
+  static void segment(const uint8_t* codes, int half, const int8_t* x, int64_t x_step, int64_t steps,
+                      const SegmentEnd& end) {
+    alignas(64) int32_t acc[R * 16];
+    dot_tile<R, kCodes>(codes + 32 * half, x, x_step, steps, acc);
+    const auto* params = static_cast<const float*>(end.params);
+    for (int i = 0; i < 2; ++i) {
+      const F zero = load(params + 8 * i), scale = load(params + 16 + 8 * i);  // zero points or minima
+      const int col = 8 * half + 16 * i;
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) {
+        I sum = load_i32(acc + 16 * r + 8 * i);
+        if (end.start) sum = iadd(sum, load_i32(end.start + 16 * r + 8 * i));
+        if (!end.sums) sum = add_times(sum, _mm256_castps_si256(zero), end.minus + r);
+        const F f = to_float(sum);
+        F chain = end.first ? mul(f, scale) : fma(f, scale, load(end.block + kPanel * r + col));
+        if (end.sums) chain = fma(zero, set1(end.sums[r]), chain);
+        float* y = end.y + kPanel * r + col;
+        if (end.last) {
+          store(y, fma(chain, set1(end.x_scale[r]), load(y)));
+        } else {
+          store(end.block + kPanel * r + col, chain);
+        }
+      }
+    }
+  }
 
   static I shift_right(I v, int bits) { return _mm256_srli_epi32(v, bits); }
   static F code4_to_float(I v) { return _mm256_cvtepi32_ps(_mm256_and_si256(v, _mm256_set1_epi32(15))); }
   static F code8_to_float(I v) { return _mm256_cvtepi32_ps(_mm256_and_si256(v, _mm256_set1_epi32(255))); }
 
+  // Rows per tile, and up to how many rows the packed codes are read directly instead of unpacked first.
 #ifdef CPULLM_VNNI
-  static constexpr int kPackedRows = 4, kTileRows = 5, kFloatRows = 4, kFloatPackedRows = 2;
+  static constexpr int kTileRows = 6, kDirectRows = 12, kFloatRows = 4, kFloatPackedRows = 2;
 #else
-  static constexpr int kPackedRows = 2, kTileRows = 4, kFloatRows = 4, kFloatPackedRows = 2;
+  static constexpr int kTileRows = 5, kDirectRows = 10, kFloatRows = 4, kFloatPackedRows = 2;
 #endif
 };
 

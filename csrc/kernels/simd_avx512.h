@@ -7,6 +7,7 @@
 
 #include <immintrin.h>
 
+#include "dot_avx512.h"
 #include "half.h"
 #include "kernels.h"
 
@@ -34,9 +35,17 @@ struct Simd {
   static I iset1(int32_t v) { return _mm512_set1_epi32(v); }
   static I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
   static I isub(I a, I b) { return _mm512_sub_epi32(a, b); }
-  // acc + the int16 pairs of `pair` times the pair at p.
-  static I add_pairs(I acc, I pair, const int32_t* p) { return _mm512_dpwssd_epi32(acc, pair, _mm512_set1_epi32(*p)); }
+  // acc + v * *p, 0 <= v < 2^15, and v * value: everything in int16.
+  static I add_times(I acc, I v, const int32_t* p) { return _mm512_dpwssd_epi32(acc, v, _mm512_set1_epi32(*p)); }
+  static I imul16(I v, int32_t value) { return _mm512_madd_epi16(v, _mm512_set1_epi32(value & 0xffff)); }
   static I max_u32(I a, I b) { return _mm512_max_epu32(a, b); }
+  static I min_u32(I a, I b) { return _mm512_min_epu32(a, b); }
+  static uint32_t reduce_max_u32(I v) { return _mm512_reduce_max_epu32(v); }
+  static uint32_t equal_lanes(I a, uint32_t v) { return _mm512_cmpeq_epi32_mask(a, _mm512_set1_epi32(int32_t(v))); }
+  // a, zero in the lanes that equal v.
+  static I without_lanes(I a, uint32_t v) {
+    return _mm512_maskz_mov_epi32(_mm512_cmpneq_epi32_mask(a, _mm512_set1_epi32(int32_t(v))), a);
+  }
   static I magnitude(F v) { return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)); }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
@@ -50,8 +59,7 @@ struct Simd {
   }
   static I imin(I a, I b) { return _mm512_min_epi32(a, b); }
   static I imax(I a, I b) { return _mm512_max_epi32(a, b); }
-  static I shift_left16(I v) { return _mm512_slli_epi32(v, 16); }
-  static I ior(I a, I b) { return _mm512_or_si512(a, b); }
+  static I iand(I a, I b) { return _mm512_and_si512(a, b); }
   static I load_i32(const int32_t* p) { return _mm512_loadu_si512(p); }
   static void store_i32(int32_t* p, I v) { _mm512_storeu_si512(p, v); }
   static bool any_not_finite(I magnitudes) {
@@ -83,13 +91,6 @@ struct Simd {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
 
-  // Four inputs of one row, broadcast to every lane.
-  static I broadcast4(const int8_t* p) {
-    int32_t v;
-    memcpy(&v, p, 4);
-    return _mm512_set1_epi32(v);
-  }
-
   // The two vectors of column pass `half` (always 0 here) of one block: columns 0..15 and 16..31.
   static void load_packed4(const uint8_t* block, int, I& lo, I& hi) {
     const I v = _mm512_loadu_si512(block);
@@ -108,9 +109,7 @@ struct Simd {
     _mm512_storeu_si512(out + 64, hi);
   }
 
-  // Dot products of u8 codes and s8 activations, exact in int32: 4 products of at most 255 * 127 per lane and step.
-  // Inline assembly keeps the accumulators in registers: GCC 12 spills arrays of them around the intrinsic.
-  template <bool kWide>
+  // One step of a dot product, for dot_peak: inline assembly keeps the sums in registers.
   struct Dot {
     I acc;
     void clear() { acc = izero(); }
@@ -118,95 +117,10 @@ struct Simd {
     void end_chunk() {}
     I result() const { return acc; }
   };
-  // out [R, 32] = dot products of R rows with 32 columns over `steps` (a multiple of 8) blocks of unpacked codes.
-  // Registers: zmm0-27 sums of row i in 2i and 2i + 1, zmm28-29 codes, zmm30-31 four inputs of a row, broadcast.
-  // Written in assembly because GCC 12 moves and spills the sums between chunks (58 % of the dot product's peak became
-  // 80 %).
-  static constexpr bool kDotTile = true;
-  template <int R>
-  static void dot_tile(const uint8_t* codes, const int8_t* x, int64_t x_step, int64_t steps, int32_t* out) {
-    static_assert(R >= 1 && R <= 14 && kActBlock % (2 * kStep) == 0, "28 sums fit, steps are even");
-    // clang-format off
-#define CPULLM_ROW(i, a, b, t)                                                                       \
-  ".if %c[rows] > " #i "\n"                                                                          \
-  "vpbroadcastd 4*" #i "(%[x]), %%zmm" #t "\n"                                                       \
-  "vpdpbusd %%zmm" #t ", %%zmm28, %%zmm" #a "\nvpdpbusd %%zmm" #t ", %%zmm29, %%zmm" #b "\n.endif\n"
-#define CPULLM_STORE(i, a, b) \
-  ".if %c[rows] > " #i "\nvmovdqu64 %%zmm" #a ", 128*" #i "(%[out])\nvmovdqu64 %%zmm" #b ", 128*" #i "+64(%[out])\n.endif\n"
-#define CPULLM_STEP(at)                                                                              \
-  "vmovdqu64 " #at "(%[codes]), %%zmm28\nvmovdqu64 " #at "+64(%[codes]), %%zmm29\n" CPULLM_ROWS "add %[x_step], %[x]\n"
-#define CPULLM_ROWS                                                                                  \
-        CPULLM_ROW(0, 0, 1, 30)    \
-        CPULLM_ROW(1, 2, 3, 31)    \
-        CPULLM_ROW(2, 4, 5, 30)    \
-        CPULLM_ROW(3, 6, 7, 31)    \
-        CPULLM_ROW(4, 8, 9, 30)    \
-        CPULLM_ROW(5, 10, 11, 31)    \
-        CPULLM_ROW(6, 12, 13, 30)    \
-        CPULLM_ROW(7, 14, 15, 31)    \
-        CPULLM_ROW(8, 16, 17, 30)    \
-        CPULLM_ROW(9, 18, 19, 31)    \
-        CPULLM_ROW(10, 20, 21, 30)    \
-        CPULLM_ROW(11, 22, 23, 31)    \
-        CPULLM_ROW(12, 24, 25, 30)    \
-        CPULLM_ROW(13, 26, 27, 31)
-    __asm__ volatile(
-        "vpxord %%zmm0, %%zmm0, %%zmm0\n"
-        "vpxord %%zmm1, %%zmm1, %%zmm1\n"
-        "vpxord %%zmm2, %%zmm2, %%zmm2\n"
-        "vpxord %%zmm3, %%zmm3, %%zmm3\n"
-        "vpxord %%zmm4, %%zmm4, %%zmm4\n"
-        "vpxord %%zmm5, %%zmm5, %%zmm5\n"
-        "vpxord %%zmm6, %%zmm6, %%zmm6\n"
-        "vpxord %%zmm7, %%zmm7, %%zmm7\n"
-        "vpxord %%zmm8, %%zmm8, %%zmm8\n"
-        "vpxord %%zmm9, %%zmm9, %%zmm9\n"
-        "vpxord %%zmm10, %%zmm10, %%zmm10\n"
-        "vpxord %%zmm11, %%zmm11, %%zmm11\n"
-        "vpxord %%zmm12, %%zmm12, %%zmm12\n"
-        "vpxord %%zmm13, %%zmm13, %%zmm13\n"
-        "vpxord %%zmm14, %%zmm14, %%zmm14\n"
-        "vpxord %%zmm15, %%zmm15, %%zmm15\n"
-        "vpxord %%zmm16, %%zmm16, %%zmm16\n"
-        "vpxord %%zmm17, %%zmm17, %%zmm17\n"
-        "vpxord %%zmm18, %%zmm18, %%zmm18\n"
-        "vpxord %%zmm19, %%zmm19, %%zmm19\n"
-        "vpxord %%zmm20, %%zmm20, %%zmm20\n"
-        "vpxord %%zmm21, %%zmm21, %%zmm21\n"
-        "vpxord %%zmm22, %%zmm22, %%zmm22\n"
-        "vpxord %%zmm23, %%zmm23, %%zmm23\n"
-        "vpxord %%zmm24, %%zmm24, %%zmm24\n"
-        "vpxord %%zmm25, %%zmm25, %%zmm25\n"
-        "vpxord %%zmm26, %%zmm26, %%zmm26\n"
-        "vpxord %%zmm27, %%zmm27, %%zmm27\n"
-        ".p2align 5\n1:\n"
-        CPULLM_STEP(0)
-        CPULLM_STEP(128)
-        "add $256, %[codes]\n"
-        "sub $2, %[steps]\n"
-        "jnz 1b\n"
-        CPULLM_STORE(0, 0, 1)
-        CPULLM_STORE(1, 2, 3)
-        CPULLM_STORE(2, 4, 5)
-        CPULLM_STORE(3, 6, 7)
-        CPULLM_STORE(4, 8, 9)
-        CPULLM_STORE(5, 10, 11)
-        CPULLM_STORE(6, 12, 13)
-        CPULLM_STORE(7, 14, 15)
-        CPULLM_STORE(8, 16, 17)
-        CPULLM_STORE(9, 18, 19)
-        CPULLM_STORE(10, 20, 21)
-        CPULLM_STORE(11, 22, 23)
-        CPULLM_STORE(12, 24, 25)
-        CPULLM_STORE(13, 26, 27)
-        : [codes] "+&r"(codes), [x] "+&r"(x), [steps] "+&r"(steps)
-        : [x_step] "r"(x_step), [out] "r"(out), [rows] "i"(R)
-        : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31", "memory");
-#undef CPULLM_ROWS
-#undef CPULLM_STEP
-#undef CPULLM_STORE
-#undef CPULLM_ROW
-    // clang-format on
+  template <int R, Codes kCodes>
+  static void segment(const uint8_t* codes, int, const int8_t* x, int64_t x_step, int64_t steps,
+                      const SegmentEnd& end) {
+    segment_avx512<R, kCodes == Codes::packed4>(codes, x, x_step, steps, end);
   }
   static constexpr int kBias8 = 128;  // what the int8 dot product leaves in: codes are value + 128
 
@@ -219,8 +133,8 @@ struct Simd {
   static F code8_to_float(I v) { return _mm512_cvtepi32_ps(_mm512_and_si512(v, _mm512_set1_epi32(255))); }
   static I load_packed4_raw(const uint8_t* block, int) { return _mm512_loadu_si512(block); }
 
-  // Tile shapes: rows per tile when codes come packed (few rows) and from the unpacked buffer (many rows).
-  static constexpr int kPackedRows = 4, kTileRows = 14, kFloatRows = 12, kFloatPackedRows = 4;
+  // Rows per tile, and up to how many rows the packed codes are read directly instead of unpacked first.
+  static constexpr int kTileRows = 14, kDirectRows = 1 << 30, kFloatRows = 12, kFloatPackedRows = 4;
 };
 
 }  // namespace
