@@ -92,8 +92,8 @@ class CpuLlmCacheLayer(CacheLayerMixin):
             self._allocate(shape, _round_up(tokens + 1), stored, device)
         elif have != shape:
             raise ValueError(
-                f"this cache holds {self.length} tokens with batch, heads, head dim {_text(have)}, but the model brings "
-                f"{_text(shape)}: it was filled by another model or with another batch"
+                f"this cache holds {self.length} tokens with batch, heads, head dim {_text(have)}, but the model "
+                f"brings {_text(shape)}: it was filled by another model or with another batch"
             )
         need = self.length + tokens
         if need > self.capacity:
@@ -177,14 +177,10 @@ class CpuLlmCacheLayer(CacheLayerMixin):
         if beam_idx.shape[0] != batch:
             self._select(beam_idx)
             return
-        rows = (beam_idx != torch.arange(batch, device=beam_idx.device)).nonzero().squeeze(-1)
-        if not self.length or not rows.numel():
-            return
-        sources = beam_idx.index_select(0, rows)
+        moves = _moves(beam_idx.tolist())
         for buffer in (self.k, self.v, self.k_scale, self.v_scale):
             if buffer is not None:
-                used = buffer[:, :, : self.length]
-                used.index_copy_(0, rows, used.index_select(0, sources))
+                _move(buffer[:, :, : self.length], moves)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row ``repeats`` times, one after the other."""
@@ -213,9 +209,7 @@ class CpuLlmCacheLayer(CacheLayerMixin):
         used = buffer[:, :, : self.length]
         return (used * scale[:, :, : self.length, None] if scale is not None else used).to(self.dtype)
 
-    def _allocate(
-        self, shape: tuple[int, ...], capacity: int, dtype: torch.dtype, device: torch.device | str
-    ) -> None:
+    def _allocate(self, shape: tuple[int, ...], capacity: int, dtype: torch.dtype, device: torch.device | str) -> None:
         batch, heads, *dims = shape
         # Never inference tensors: a chat begun under torch.inference_mode() may go on without it.
         with torch.inference_mode(False):
@@ -261,6 +255,33 @@ def _write(buffer: Tensor, scale: Tensor | None, start: int, states: Tensor) -> 
         buffer[:, :, start:end], scale[:, :, start:end] = quantize_rows(states)
 
 
+_ASIDE = -1
+
+
+def _moves(sources: list[int]) -> list[tuple[int, int]]:
+    """(to, from) of single rows that make row i what row sources[i] was; at most one row is put aside at a time."""
+    left = {to: source for to, source in enumerate(sources) if to != source}
+    moves = []
+    while left:
+        to = next((row for row in left if row not in left.values()), None)
+        if to is None:  # only cycles
+            to = next(iter(left))
+            moves.append((_ASIDE, to))
+            left = {row: _ASIDE if source == to else source for row, source in left.items()}
+        moves.append((to, left.pop(to)))
+    return moves
+
+
+def _move(rows: Tensor, moves: list[tuple[int, int]]) -> None:
+    """Row by row, in place: whole new buffers would cost more for their pages than for their bytes."""
+    aside = rows[:0]
+    for to, source in moves:
+        if to == _ASIDE:
+            aside = rows[source].clone()
+        else:
+            rows[to] = aside if source == _ASIDE else rows[source]
+
+
 def _round_up(tokens: int) -> int:
     return -(-tokens // CHUNK) * CHUNK
 
@@ -277,15 +298,13 @@ class CpuLlmCache(DynamicCache):
     cache has layers that are no attention (Mamba, shared and compressed caches), and for another dtype.
     """
 
-    layers: list[CpuLlmCacheLayer]
-
     def __init__(self, config: Any, dtype: str = "auto") -> None:
         if dtype not in KV_CACHES:
             raise ValueError(f"dtype must be one of {', '.join(KV_CACHES)}, got {dtype!r}")
         layers = _own_layers(DynamicCache(config=config), dtype)
         if layers is None:
             raise ValueError(f"{type(config).__name__} has layers whose cache is not plain keys and values")
-        Cache.__init__(self, layers=layers)
+        Cache.__init__(self, layers=cast("list", layers))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -293,14 +312,14 @@ class CpuLlmCache(DynamicCache):
         """Append to one layer; see :meth:`CpuLlmCacheLayer.update`. Raises ValueError: no such layer."""
         if layer_idx >= len(self.layers):
             raise ValueError(f"this cache has {len(self.layers)} layers, no layer {layer_idx}: it is another model's")
-        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        return cast("CpuLlmCacheLayer", self.layers[layer_idx]).update(key_states, value_states, *args, **kwargs)
 
 
 def _own_layers(cache: Cache, dtype: str) -> list[CpuLlmCacheLayer] | None:
     """Empty layers for those of ``cache``, None if any of them is more than keys and values of attention."""
     if not cache.layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
         return None
-    windows = [layer.sliding_window if layer.is_sliding else None for layer in cache.layers]
+    windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
     return [CpuLlmCacheLayer(KV_CACHES[dtype], window) for window in windows]
 
 
@@ -315,10 +334,11 @@ def use_cache_class(model: nn.Module, dtype: str = "auto") -> None:
     :func:`_is_compiled`. :func:`restore_cache_class` undoes it.
     """
     restore_cache_class(model)
+    makers = {kind for kind in {type(part) for part in model.modules()} if _makes_a_cache(kind)}
     for part in model.modules():
         if hasattr(part, "_prepare_cache_for_generation"):
             part.__dict__["_prepare_cache_for_generation"] = _PreparesCache(part, dtype, _masks_windows(part))
-        if _makes_a_cache(part):
+        if type(part) in makers:
             part.register_forward_pre_hook(_GivesCache(part, dtype, _masks_windows(part)), with_kwargs=True)
 
 
@@ -335,10 +355,10 @@ _MAKES_CACHE = re.compile(r"past_key_values is None:\s+past_key_values = Dynamic
 _MASKS_WINDOWS = re.compile(r"sliding_window_causal_mask|chunked_causal_mask|create_masks_for_generate")
 
 
-def _makes_a_cache(part: nn.Module) -> bool:
+def _makes_a_cache(kind: type[nn.Module]) -> bool:
     """Whether this module's forward makes a DynamicCache of its config, as transformers' decoders do."""
     try:
-        return _MAKES_CACHE.search(inspect.getsource(type(part).forward)) is not None
+        return _MAKES_CACHE.search(inspect.getsource(kind.forward)) is not None
     except (OSError, TypeError):  # no source to look at
         return False
 
@@ -355,12 +375,12 @@ def _masks_windows(model: nn.Module) -> bool:
     return False
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether ``module`` runs compiled: there the cache stays transformers' own.
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether any of ``model`` runs compiled: there the cache stays transformers' own.
 
-    Dynamo guards on the capacity, so that each time the cache grows all of the model would be compiled again.
+    Dynamo guards on the capacity, so that all of the model would be compiled again, twice, each time the cache grows.
     """
-    return torch.compiler.is_compiling() or module._compiled_call_impl is not None
+    return torch.compiler.is_compiling() or any(part._compiled_call_impl is not None for part in model.modules())
 
 
 class _Maker:
@@ -391,10 +411,11 @@ class _PreparesCache(_Maker):
         model: Any = self._model()
         given = model_kwargs.get("past_key_values")
         result = type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
-        made = model_kwargs.get("past_key_values")
-        if made is not None and made is not given and generation_config.cache_implementation is None:
-            if not _is_compiled(model):
-                model_kwargs["past_key_values"] = self.instead_of(made, model.config) or made
+        made: Any = model_kwargs.get("past_key_values")
+        by_default = made is not None and made is not given and generation_config.cache_implementation is None
+        if by_default and not _is_compiled(model):
+            ours = self.instead_of(made, model.config)
+            model_kwargs["past_key_values"] = made if ours is None else ours
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _PreparesCache:
