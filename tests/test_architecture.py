@@ -25,10 +25,11 @@ LAYERS = [
 ]
 TRANSFORMS = ["swap", "backend", "cqil", "distributed"]
 
-# The only modules that name transformers, and the only one that does so when it is imported.
+# The only modules that name transformers, and the only ones that do so when they are imported.
 USE_TRANSFORMERS = {
     "attention",
     "hf",
+    "kv_cache",
     "runner",
     "formats.gguf",
     "formats.gguf_hf",
@@ -36,7 +37,7 @@ USE_TRANSFORMERS = {
     "cqil",
     "distributed",
 }
-LOAD_TRANSFORMERS = {"hf"}
+LOAD_TRANSFORMERS = {"hf", "kv_cache"}
 
 
 def module_name(path):

@@ -440,6 +440,7 @@ def test_modules_left_out(graphs):
     ("arguments", "text"),
     [
         ({"options": {"bit": 4}}, r"options of the backend 'cpullm' are inductor, bits, .*; got 'bit'"),
+        ({"options": {"kv_cache": "int8"}}, r"options of the backend 'cpullm' are .*; got 'kv_cache'"),
         ({"options": {"bits": 3}}, r"bits must be 4 or 8, got 3"),
         ({"options": {"group_size": 48}}, r"group_size must be .*, got 48"),
         ({"options": {"inductor": "yes"}}, r"options\['inductor'\] must be True or False, got 'yes'"),

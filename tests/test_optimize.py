@@ -145,6 +145,7 @@ OTHER = {
     "head_bits": 4,
     "scale_dtype": "bfloat16",
     "modules_to_not_convert": ["head"],
+    "kv_cache": "int8",
 }
 
 

@@ -99,7 +99,7 @@ def parse_options(mode: str | None = None, options: dict[str, Any] | None = None
     inductor = values.pop("inductor", False)
     if not isinstance(inductor, bool):
         raise ValueError(f"options['inductor'] must be True or False, got {inductor!r}")
-    known = [item.name for item in fields(Settings)]
+    known = [item.name for item in fields(Settings) if item.name != "kv_cache"]  # the cache is an argument of graphs
     unknown = ", ".join(repr(name) for name in values if name not in known)
     if unknown:
         raise ValueError(f"options of the backend 'cpullm' are inductor, {', '.join(known)}; got {unknown}")

@@ -10,6 +10,13 @@ import torch
 from .packing import check_bits, check_group_size
 
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+KV_CACHES = {
+    "auto": None,  # as the model computes them
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.int8,
+}
 
 
 @dataclass
@@ -21,7 +28,8 @@ class Settings:
     symmetric). compute: ``"int8"`` quantises activations per row and 32 inputs, ``"fp32"`` leaves them exact.
     head_bits: 8 or 4 for the output head and the input embedding, None leaves both as they are. scale_dtype:
     ``"float16"`` or ``"bfloat16"``. modules_to_not_convert: names, suffixes after a dot, or regular expressions
-    (matched from the start) of modules that stay as they are.
+    (matched from the start) of modules that stay as they are. kv_cache: how keys and values are stored: ``"auto"`` in
+    the model's dtype, or ``"fp32"``, ``"bf16"``, ``"fp16"``, ``"int8"`` (a scale per token and head).
     """
 
     bits: int = 4
@@ -31,6 +39,7 @@ class Settings:
     head_bits: int | None = 8
     scale_dtype: str = "float16"
     modules_to_not_convert: list[str] | None = None
+    kv_cache: str = "auto"
 
     def __post_init__(self) -> None:
         self.validate()
@@ -52,6 +61,8 @@ class Settings:
             isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
         ):
             raise ValueError(f"modules_to_not_convert must be a list of strings, got {names!r}")
+        if not isinstance(self.kv_cache, str) or self.kv_cache not in KV_CACHES:
+            raise ValueError(f"kv_cache must be one of {', '.join(KV_CACHES)}, got {self.kv_cache!r}")
 
     def converts(self, name: str) -> bool:
         """Whether the module of this dotted name is to be converted."""
@@ -63,7 +74,7 @@ class Settings:
     def same_as(self, other: Settings) -> bool:
         """Whether both settings ask for the same model."""
         names = [set(settings.modules_to_not_convert or ()) for settings in (self, other)]
-        values = ("bits", "group_size", "sym", "compute", "head_bits", "scale_dtype")
+        values = ("bits", "group_size", "sym", "compute", "head_bits", "scale_dtype", "kv_cache")
         return names[0] == names[1] and all(getattr(self, value) == getattr(other, value) for value in values)
 
 

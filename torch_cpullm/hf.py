@@ -25,10 +25,13 @@ class CpuLlmConfig(Settings, QuantizationConfigMixin):
         head_bits: int | None = 8,
         scale_dtype: str = "float16",
         modules_to_not_convert: list[str] | None = None,
+        kv_cache: str = "auto",
         **kwargs: Any,
     ) -> None:
         self.quant_method = cast("Any", "cpullm")  # transformers types only the methods of its own
-        Settings.__init__(self, bits, group_size, sym, compute, head_bits, scale_dtype, modules_to_not_convert)
+        Settings.__init__(
+            self, bits, group_size, sym, compute, head_bits, scale_dtype, modules_to_not_convert, kv_cache
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The serialised fields."""

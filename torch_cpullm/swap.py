@@ -90,6 +90,8 @@ def optimize(model: nn.Module, config: Settings | None = None, *, strict: bool =
     for target in tqdm(targets, desc="torch_cpullm", unit="module", disable=not targets or _progress_disabled()):
         _swap(model, target, settings, packed)
     use_attention(model)
+    if "transformers" in sys.modules:  # else the model cannot be one of its models
+        _kv_cache().use_cache_class(model, settings.kv_cache)
     _guard(model)
     _return_free_memory()
     left = report(model).left_in_float
@@ -126,9 +128,18 @@ def restore(model: nn.Module) -> nn.Module:
     for name in ("_cpullm_settings", "_cpullm_skipped", "_cpullm_frozen", "_apply", "save_pretrained"):
         model.__dict__.pop(name, None)
     restore_attention(model)
+    if "transformers" in sys.modules:
+        _kv_cache().restore_cache_class(model)
     if getattr(model, "hf_device_map", None) == _CPU_MAP:
         del model.hf_device_map
     return model
+
+
+def _kv_cache() -> Any:
+    """The module, which imports transformers."""
+    from . import kv_cache
+
+    return kv_cache
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------------
