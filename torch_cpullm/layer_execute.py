@@ -15,9 +15,7 @@ Run = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None, CacheLayer 
 def prepare(spec: LayerSpec) -> Run:
     """A function ``(x, cos, sin, mask, cache) -> y`` for this layer; see :func:`layer_reference.run_layer`."""
 
-    def run(
-        x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, cache: CacheLayer | None
-    ) -> Tensor:
+    def run(x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, cache: CacheLayer | None) -> Tensor:
         return run_layer(spec, x, cos, sin, mask, cache)
 
     return run
