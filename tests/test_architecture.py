@@ -17,7 +17,10 @@ CSRC = ROOT / "csrc"
 # From the bottom up. A module may import modules of its own layer and of layers below; nothing imports upwards.
 LAYERS = [
     ["packing", "config", "launch", "ops", "reference", "quant", "formats"],  # and _C, which ops loads
-    ["linear", "layer", "attention", "kv_cache", "experts", "coverage"],
+    [
+        *("linear", "layer", "layer_spec", "layer_reference", "layer_execute", "layer_parts", "layer_probe"),
+        *("layer_match", "attention", "kv_cache", "experts", "coverage"),
+    ],
     ["swap", "backend", "cqil", "distributed"],  # transforms: model -> model
     ["formats.gguf"],  # unlike the readers of the format it builds whole models, by optimize
     ["hf"],
@@ -30,6 +33,7 @@ USE_TRANSFORMERS = {
     "attention",
     "hf",
     "kv_cache",
+    "layer_probe",
     "runner",
     "formats.gguf",
     "formats.gguf_hf",

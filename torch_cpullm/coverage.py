@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from . import ops
+from .layer import layer_levels
 from .linear import PackedEmbedding, PackedLinear
 
 
@@ -26,12 +28,25 @@ class Row:
     bytes_after: int
 
 
+@dataclass(frozen=True)
+class LayerRow:
+    """One decoder layer. level: "one op" or "per-linear ops"; reason: why it is not one op."""
+
+    name: str
+    level: str
+    reason: str
+
+
 @dataclass
 class Report:
-    """Rows in module order, and the kernels' instruction set. ``str(report)`` is a table; layers alike share a line."""
+    """Rows in module order, and the kernels' instruction set. ``str(report)`` is a table; layers alike share a line.
+
+    layers: how each decoder layer runs, empty where nobody has looked.
+    """
 
     rows: list[Row] = field(default_factory=list)
     isa: str = ""
+    layers: list[LayerRow] = field(default_factory=list)
 
     @property
     def bytes_before(self) -> int:
@@ -69,7 +84,19 @@ class Report:
             f"{quantised} of {len(self.rows)} modules quantised, {self.bytes_before / 1e6:.1f} MB -> "
             f"{self.bytes_after / 1e6:.1f} MB, kernels: {self.isa}"
         )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._layer_lines()])
+
+    def _layer_lines(self) -> list[str]:
+        """How the decoder layers run, those alike in one line."""
+        merged: dict[tuple[str, str, str], int] = {}
+        for row in self.layers:
+            key = re.sub(r"\.\d+(?=\.|$)", ".*", row.name), row.level, row.reason
+            merged[key] = merged.get(key, 0) + 1
+        lines = []
+        for (pattern, level, reason), count in merged.items():
+            text = f"decoder layers {pattern}: {count} of {len(self.layers)} as {level}" + (reason and f": {reason}")
+            lines += textwrap.wrap(text, 100, subsequent_indent="    ")
+        return lines
 
 
 EXCLUDED = "excluded by modules_to_not_convert or head_bits"
@@ -113,7 +140,7 @@ def report_with(model: nn.Module, reasons: dict[str, str]) -> Report:
             kind = "embedding" if isinstance(module, nn.Embedding) else "linear" if key == "weight" else "parameter"
             reason = _recorded(name, reasons) or _why_float(module, kind, parameter.dim())
             rows.append(Row(full, kind, "float", reason, None, None, None, size, size))
-    return Report(rows, ops.isa())
+    return Report(rows, ops.isa(), [LayerRow(*level) for level in layer_levels(model)])
 
 
 def _recorded(name: str, reasons: dict[str, str]) -> str:

@@ -11,8 +11,18 @@ from . import ops
 from .packing import PackedWeight, QuantizedWeight, dequantize, pack, unpack
 
 
-class _PackedModule(nn.Module):
-    """Holds a PackedWeight outside the reach of ``.to(dtype)``; saves and loads it in canonical row-major form."""
+class PackedModule(nn.Module):
+    """Holds a PackedWeight outside the reach of ``.to(dtype)``; saves and loads it in canonical row-major form.
+
+    changes: counts the attributes set on any packed module of the process, so that who has seen one need not look at
+    all of them again.
+    """
+
+    changes = 0
+
+    def __setattr__(self, name: str, value: object) -> None:
+        PackedModule.changes += 1
+        super().__setattr__(name, value)  # type: ignore[arg-type]  # torch names tensors and modules only
 
     def __init__(self, packed: PackedWeight, dtype: torch.dtype) -> None:
         super().__init__()
@@ -106,7 +116,7 @@ def _copy_into(packed: PackedWeight, new: PackedWeight) -> None:
         packed.zeros.copy_(new.zeros)
 
 
-class PackedLinear(_PackedModule):
+class PackedLinear(PackedModule):
     """``y = x W^T + bias`` with packed W [out_features, in_features]; x [.., in_features] fp32 | bf16 | fp16.
 
     For inference only. compute: ``"int8"`` or ``"fp32"``, see :func:`torch_cpullm.ops.linear`.
@@ -140,7 +150,7 @@ class PackedLinear(_PackedModule):
         )
 
 
-class PackedEmbedding(_PackedModule):
+class PackedEmbedding(PackedModule):
     """Rows of packed W [num_embeddings, embedding_dim]: ids [..] -> [.., embedding_dim] of ``dtype``.
 
     multiplier: rows are multiplied by it in ``dtype`` (models that scale their embeddings).

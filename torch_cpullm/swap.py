@@ -20,6 +20,7 @@ from .attention import restore_attention, use_attention
 from .config import SCALE_DTYPES, Settings
 from .coverage import EXCLUDED, report, report_with
 from .launch import apply_default_threads
+from .layer import remove_programs
 from .linear import PackedEmbedding, PackedLinear
 from .packing import PackedWeight, pack
 from .quant import quantize_rtn
@@ -111,6 +112,7 @@ def restore(model: nn.Module) -> nn.Module:
     The original float values are gone; the model computes with what INT4 made of them. Returns ``model``; a model that
     was never optimised is returned as it is.
     """
+    remove_programs(model)
     weights: dict[tuple[int, torch.dtype], nn.Parameter] = {}
     originals: dict[nn.Module, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):

@@ -1,0 +1,317 @@
+"""Runs decoder layers as programs: one operator per layer, inside the model as it is.
+
+``layer.forward`` is overridden on the instance; class, submodules and hooks of the layer stay. Every call looks whether
+the layer is still what was matched and whether the call is one that a program can serve, and goes through the class's
+own forward otherwise, where each packed linear is an operator of its own.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .layer_execute import Run, prepare
+from .layer_match import Decoder, Match, decoders, match_layer
+from .layer_parts import own_state, rotary_from_table
+from .linear import PackedLinear, PackedModule
+
+ONE_OP, PER_LINEAR = "one op", "per-linear ops"
+
+# Arguments that may have any value: a program computes with them, or they do not change what a layer computes.
+_FREE = {
+    "attention_mask",
+    "position_embeddings",
+    "position_ids",
+    "use_cache",
+    "cache_position",
+    "output_hidden_states",
+    "return_dict",
+}
+
+
+def install_programs(model: nn.Module) -> list[Match]:
+    """Run every decoder layer of ``model`` that a program can compute as one; returns what became of each.
+
+    The linears must be packed. A second call looks at all layers again. :func:`remove_programs` undoes it.
+    """
+    remove_programs(model)
+    matches = []
+    rotaries: list[_Rotary] = []
+    for decoder in decoders(model):
+        for index, layer in enumerate(decoder.layers):
+            match = match_layer(decoder, index)
+            matches.append(match)
+            if match.spec is not None:
+                layer.__dict__["forward"] = None  # it is there when the layer is looked at
+                layer.__dict__["forward"] = LayerProgram(layer, decoder, index, match, rotaries)
+    model.__dict__["_cpullm_layers"] = {match.name: match.reason for match in matches}
+    return matches
+
+
+def remove_programs(model: nn.Module) -> None:
+    """Undo :func:`install_programs`: every layer computes by its class's forward again."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), LayerProgram):
+            del module.__dict__["forward"]
+    model.__dict__.pop("_cpullm_layers", None)
+
+
+def layer_levels(model: nn.Module) -> Iterator[tuple[str, str, str]]:
+    """(name, level, reason) of every decoder layer that :func:`install_programs` looked at, as it is now."""
+    for name, reason in model.__dict__.get("_cpullm_layers", {}).items():
+        try:
+            program = model.get_submodule(name).__dict__.get("forward")
+        except AttributeError:  # the layer is gone
+            continue
+        if isinstance(program, LayerProgram):
+            reason = program.why_not()
+        elif not reason:
+            reason = "its forward was replaced"
+        yield name, PER_LINEAR if reason else ONE_OP, reason
+
+
+class LayerProgram:
+    """The forward of one layer. Holds no strong reference to the layer, so that a deleted model is gone at once."""
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        decoder: Decoder | None,
+        index: int,
+        match: Match | None = None,
+        rotaries: list[_Rotary] | None = None,
+    ) -> None:
+        self._layer = weakref.ref(layer)
+        self._original = type(layer).forward
+        self._decoder = None if decoder is None else (weakref.ref(decoder.owner), decoder.path, decoder.name)
+        self._index = index
+        self._rotaries = [] if rotaries is None else rotaries
+        self._run: Run | None = None
+        self._watch: _Watch | None = None
+        self._reason = "not looked at yet"
+        if match is not None:
+            self._set(layer, match)
+
+    def _set(self, layer: nn.Module, match: Match) -> None:
+        """Take over what matching found."""
+        self._reason = match.reason
+        self._watch = _Watch(layer, match.config)
+        self._run = None if match.spec is None else prepare(match.spec)
+        self._outputs, self._cache_name, self._layer_idx = match.outputs, match.cache_name, match.layer_idx
+        self._known = _FREE | {match.cache_name}
+        self._rotates = match.spec is not None and match.spec.rotary_dim > 0
+        self._needs_mask = getattr(match.config, "_attn_implementation", None) == "eager"
+        self._rotary = None if match.table is None else _Rotary.of(match.table, self._rotaries)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's forward: arguments and result are those of its class."""
+        watch, run = self._watch, self._run
+        if (
+            torch.compiler.is_compiling()
+            or len(args) != 1
+            or ((watch is None or run is None or not watch.unchanged()) and not self._look_again())
+            or not (self._known.issuperset(kwargs) or self._harmless(kwargs))
+        ):
+            return self._original(cast("nn.Module", self._layer()), *args, **kwargs)
+        x, get = args[0], kwargs.get
+        mask, cache, rotary = get("attention_mask"), get(self._cache_name), self._rotary
+        usable = x.__class__ is Tensor and x.is_cpu and not (x.requires_grad and torch.is_grad_enabled())
+        if mask is None:
+            usable = usable and not (self._needs_mask and x.shape[1] > 1)
+        elif mask.__class__ is not Tensor or mask.dim() != 4:
+            usable = False
+        if cache is not None:
+            try:
+                cache = cache.layers[self._layer_idx]
+                cache.reserve  # noqa: B018  a cache of another make has none
+            except (AttributeError, IndexError):
+                usable = False
+        cos = sin = None
+        if rotary is not None:
+            cos, sin = rotary(kwargs["position_ids"])
+        elif self._rotates:
+            cos, sin = get("position_embeddings") or (None, None)
+            usable = usable and cos is not None
+        if not usable:
+            return self._original(cast("nn.Module", self._layer()), *args, **kwargs)
+        y = cast("Run", self._run)(x, cos, sin, mask, cache)
+        return y if not self._outputs else (y, *[None] * (self._outputs - 1))
+
+    def _harmless(self, kwargs: dict[str, Any]) -> bool:
+        """Whether the arguments that a program does not know are switched off."""
+        return all(value is None or value is False or name in self._known for name, value in kwargs.items())
+
+    def _look_again(self) -> bool:
+        """Whether the program may run after all: the layer has changed, or its modules have hooks."""
+        layer, watch = self._layer(), self._watch
+        if layer is None or layer.training:
+            return False
+        if watch is None or not watch.same():
+            decoder = self._find()
+            if decoder is None:
+                self._run, self._reason = None, "it is not where its model had it"
+                return False
+            self._set(layer, match_layer(decoder, self._index))
+            watch = cast("_Watch", self._watch)
+        return self._run is not None and not watch.hooked()
+
+    def _find(self) -> Decoder | None:
+        """The decoder, if it still holds this layer."""
+        owner = self._decoder[0]() if self._decoder is not None else None
+        if owner is None or self._decoder is None:
+            return None
+        try:
+            layers = cast("nn.ModuleList", owner.get_submodule(self._decoder[1]))
+            held = layers[self._index] is self._layer()
+        except (AttributeError, IndexError):
+            return None
+        return Decoder(owner, self._decoder[1], self._decoder[2], layers) if held else None
+
+    def why_not(self) -> str:
+        """Why the layer does not run as one operator now; empty if it does."""
+        if self._watch is None or not self._watch.unchanged():
+            if self._look_again():
+                return ""
+            layer = self._layer()
+            if layer is not None and layer.training:
+                return "it is in training mode"
+            return self._reason or "modules inside have forward hooks"
+        return self._reason
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerProgram:
+        return self._again(memo.get)
+
+    def _again(self, find: Any) -> LayerProgram:
+        """A program of the copied layer, which is matched when it is first called."""
+        owner = self._decoder[0]() if self._decoder is not None else None
+        layer, owner = find(id(self._layer())), find(id(owner))
+        return _revive(layer, owner, *(self._decoder or ("", "", ""))[1:], self._index)
+
+    def __reduce__(self) -> tuple:
+        owner = self._decoder[0]() if self._decoder is not None else None
+        return _revive, (self._layer(), owner, *(self._decoder or ("", "", ""))[1:], self._index)
+
+
+def _revive(layer: nn.Module, owner: nn.Module | None, path: str, name: str, index: int) -> LayerProgram:
+    decoder = None if owner is None else Decoder(owner, path, name, nn.ModuleList())
+    return LayerProgram(layer, decoder, index)
+
+
+_IGNORED = {"use_cache", "output_hidden_states", "_output_attentions", "return_dict", "_name_or_path", "dtype"}
+
+
+class _Watch:
+    """Tells whether anything that a match was made from has changed: objects by identity, settings by value.
+
+    Holds no reference to the layer itself, whose attributes hold the program.
+    """
+
+    def __init__(self, layer: nn.Module, config: Any) -> None:
+        inner = [module for path, module in layer.named_modules() if path]
+        others = [module for module in inner if not isinstance(module, PackedLinear)]
+        self._layer = weakref.ref(layer)
+        self._hooks = [hooks for module in inner for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._own = operator.itemgetter("training", *(name for name in own_state(layer) if name != "forward"))
+        self._dicts = [d for m in (layer, *others) for d in (m._modules, m._parameters, m._buffers) if d]
+        self._copies = [dict(each) for each in self._dicts]
+        self._states = [(module.__dict__, _getter(own_state(module))) for module in others if own_state(module)]
+        self._all = [module.__dict__ for module in others]
+        self._weights = [t for module in others for t in module.parameters(recurse=False)]
+        self._versioned = [t for t in self._weights if not t.is_inference()]  # those have no version
+        self._config = {"": None} if config is None else vars(config)
+        self._settings = _getter(name for name in self._config if name not in _IGNORED)
+        self._linears = [module for module in inner if isinstance(module, PackedLinear)]
+        self._held = [(linear.packed, linear.bias) for linear in self._linears]  # so that no other gets their id
+        self._seen, self._slow = self._look(), self._look_closely()
+        self._changes = PackedModule.changes
+
+    def _look(self) -> list[Any]:
+        """What every call compares."""
+        state = cast("nn.Module", self._layer()).__dict__
+        return [
+            self._own(state),
+            len(state),
+            [*map(len, self._all)],
+            [get(each) for each, get in self._states],
+            [t._version for t in self._versioned],
+            self._settings(self._config),
+        ]
+
+    def _look_closely(self) -> list[Any]:
+        """What is compared where packed modules have changed, in this model or another."""
+        seen: list[Any] = [t.data_ptr() for t in self._weights]
+        for linear in self._linears:
+            seen += [id(linear.packed), id(linear.bias), linear.compute, linear.dtype, len(linear.__dict__)]
+        return seen
+
+    def same(self) -> bool:
+        """Whether nothing has changed, hooks aside."""
+        try:
+            if self._changes != PackedModule.changes:
+                if self._look_closely() != self._slow:
+                    return False
+                self._changes = PackedModule.changes
+            return self._dicts == self._copies and self._look() == self._seen
+        except (AttributeError, KeyError, RuntimeError, TypeError):  # another tensor, an attribute that is gone
+            return False
+
+    def unchanged(self) -> bool:
+        """Whether nothing has changed and no hook waits inside."""
+        return not any(self._hooks) and self.same()
+
+    def hooked(self) -> bool:
+        """Whether a hook inside waits for the module's call.
+
+        transformers leaves hooks behind once outputs were asked for; they wait only while one of theirs is.
+        """
+        capturing = sys.modules.get("transformers.utils.output_capturing")
+        wanted = None if capturing is None else capturing._active_collector.get()
+        for hooks in self._hooks:
+            for hook in hooks.values():
+                if getattr(hook, "__module__", "") != "transformers.utils.output_capturing":
+                    return True
+                if wanted and hook.__closure__ and any(cell.cell_contents in wanted for cell in _texts(hook)):
+                    return True
+        return False
+
+
+def _texts(hook: Any) -> Iterator[Any]:
+    """Cells of a hook's closure that hold text: among them the name of the output that it records."""
+    return (cell for cell in hook.__closure__ if isinstance(cell.cell_contents, str))
+
+
+def _getter(names: Iterable[str]) -> operator.itemgetter:
+    return operator.itemgetter(*names)
+
+
+class _Rotary:
+    """cos and sin by position, from a layer's own table; one for all layers with equal tables."""
+
+    def __init__(self, table: Tensor) -> None:
+        self._table = table
+        self._last: Tensor | None = None
+        self._version = -1
+        self._pair: tuple[Tensor, Tensor]
+
+    @staticmethod
+    def of(table: Tensor, known: list[_Rotary]) -> _Rotary:
+        """The one of ``known`` that has this table, or a new one that joins them."""
+        for rotary in known:
+            if torch.equal(rotary._table, table):
+                return rotary
+        known.append(_Rotary(table))
+        return known[-1]
+
+    def __call__(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [b, s, rotary_dim] of position_ids [b, s]; layers of one pass ask with the same tensor."""
+        version = 0 if position_ids.is_inference() else position_ids._version
+        if position_ids is not self._last or version != self._version:
+            self._pair = rotary_from_table(self._table, position_ids)
+            self._last, self._version = position_ids, version
+        return self._pair
