@@ -1,5 +1,6 @@
-"""decode_attention against a float64 softmax, on every level."""
+"""attention against a float64 softmax, on every level, and the attention implementation of transformers."""
 
+import functools
 import importlib
 import inspect
 import math
@@ -11,112 +12,272 @@ import torch_cpullm
 from torch_cpullm import attention, ops
 from torch_cpullm.attention import attention_forward
 
-# (batch, heads, kv heads, cache length, head dim): GQA, MQA, MHA; lengths and widths around the vectors' 8 and 16.
+# (batch, heads, kv heads, queries, keys, head dim). Rows of a kv head: 1 to 4 are read directly, up to 24 make one
+# block, up to 96 several, more than that make blocks of 96 over the whole length. Keys: one block is 64, one split 256.
 SHAPES = [
-    (1, 4, 2, 1, 64),
-    (2, 6, 3, 15, 64),
-    (1, 8, 1, 16, 80),
-    (2, 4, 4, 17, 40),
-    (1, 2, 1, 300, 128),
-    (3, 9, 3, 33, 7),
+    (1, 4, 2, 1, 1, 64),
+    (2, 6, 3, 1, 15, 64),  # 2 rows
+    (1, 8, 1, 1, 65, 80),  # MQA, 8 rows
+    (2, 4, 4, 1, 257, 40),  # MHA, 2 splits
+    (1, 71, 1, 1, 300, 64),  # 3 blocks of rows, 2 splits
+    (1, 3, 1, 1, 700, 128),  # 3 rows
+    (1, 4, 1, 1, 513, 256),  # 4 rows, a split of one key
+    (3, 9, 3, 2, 33, 7),  # no multiple of a vector or of 4
+    (1, 2, 1, 13, 13, 16),  # 26 rows: no multiple of a tile
+    (1, 2, 2, 5, 300, 96),  # earlier cache
+    (1, 9, 3, 40, 40, 64),  # 120 rows
+    (1, 4, 4, 130, 130, 80),
+    (2, 2, 1, 130, 200, 128),
 ]
+OPTIONS = ["plain", "window", "softcap", "sinks", "bool", "rows", "float", "both"]
 
 
-def expected(q, k, v, mask, scale):
+def options(name, shape, dtype, seed=3):
+    """Keyword arguments of a case."""
+    b, h, _, s, t, _ = shape
+    generator = torch.Generator().manual_seed(seed)
+    keep = torch.rand(b, 1, s, t, generator=generator) < 0.6
+    keep[..., 0] = True
+    sinks = torch.randn(h, generator=generator)
+    return {
+        "plain": {},
+        "window": {"window": 9},
+        "softcap": {"softcap": 2.0},
+        "sinks": {"sinks": sinks},
+        "bool": {"mask": keep},
+        "rows": {"mask": keep[:, :, :1]},  # one for all queries
+        "float": {"mask": torch.randn(1, h, s, t, generator=generator).to(dtype)},
+        "both": {"mask": torch.where(keep, 0.0, -math.inf).expand(b, h, s, t), "sinks": sinks, "softcap": 5.0},
+    }[name]
+
+
+def expected(q, k, v, mask=None, *, scale, softcap=0.0, window=0, sinks=None):
     """The definition in float64, rounded once."""
-    k, v = (t.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    b, h, s, _ = q.shape
+    t = k.shape[2]
+    k, v = (x.double().repeat_interleave(h // k.shape[1], 1) for x in (k, v))
     scores = q.double() @ k.transpose(2, 3) * scale
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.double()
-    return (scores.softmax(-1) @ v).transpose(1, 2)
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
+    if mask is None:
+        at, key = torch.arange(t - s, t)[:, None], torch.arange(t)
+        mask = (key <= at) & ((key > at - window) if window else True)
+    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.double()
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double().view(1, h, 1, 1).expand(b, h, s, 1)], -1)
+    return (scores.softmax(-1).nan_to_num(0.0)[..., :t] @ v).transpose(1, 2)
 
 
 def inputs(shape, dtype, seed=0):
-    b, h, g, t, d = shape
+    b, h, g, s, t, d = shape
     generator = torch.Generator().manual_seed(seed)
-    q = torch.randn(b, 1, h, d, generator=generator).transpose(1, 2).to(dtype)  # strided as transformers gives it
+    q = torch.randn(b, s, h, d, generator=generator).transpose(1, 2).to(dtype)  # strided as transformers gives it
     k, v = (torch.randn(b, g, t + 3, d, generator=generator).to(dtype)[:, :, :t] for _ in range(2))
     return q, k, v
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_against_float64(shape, dtype, isa):
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_float64(shape, option, isa):
+    q, k, v = inputs(shape, torch.float32)
+    given = options(option, shape, torch.float32)
+    for scale in (0.125, 1.0):
+        got = ops.attention(q, k, v, scale=scale, **given)
+        want = expected(q, k, v, scale=scale, **given)
+        assert (got.shape, got.dtype) == (want.shape, torch.float32)
+        # An average of v; scores of magnitude |q| |k| scale are off by a few eps of float32.
+        off = 2.0**-21 * (1 + scale * 6 * shape[5] ** 0.5)
+        assert bool(((got - want).abs() <= off * v.abs().max()).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES[1:10], ids=str)
+def test_16_bit_tensors(shape, dtype, isa):
+    """Queries, caches and masks are read exactly; only the result is rounded."""
     q, k, v = inputs(shape, dtype)
-    b, h, _, t, _ = shape
-    keep = torch.rand(b, 1, 1, t, generator=torch.Generator().manual_seed(1)) < 0.7
-    keep[..., -1] = True
-    added = torch.randn(1, h, 1, t, generator=torch.Generator().manual_seed(2)).to(dtype)
-    eps = torch.finfo(dtype).eps
-    for mask in (None, keep, added, torch.where(keep, 0.0, -math.inf).expand(b, 1, 1, t)):
-        for scale in (0.125, 3.0):
-            got = ops.decode_attention(q, k, v, mask, scale)
-            want = expected(q, k, v, mask, scale)
-            assert (got.shape, got.dtype) == (want.shape, dtype)
-            # the result is an average of v: its rounding, and scores of magnitude |q| |k| scale off by a few eps of
-            # fp32
-            off = 2.0**-20 * (1 + scale * 12 * shape[4] ** 0.5)
-            assert bool(((got.double() - want).abs() <= (off + eps) * v.double().abs().max()).all())
+    for option in ("plain", "float"):
+        given = options(option, shape, dtype)
+        got = ops.attention(q, k, v, scale=0.25, **given)
+        want = expected(q, k, v, scale=0.25, **given)
+        assert got.dtype == dtype
+        bound = (torch.finfo(dtype).eps / 2 + 1e-5) * v.abs().max().double()
+        assert bool(((got.double() - want).abs() <= bound).all())
+    mixed = ops.attention(q.float(), k, v, scale=0.25)
+    assert torch.allclose(mixed.double(), expected(q, k, v, scale=0.25), atol=2e-5)
 
 
-def test_nan_stays_visible_and_masked_rows_are_zero(isa):
-    q, k, v = inputs((2, 2, 1, 20, 32), torch.float32)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_int8_cache(shape, isa):
+    """Attention over the codes and scales is attention over their products."""
+    q, k, v = inputs(shape, torch.float32)
+    b, _, g, _, t, d = shape
+    codes = [torch.full((b, g, t + 5, d), 77, dtype=torch.int8) for _ in range(2)]
+    scales = [torch.full((b, g, t + 5), math.nan) for _ in range(2)]  # nothing beyond the length is read
+    for x, code, scale in zip((k, v), codes, scales, strict=True):
+        ops.cache_append(x.transpose(1, 2).contiguous(), code, scale, 0)
+    exact = [code[:, :, :t].double() * scale[:, :, :t, None] for code, scale in zip(codes, scales, strict=True)]
+    for x, value in zip((k, v), exact, strict=True):
+        assert bool(((x - value).abs() <= x.abs().amax(-1, keepdim=True) / 253).all())
+    for option in ("plain", "window", "bool", "both"):
+        given = options(option, shape, torch.float32)
+        got = ops.attention(q, *codes, scale=0.3, k_scale=scales[0], v_scale=scales[1], length=t, **given)
+        assert torch.allclose(got.double(), expected(q, *exact, scale=0.3, **given), atol=4e-5)
+
+
+@pytest.mark.parametrize("layout", ["[b, t, g, d]", "expanded", "capacity"])
+def test_strides(layout, isa):
+    for shape in ((2, 6, 2, 1, 70, 64), (2, 6, 2, 40, 70, 24)):
+        b, _, g, _, t, d = shape
+        q, k, v = inputs(shape, torch.float32)
+        length = None
+        if layout == "[b, t, g, d]":
+            k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+        elif layout == "expanded":
+            k, v = (x[:1, :1].expand(b, g, t, d) for x in (k, v))
+            q = q[:, :, :1].expand_as(q)
+        else:
+            k, v = (torch.cat([x, torch.full((b, g, 60, d), math.nan)], 2) for x in (k, v))
+            length = t
+        want = expected(q, k[:, :, :t], v[:, :, :t], scale=0.2)
+        assert torch.allclose(ops.attention(q, k, v, scale=0.2, length=length).double(), want, atol=1e-5)
+        mask = torch.rand(b, 1, t, shape[3]).transpose(2, 3)  # its last stride is not one
+        got = ops.attention(q, k[:, :, :t], v[:, :, :t], mask, scale=0.2)
+        assert torch.allclose(got.double(), expected(q, k[:, :, :t], v[:, :, :t], mask, scale=0.2), atol=1e-5)
+
+
+def test_left_padding_equals_no_padding(isa):
+    q, k, v = inputs((1, 6, 2, 20, 20, 64), torch.float32)
+    pad = 11
+    padded = [torch.cat([torch.randn(1, x.shape[1], pad, 64), x], 2) for x in (q, k, v)]
+    mask = torch.ones(pad + 20, pad + 20, dtype=torch.bool).tril()
+    mask[:, :pad] = False
+    got = ops.attention(*padded, mask[None, None], scale=0.125)
+    assert torch.allclose(got[:, pad:], ops.attention(q, k, v, scale=0.125), atol=1e-6)
+    assert got[:, :pad].eq(0).all()  # queries that see nothing
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+def test_rows_without_keys_are_as_in_sdpa(queries, isa):
+    q, k, v = inputs((2, 4, 2, queries, 300, 32), torch.float32)
+    nothing = torch.zeros(2, 1, queries, 300, dtype=torch.bool)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    for mask in (nothing, torch.full((1, 1, queries, 300), -math.inf)):
+        assert sdpa(q, k, v, mask, enable_gqa=True).eq(0).all()
+        assert ops.attention(q, k, v, mask, scale=1.0).eq(0).all()
+        assert ops.attention(q, k, v, mask, scale=1.0, sinks=torch.zeros(4)).eq(0).all()
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+def test_nan_and_inf_stay_visible(queries, isa):
+    q, k, v = inputs((2, 4, 2, queries, 300, 32), torch.float32)
     k[1, 0, 3, 5] = math.nan
-    got = ops.decode_attention(q, k, v, None, 1.0)
+    got = ops.attention(q, k, v, scale=1.0)
     assert not got[0].isnan().any()
-    assert got[1].isnan().all()
-    nothing = torch.zeros(2, 1, 1, 20, dtype=torch.bool)
-    assert ops.decode_attention(*inputs((2, 2, 1, 20, 32), torch.float32), nothing, 1.0).eq(0).all()
+    assert got[1, :, :2].isnan().all()
+    assert not got[1, :, 2:].isnan().any()
+    assert not ops.attention(q, k, v, scale=1.0, window=9)[:, -1:].isnan().any()
+    k[1, 0, 3, 5] = 0.0
+    v[1, 0, 3, 5] = math.inf
+    got = ops.attention(q, k, v, scale=1.0)
+    assert not got[..., 5][1, :, :2].isfinite().any()
+    assert got[..., :5].isfinite().all()
 
 
-def test_a_row_masked_by_the_least_number_is_finite(isa):
+@pytest.mark.parametrize("queries", [1, 40])
+def test_a_row_masked_by_the_least_number_is_finite(queries, isa):
     """A float mask with finfo.min everywhere shifts all scores alike: an average, not nan."""
-    q, k, v = inputs((1, 2, 1, 20, 32), torch.float32)
-    least = torch.full((1, 1, 1, 20), torch.finfo(torch.float32).min)
-    got = ops.decode_attention(q, k, v, least, 1.0)
-    assert torch.allclose(got, v.mean(2).expand(1, 2, 32)[:, None], atol=1e-5)
+    q, k, v = inputs((1, 2, 1, queries, 300, 32), torch.float32)
+    least = torch.full((1, 1, queries, 300), torch.finfo(torch.float32).min)
+    got = ops.attention(q, k, v, least, scale=1.0)
+    assert torch.allclose(got, v.mean(2)[:, :, None].expand_as(got), atol=1e-5)
     least[..., 7] = 0
-    assert torch.allclose(ops.decode_attention(q, k, v, least, 1.0)[0, 0, 1], v[0, 0, 7], atol=1e-6)
+    assert torch.allclose(ops.attention(q, k, v, least, scale=1.0)[0, 0, 1], v[0, 0, 7], atol=1e-6)
 
 
-def test_threads_do_not_change_a_bit(isa):
-    q, k, v = inputs((4, 8, 2, 700, 64), torch.float32)
-    two = ops.decode_attention(q, k, v, None, 0.1)
+def test_large_scores(isa):
+    """The softmax is one of differences: scores of 1e4 are no trouble."""
+    q, k, v = inputs((1, 2, 1, 40, 300, 64), torch.float32)
+    got = ops.attention(q * 100, k, v, scale=2.0)
+    want = expected(q * 100, k, v, scale=2.0)
+    assert bool(((got - want).abs().amax((0, 2, 3)) < 0.05).all())
+    assert torch.allclose(
+        ops.attention(q * 100, k, v, scale=2.0, softcap=30.0).double(),
+        expected(q * 100, k, v, scale=2.0, softcap=30.0),
+        atol=1e-3,
+    )
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 2, 1, 700, 64), (1, 3, 1, 200, 300, 64), (1, 8, 2, 9, 1000, 32)], ids=str)
+def test_threads_do_not_change_a_bit(shape, isa):
+    q, k, v = inputs(shape, torch.float32)
+    two = ops.attention(q, k, v, scale=0.1)
     torch.set_num_threads(1)
-    assert torch.equal(two, ops.decode_attention(q, k, v, None, 0.1))
+    assert torch.equal(two, ops.attention(q, k, v, scale=0.1))
+
+
+def test_a_sequence_does_not_depend_on_its_batch(isa):
+    for queries in (1, 40):
+        q, k, v = inputs((3, 4, 2, queries, 300, 64), torch.float32)
+        together = ops.attention(q, k, v, scale=0.1)
+        for i in range(3):
+            one = slice(i, i + 1)
+            assert torch.equal(together[one], ops.attention(q[one], k[one], v[one], scale=0.1))
 
 
 def test_wrong_arguments():
-    q, k, v = inputs((2, 4, 2, 9, 16), torch.float32)
-    with pytest.raises(RuntimeError, match="q must hold one token"):
-        ops.decode_attention(q.expand(2, 4, 3, 16).contiguous(), k, v, None, 1.0)
+    q, k, v = inputs((2, 4, 2, 1, 9, 16), torch.float32)
+    attend = functools.partial(ops.attention, scale=1.0)
     for bad in (k[:1], k[..., :8], k[:, :, :0]):
-        with pytest.raises(RuntimeError, match="cpullm::decode_attention"):
-            ops.decode_attention(q, bad, v, None, 1.0)
+        with pytest.raises(RuntimeError, match="cpullm::attention"):
+            attend(q, bad, v)
     with pytest.raises(RuntimeError, match="v must have k's shape"):
-        ops.decode_attention(q, k, v[:, :, :8], None, 1.0)
+        attend(q, k, v[:, :, :8])
     with pytest.raises(RuntimeError, match="one dtype"):
-        ops.decode_attention(q, k, v.bfloat16(), None, 1.0)
+        attend(q, k, v.bfloat16())
+    with pytest.raises(RuntimeError, match="q must be float32, bfloat16 or float16"):
+        attend(q.double(), k, v)
     with pytest.raises(RuntimeError, match="heads must be a multiple"):
-        ops.decode_attention(q[:, :3], k, v, None, 1.0)
+        attend(q[:, :3], k, v)
+    with pytest.raises(RuntimeError, match="at most length = 9 tokens"):
+        attend(torch.randn(2, 4, 10, 16), k, v)
+    for length in (0, 10, -1):
+        with pytest.raises(RuntimeError, match=r"length must be in \[1, 9\]"):
+            attend(q, k, v, length=length)
+    with pytest.raises(RuntimeError, match="window must not be negative"):
+        attend(q, k, v, window=-1)
+    with pytest.raises(RuntimeError, match="softcap must not be negative"):
+        attend(q, k, v, softcap=-1.0)
+    for sinks in (torch.zeros(3), torch.zeros(4, dtype=torch.bfloat16), torch.zeros(8)[::2]):
+        with pytest.raises(RuntimeError, match="sinks must be a contiguous float32"):
+            attend(q, k, v, sinks=sinks)
     wrong = (
         torch.ones(2, 1, 1, 8, dtype=torch.bool),
         torch.ones(3, 1, 1, 9),
+        torch.ones(2, 1, 2, 9),
         torch.ones(2, 9),
         torch.ones(2, 1, 1, 9).int(),
     )
     for bad in wrong:
         with pytest.raises(RuntimeError, match="mask"):
-            ops.decode_attention(q, k, v, bad, 1.0)
+            attend(q, k, v, bad)
     with pytest.raises(RuntimeError, match="unit stride"):
-        ops.decode_attention(q, k.transpose(2, 3).contiguous().transpose(2, 3), v, None, 1.0)
+        attend(q, k.transpose(2, 3).contiguous().transpose(2, 3), v)
+    with pytest.raises(RuntimeError, match="are for an int8 cache"):
+        attend(q, k, v, k_scale=torch.ones(2, 2, 9))
+    codes = k.to(torch.int8)
+    with pytest.raises(RuntimeError, match="an int8 cache needs k_scale"):
+        attend(q, codes, codes)
+    for scale in (torch.ones(2, 2, 8), torch.ones(2, 2, 9, dtype=torch.float16), torch.ones(2, 2, 9, 1)):
+        with pytest.raises(RuntimeError, match="v_scale must be a float32 CPU tensor of shape"):
+            attend(q, codes, codes, k_scale=torch.ones(2, 2, 9), v_scale=scale)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_opcheck():
-    q, k, v = inputs((2, 4, 2, 9, 16), torch.bfloat16)
-    for mask in (None, torch.ones(2, 1, 1, 9, dtype=torch.bool)):
-        torch.library.opcheck(torch.ops.cpullm.decode_attention.default, (q, k, v, mask, 0.25))
+    q, k, v = inputs((2, 4, 2, 3, 9, 16), torch.bfloat16)
+    for mask in (None, torch.ones(2, 1, 3, 9, dtype=torch.bool)):
+        arguments = (q, k, v, mask, 0.25, 0.0, 0, torch.zeros(4), None, None, None)
+        torch.library.opcheck(torch.ops.cpullm.attention.default, arguments)
 
 
 def tiny_llama(**options):
@@ -141,16 +302,68 @@ def test_models_switch_from_sdpa_and_back():
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_anything_but_one_token_is_sdpa():
+def causal_module(is_causal=True):
     module = torch.nn.Module()
-    module.is_causal, module.num_key_value_groups = True, 2
-    q, k, v = inputs((1, 4, 2, 5, 16), torch.float32)
-    prompt = torch.randn(1, 4, 5, 16)
-    got, _ = attention_forward(module, prompt, k, v, None, scaling=0.25)
-    want = torch.nn.functional.scaled_dot_product_attention(prompt, k, v, is_causal=True, scale=0.25, enable_gqa=True)
-    assert torch.allclose(got, want.transpose(1, 2), atol=1e-6)
-    got, _ = attention_forward(module, q, k, v, None, scaling=0.25)
-    assert torch.allclose(got.double(), expected(q, k, v, None, 0.25), atol=1e-6)
+    module.is_causal, module.num_key_value_groups = is_causal, 2
+    return module
+
+
+@pytest.fixture
+def count(monkeypatch):
+    """Calls of the operator."""
+    calls = []
+    real = ops.attention
+    monkeypatch.setattr(ops, "attention", lambda *a, **kw: calls.append(kw) or real(*a, **kw))
+    return calls
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_the_interface_is_sdpa_where_both_can(queries, count):
+    q, k, v = inputs((2, 4, 2, queries, 9, 16), torch.float32)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    keep = torch.rand(2, 1, queries, 9) < 0.7
+    keep[..., 0] = True
+    for mask in (keep, torch.randn(1, 1, queries, 9)):
+        got, _ = attention_forward(causal_module(), q, k, v, mask, scaling=0.25, sliding_window=3)
+        want = sdpa(q, k, v, mask, scale=0.25, enable_gqa=True).transpose(1, 2)
+        assert torch.allclose(got, want, atol=1e-6)
+    got, _ = attention_forward(causal_module(), q, k[:, :, :queries], v[:, :, :queries], None, is_causal=None)
+    want = sdpa(q, k[:, :, :queries], v[:, :, :queries], is_causal=True, enable_gqa=True).transpose(1, 2)
+    assert torch.allclose(got, want, atol=1e-6)
+    assert len(count) == 3
+
+
+def test_first_prompt_of_a_static_cache(count):
+    """No mask and more keys than queries: what follows the prompt is not there yet."""
+    q, k, v = inputs((1, 4, 2, 5, 9, 16), torch.float32)
+    got, _ = attention_forward(causal_module(), q, k, v, None)
+    assert torch.allclose(got.double(), expected(q, k[:, :, :5], v[:, :, :5], scale=0.25), atol=1e-6)
+    one, _ = attention_forward(causal_module(), q[:, :, :1], k, v, None)
+    assert torch.allclose(one.double(), expected(q[:, :, :1], k, v, scale=0.25), atol=1e-6)
+    assert len(count) == 2
+
+
+def test_softcap_window_and_sinks_of_the_interface(count):
+    q, k, v = inputs((1, 4, 2, 9, 9, 16), torch.bfloat16)
+    given = {"softcap": 2.0, "sliding_window": 4, "s_aux": torch.randn(4, dtype=torch.bfloat16)}
+    got, _ = attention_forward(causal_module(), q, k, v, None, scaling=0.5, **given)
+    want = expected(q, k, v, scale=0.5, softcap=2.0, window=4, sinks=given["s_aux"])
+    assert torch.allclose(got.double(), want, atol=2e-2)
+    assert len(count) == 1
+
+
+def test_what_the_kernel_does_not_know_is_sdpa(count):
+    q, k, v = inputs((1, 4, 2, 5, 5, 16), torch.float32)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    got, _ = attention_forward(causal_module(is_causal=False), q, k, v, None, scaling=0.25)
+    assert torch.allclose(got, sdpa(q, k, v, scale=0.25, enable_gqa=True).transpose(1, 2), atol=1e-6)
+    bias = torch.randn(1, 4, 5, 5)
+    attention_forward(causal_module(), q, k, v, None, position_bias=bias)
+    attention_forward(causal_module(), q, k, v, None, dropout=0.5)
+    attention_forward(causal_module(), q, k, v, None, alibi=bias)
+    attention_forward(causal_module(), q.requires_grad_(), k, v, None)
+    attention_forward(causal_module(), *(x.detach().double() for x in (q, k, v)), None)
+    assert count == []
 
 
 def test_models_that_ask_for_the_name_keep_sdpa():

@@ -1,7 +1,7 @@
-"""The attention implementation "cpullm" of transformers: our kernel for one query token, SDPA for everything else.
+"""The attention implementation "cpullm" of transformers: our kernel where it computes what was asked for, else SDPA.
 
 SDPA repeats the kv heads in memory and takes 0.9 ms per layer for one token at a context of 512; the kernel reads the
-cache as it is.
+cache as it is. It also knows softcap and sinks, which SDPA does not.
 """
 
 from __future__ import annotations
@@ -85,34 +85,66 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [b, h, q, d], key and value [b, g, t, d] -> ([b, q, h, d], None)."""
-    if _one_token(query, key, value, attention_mask, dropout, kwargs):
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return ops.decode_attention(query, key, value, attention_mask, scale), None
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    if not _is_ours(module, query, key, value, attention_mask, dropout, kwargs):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    tokens = query.shape[2]
+    # A static cache on its first prompt comes without a mask and with keys beyond the prompt: they are not there yet.
+    first = attention_mask is None and 1 < tokens < key.shape[2]
+    sinks = kwargs.get("s_aux")
+    return ops.attention(
+        query,
+        key,
+        value,
+        attention_mask,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=kwargs.get("softcap") or 0.0,
+        window=0 if attention_mask is not None else kwargs.get("sliding_window") or 0,
+        sinks=None if sinks is None else sinks.detach().float().contiguous(),
+        length=tokens if first else None,
+    ), None
 
 
-def _one_token(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, kwargs: dict[str, Any]
+# Arguments that say nothing about the result, or that the kernel knows. With any other one SDPA decides.
+_HARMLESS = {"is_causal", "sliding_window", "softcap", "s_aux", "position_ids", "cache_position", "use_cache"}
+_HARMLESS |= {"output_attentions", "output_hidden_states", "return_dict", "deterministic", "num_items_in_batch"}
+_HARMLESS |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}  # of packed rows; SDPA leaves them, too
+
+
+def _is_ours(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    kwargs: dict[str, Any],
 ) -> bool:
-    """Whether the kernel computes what SDPA would."""
-    if query.shape[2] != 1 or key.shape != value.shape or dropout or query.dtype not in _DTYPES:
+    """Whether the kernel computes what was asked for."""
+    if key.shape != value.shape or dropout or query.dtype not in _DTYPES:
         return False
     if query.device.type != "cpu" or not query.dtype == key.dtype == value.dtype:
         return False
-    if any(kwargs.get(name) is not None for name in ("position_bias", "cache", "softcap", "s_aux")):
+    if any(value is not None and name not in _HARMLESS for name, value in kwargs.items()):
         return False
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+    sinks = kwargs.get("s_aux")
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, mask)):
         return False
-    if any(t.stride(-1) != 1 for t in (query, key, value)):
+    if any(t.stride(-1) != 1 for t in (query, key, value)) or (sinks is not None and sinks.numel() != query.shape[1]):
         return False
-    return mask is None or (
+    if mask is None:
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        # One query sees every key either way.
+        return query.shape[2] == 1 or (bool(causal) and query.shape[2] <= key.shape[2])
+    return (
         mask.dim() == 4
-        and mask.shape[2] == 1
-        and mask.shape[3] == key.shape[2]
-        and (mask.dtype == torch.bool or mask.dtype in _DTYPES)
-        and (mask.stride(3) == 1 or mask.shape[3] == 1)
         and mask.shape[0] in (1, query.shape[0])
         and mask.shape[1] in (1, query.shape[1])
+        and mask.shape[2] in (1, query.shape[2])
+        and mask.shape[3] == key.shape[2]
+        and (mask.dtype == torch.bool or mask.dtype in _DTYPES)
     )

@@ -84,14 +84,75 @@ def embedding(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     )
 
 
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """``softmax(q K^T scale + mask) V`` of one query token per row; query head h reads kv head ``h g // heads``.
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    window: int = 0,
+    sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    length: int | None = None,
+) -> Tensor:
+    """``softmax(mask(cap(q K^T scale))) V``; query head h reads kv head ``h g // heads``.
 
-    q: [b, h, 1, d]. k, v: [b, g, t, d]. One dtype, float32 | bfloat16 | float16, any strides but a unit last one. mask:
-    bool (true: attend) or float (added), [b | 1, h | 1, 1, t]. Computed in float32. Returns [b, 1, h, d]. Raises
+    q: [b, h, s, d] float32 | bfloat16 | float16, its last token the last of the ``length`` keys. k, v: [b, g, capacity,
+    d], of one of these types, or int8 with ``k_scale`` and ``v_scale`` float32 [b, g, capacity] (value = code * scale);
+    ``length`` tokens of them are read (default: all). Any strides but a unit last one. mask: bool (true: attend) or
+    float (added), [b | 1, h | 1, s | 1, length]; without one attention is causal, and limited to the last ``window``
+    keys if that is not 0. softcap, if not 0: ``cap(x) = softcap tanh(x / softcap)``. sinks: float32 [h], a logit more
+    in each denominator. A row without any key gives zeros. Computed in float32. Returns [b, s, h, d] of q's dtype.
+    Raises RuntimeError naming the argument that is wrong.
+    """
+    return torch.ops.cpullm.attention.default(q, k, v, mask, scale, softcap, window, sinks, k_scale, v_scale, length)
+
+
+def rms_norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * gain`` over the last dimension.
+
+    x: float32 | bfloat16 | float16 [.., n]. gain: float32 [n] or None (1). Returns float32 [.., n]. Raises RuntimeError
+    naming the argument that is wrong.
+    """
+    return torch.ops.cpullm.rms_norm.default(x, gain, eps)
+
+
+def layer_norm(x: Tensor, gain: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """``(x - mean(x)) / sqrt(var(x) + eps) * gain + bias`` over the last dimension; arguments as :func:`rms_norm`."""
+    return torch.ops.cpullm.layer_norm.default(x, gain, bias, eps)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, style: str = "half") -> None:
+    """Rotate the first ``width`` elements of each head of x, in place: ``x cos + x' sin``.
+
+    x: contiguous float32 [b, s, h, d]. cos, sin: contiguous, of one float dtype [1 | b, s, width]. style: ``"half"``
+    pairs elements j and ``j + width / 2``, x' is (-second, first); ``"interleaved"`` pairs neighbours;
+    ``"interleaved_once"`` also, with one cos and sin for each pair [1 | b, s, width / 2]. Raises RuntimeError naming
+    the argument that is wrong.
+    """
+    torch.ops.cpullm.rope.default(x, cos, sin, style)
+
+
+def activation(gate: Tensor, up: Tensor | None, act: str) -> Tensor:
+    """``act(gate) * up`` of float32 tensors of one shape; up None: ``act(gate)``.
+
+    act: ``"silu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"relu"``, each within 1e-6, absolute or relative. Raises
     RuntimeError naming the argument that is wrong.
     """
-    return torch.ops.cpullm.decode_attention.default(q, k, v, mask, scale)
+    return torch.ops.cpullm.activation.default(gate, up, act)
+
+
+def cache_append(x: Tensor, cache: Tensor, scale: Tensor | None, position: int) -> None:
+    """``cache[:, :, position : position + s] = x``, in place.
+
+    x: contiguous float32 [b, s, g, d]. cache: [b, g, capacity, d] of a float type, or int8 with scale float32 [b, g,
+    capacity]: value = code * scale, scale = absmax / 127 of the vector. Raises RuntimeError naming the argument that is
+    wrong.
+    """
+    torch.ops.cpullm.cache_append.default(x, cache, scale, position)
 
 
 def dequantize(weight: PackedWeight) -> Tensor:
@@ -145,11 +206,39 @@ def _embedding_fake(ids, codes, scales, zeros, n, k, group_size, dtype):
     return ids.new_empty((*ids.shape, k), dtype=dtype)
 
 
-@torch.library.register_fake("cpullm::decode_attention")
-def _decode_attention_fake(q, k, v, mask, scale):
-    _check_one_device("decode_attention", q=q, k=k, v=v, mask=mask)
-    b, h, _, d = q.shape
-    return q.new_empty((b, 1, h, d))
+@torch.library.register_fake("cpullm::attention")
+def _attention_fake(q, k, v, mask, scale, softcap, window, sinks, k_scale, v_scale, length):
+    _check_one_device("attention", q=q, k=k, v=v, mask=mask, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
+    b, h, s, d = q.shape
+    return q.new_empty((b, s, h, d))
+
+
+@torch.library.register_fake("cpullm::rms_norm")
+def _rms_norm_fake(x, gain, eps):
+    _check_one_device("rms_norm", x=x, gain=gain)
+    return x.new_empty(x.shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("cpullm::layer_norm")
+def _layer_norm_fake(x, gain, bias, eps):
+    _check_one_device("layer_norm", x=x, gain=gain, bias=bias)
+    return x.new_empty(x.shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("cpullm::rope")
+def _rope_fake(x, cos, sin, style):
+    _check_one_device("rope", x=x, cos=cos, sin=sin)
+
+
+@torch.library.register_fake("cpullm::activation")
+def _activation_fake(gate, up, act):
+    _check_one_device("activation", gate=gate, up=up)
+    return gate.new_empty(gate.shape)
+
+
+@torch.library.register_fake("cpullm::cache_append")
+def _cache_append_fake(x, cache, scale, position):
+    _check_one_device("cache_append", x=x, cache=cache, scale=scale)
 
 
 @torch.library.register_fake("cpullm::dequantize")
@@ -179,14 +268,19 @@ __all__ = [
     "COMPUTE",
     "PANEL",
     "STEP",
+    "activation",
+    "attention",
+    "cache_append",
     "check_compute",
-    "decode_attention",
     "dequantize",
     "embedding",
     "isa",
     "isa_levels",
+    "layer_norm",
     "linear",
     "quantize_activations",
     "quantize_weights",
+    "rms_norm",
+    "rope",
     "use_isa",
 ]

@@ -1,102 +1,274 @@
-// Attention of one query token over a cache, written once over Simd: scores, softmax, weighted sum of values; fp32
-// inside.
+// Attention with an online softmax, written once over Simd: no [s, t] scores, no expanded kv heads.
+// Source of the online softmax: Milakov and Gimelshein, Online normalizer calculation for softmax (2018); of the order
+// of the loops: Dao et al., FlashAttention (2022).
+//
+// An item goes through its keys in blocks of kBlockKeys, which begin at multiples of it. Few rows read keys and values
+// as they are, converted in registers. Many rows turn a block into fp32 once, keys transposed, and take it tile by
+// tile: kQueryRows rows x 2 vectors of sums in registers. What a row adds up, and in which order, does not depend on the
+// rows beside it.
 #pragma once
+
+#include "attention_block-inl.h"
 
 namespace cpullm {
 namespace {
 
-// e^x for x <= 0: 2^n * 2^r with n = round(x log2 e) and a polynomial for |r| <= 1/2 (relative error below 2^-22).
-static inline Simd::F exp_negative(Simd::F x) {
-  using S = Simd;
-  x = S::max(S::set1(-87.0f), x);  // in this order nan stays nan
-  const S::F t = S::mul(x, S::set1(1.44269504f));
-  const S::F n = S::round_float(t);
-  const S::F r = S::fma(x, S::set1(1.44269504f), S::mul(n, S::set1(-1.0f)));
-  S::F p = S::set1(1.5353362e-4f);
-  p = S::fma(p, r, S::set1(1.3398874e-3f));
-  p = S::fma(p, r, S::set1(9.6184370e-3f));
-  p = S::fma(p, r, S::set1(5.5503324e-2f));
-  p = S::fma(p, r, S::set1(2.4022648e-1f));
-  p = S::fma(p, r, S::set1(6.9314720e-1f));
-  p = S::fma(p, r, S::set1(1.0f));
-  return S::times_power_of_two(p, S::round(n));
+// ---- rows -----------------------------------------------------------------------------------------------------------
+
+struct RowPlace {
+  int64_t query, head;  // head within the group
+};
+
+static inline RowPlace place_of(const Attention& a, int64_t row) {
+  const int64_t per = a.heads / a.kv_heads;
+  return {row / per, row % per};
 }
 
-static inline Simd::F load_floats(const void* p, int64_t i, Float type) {
-  if (type == Float::f32) return Simd::load(static_cast<const float*>(p) + i);
-  return load_scale(static_cast<const uint16_t*>(p) + i, type);
+static inline int64_t mask_offset(const Attention& a, const AttentionItem& at, RowPlace row) {
+  if (!a.mask) return 0;
+  const int64_t h = at.g * (a.heads / a.kv_heads) + row.head;
+  return at.b * a.mask_stride[0] + h * a.mask_stride[1] + row.query * a.mask_stride[2];
 }
 
-// out[0..d) = softmax(scores) V, kVecs vectors of d at a time.
-template <int kVecs>
-static inline void weigh_values(const void* v, int64_t stride, int64_t length, const float* weights, Float type,
-                                int64_t at, float* out) {
+static inline const float* query_of(const Attention& a, const AttentionItem& at, int64_t row) {
+  const RowPlace p = place_of(a, row);
+  return a.q + at.b * a.q_stride[0] + p.query * a.q_stride[1] + at.g * a.q_stride[2] + p.head * a.q_stride[3];
+}
+
+// Keys of the block that this query sees, counted from the block's first.
+static inline Range seen_in(const Attention& a, const KeyBlock& block, int64_t query) {
+  const Range keys = visible_keys(a, query);
+  const int64_t begin = keys.begin - block.first, end = min_of(keys.end - block.first, block.count);
+  return {begin > 0 ? begin : 0, end > 0 ? end : 0};
+}
+
+// Up to kDirectRows rows from row `first` of the item on.
+template <int kRows, CacheType kType>
+static inline void direct_rows(const Attention& a, const AttentionScratch& m, const AttentionItem& at,
+                               const KeyBlock& block, int64_t first) {
   using S = Simd;
-  S::F sum[kVecs];
-  for (auto& s : sum) s = S::zero();
-  for (int64_t t = 0; t < length; ++t) {
-    const S::F w = S::set1(weights[t]);
-#pragma GCC unroll 8
-    for (int i = 0; i < kVecs; ++i) sum[i] = S::fma(w, load_floats(v, t * stride + at + i * S::kLanes, type), sum[i]);
+  float fade[kRows];
+  direct_scores<kRows, kType>(m.q + first * m.padded, m.padded, block.k, a.k_stride[2], block.count, a.width, m.scores);
+  int64_t begin = kBlockKeys, end = 0;
+  for (int r = 0; r < kRows; ++r) {
+    const RowPlace row = place_of(a, at.rows.begin + first + r);
+    const Range seen = seen_in(a, block, row.query);
+    begin = min_of(begin, seen.begin);
+    end = seen.end > end ? seen.end : end;
+    fade[r] = soften(a, m, block, mask_offset(a, at, row) + block.first, seen, m.scores + r * kBlockKeys,
+                     m.most[first + r], m.total[first + r]);
   }
-  for (int i = 0; i < kVecs; ++i) S::store(out + at + i * S::kLanes, sum[i]);
+  float* sums = m.sums + first * m.padded;
+  int64_t c = 0;
+  for (; c + 4 * S::kLanes <= a.width; c += 4 * S::kLanes)
+    direct_values<kRows, 4, kType>(m.scores, block.v, a.v_stride[2], c, a.width, begin, end, fade, sums + c, m.padded);
+  for (; c < a.width; c += S::kLanes)
+    direct_values<kRows, 1, kType>(m.scores, block.v, a.v_stride[2], c, a.width, begin, end, fade, sums + c, m.padded);
 }
 
-[[maybe_unused]] void decode_attention(const Attention& a, Range items, float* scratch) {
+// keys [width, kBlockKeys] and values [kBlockKeys, padded] of a block as fp32; zeros where there is none.
+template <CacheType kType>
+static inline void convert_block(const Attention& a, const AttentionScratch& m, const KeyBlock& block) {
   using S = Simd;
-  const int64_t padded = (a.length + 15) / 16 * 16, vector_width = a.width / S::kLanes * S::kLanes;
-  const int64_t bytes = a.type == Float::f32 ? 4 : 2;
-  float *scores = scratch, *q = scratch + padded, *o = q + a.width;
+  for (int64_t j = 0; j < kBlockKeys; j += S::kLanes) {
+    const float* from = static_cast<const float*>(block.k) + (kType == CacheType::f32 ? j * a.k_stride[2] : 0);
+    int64_t stride = a.k_stride[2];
+    if (kType != CacheType::f32 || a.width % 4 || j + S::kLanes > block.count) {
+      for (int64_t i = 0; i < S::kLanes; ++i)
+        for (int64_t c = 0; c < a.width; c += S::kLanes)
+          S::store(m.convert + i * m.padded + c,
+                   j + i < block.count ? load_cache_part<kType>(block.k, (j + i) * a.k_stride[2] + c, a.width - c)
+                                       : S::zero());
+      from = m.convert;
+      stride = m.padded;
+    }
+    for (int64_t c = 0; c < a.width; c += 4) S::transpose4(from + c, stride, m.keys + c * kBlockKeys + j, kBlockKeys);
+  }
+  for (int64_t j = 0; j < block.count; ++j)
+    for (int64_t c = 0; c < a.width; c += S::kLanes)
+      S::store(m.values + j * m.padded + c, load_cache_part<kType>(block.v, j * a.v_stride[2] + c, a.width - c));
+}
+
+// kQueryRows rows from row `first` of the item on, over the converted block; rows that do not exist are computed too.
+static inline void tile_rows_of(const Attention& a, const AttentionScratch& m, const AttentionItem& at,
+                                const KeyBlock& block, int64_t first) {
+  using S = Simd;
+  constexpr int kRows = S::kQueryRows;
+  const int64_t rows = min_of(kRows, at.rows.end - at.rows.begin - first);
+  Range seen[kRows];
+  int64_t begin = kBlockKeys, end = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    seen[r] = seen_in(a, block, place_of(a, at.rows.begin + first + r).query);
+    begin = min_of(begin, seen[r].begin);
+    end = seen[r].end > end ? seen[r].end : end;
+  }
+  if (begin >= end) return;
+  const float* q = m.q + first * m.padded;
+  for (int64_t j = begin / (2 * S::kLanes) * (2 * S::kLanes); j < end; j += 2 * S::kLanes)
+    tile_product<kRows, 1, kRows, 2>(q, m.keys + j, kBlockKeys, a.width, nullptr, m.scores + j, kBlockKeys);
+  float fade[kRows];
+  for (int64_t r = 0; r < kRows; ++r) {
+    fade[r] = 1.0f;
+    if (r < rows)
+      fade[r] = soften(a, m, block, mask_offset(a, at, place_of(a, at.rows.begin + first + r)) + block.first, seen[r],
+                       m.scores + r * kBlockKeys, m.most[first + r], m.total[first + r]);
+  }
+  float* sums = m.sums + first * m.padded;
+  const float *p = m.scores + begin, *v = m.values + begin * m.padded;
+  int64_t c = 0;
+  for (; c + 2 * S::kLanes <= m.padded; c += 2 * S::kLanes)
+    tile_product<kRows, int(kBlockKeys), 1, 2>(p, v + c, m.padded, end - begin, fade, sums + c, m.padded);
+  if (c < m.padded)
+    tile_product<kRows, int(kBlockKeys), 1, 1>(p, v + c, m.padded, end - begin, fade, sums + c, m.padded);
+}
+
+template <CacheType kType>
+static inline void direct_pass(const Attention& a, const AttentionScratch& m, const AttentionItem& at,
+                               const KeyBlock& block) {
+  const int64_t rows = at.rows.end - at.rows.begin;
+  for (int64_t first = 0; first < rows;) {
+    const int64_t n = min_of(rows - first, Simd::kDirectRows);
+    switch (n) {
+      case 1: direct_rows<1, kType>(a, m, at, block, first); break;
+      case 2: direct_rows<2, kType>(a, m, at, block, first); break;
+#if CPULLM_TILE_ROWS > 5
+      case 3: direct_rows<3, kType>(a, m, at, block, first); break;
+      case 4: direct_rows<4, kType>(a, m, at, block, first); break;
+#endif
+      default: __builtin_trap();  // kDirectRows of this level
+    }
+    first += n;
+  }
+}
+
+// The keys [keys.begin, keys.end) of an item, block by block.
+template <CacheType kType>
+static void all_blocks(const Attention& a, const AttentionScratch& m, const AttentionItem& at, Range keys,
+                       bool direct) {
+  constexpr int64_t kBytes = kType == CacheType::f32 ? 4 : kType == CacheType::i8 ? 1 : 2;
+  const char* k = static_cast<const char*>(a.k) + (at.b * a.k_stride[0] + at.g * a.k_stride[1]) * kBytes;
+  const char* v = static_cast<const char*>(a.v) + (at.b * a.v_stride[0] + at.g * a.v_stride[1]) * kBytes;
+  for (int64_t first = keys.begin / kBlockKeys * kBlockKeys; first < keys.end; first += kBlockKeys) {
+    const KeyBlock block{k + first * a.k_stride[2] * kBytes, v + first * a.v_stride[2] * kBytes, first,
+                         min_of(kBlockKeys, keys.end - first), kType == CacheType::i8};
+    if (kType == CacheType::i8) {
+      const float* k_scale = a.k_scale + at.b * a.k_scale_stride[0] + at.g * a.k_scale_stride[1];
+      const float* v_scale = a.v_scale + at.b * a.v_scale_stride[0] + at.g * a.v_scale_stride[1];
+      for (int64_t j = 0; j < kBlockKeys; j += Simd::kLanes) {
+        const int64_t count = block.count > j ? block.count - j : 0;
+        Simd::store(m.k_scale + j, load_part(k_scale, first + j, count));
+        Simd::store(m.v_scale + j, load_part(v_scale, first + j, count));
+      }
+    }
+    if (direct) {
+      direct_pass<kType>(a, m, at, block);
+    } else {
+      convert_block<kType>(a, m, block);
+      for (int64_t row = 0; row < at.rows.end - at.rows.begin; row += Simd::kQueryRows)
+        tile_rows_of(a, m, at, block, row);
+    }
+  }
+}
+
+// out of one row: sums / (total and the sink's share); zeros where there was no key.
+static inline void finish_row(const Attention& a, int64_t b, int64_t g, int64_t row, const float* sums, float most,
+                              float total) {
+  using S = Simd;
+  const RowPlace place = place_of(a, row);
+  const int64_t h = g * (a.heads / a.kv_heads) + place.head;
+  float factor = total == 0.0f ? 0.0f : 1.0f / total;
+  if (a.sinks && total != 0.0f) {
+    const float top = a.sinks[h] > most ? a.sinks[h] : most, share = exp_of(most - top);
+    factor = share / (total * share + exp_of(a.sinks[h] - top));
+  }
+  float* out = a.out + b * a.out_stride[0] + place.query * a.out_stride[1] + h * a.out_stride[2];
+  for (int64_t c = 0; c < a.width; c += S::kLanes)
+    store_part(out, c, a.width - c, S::mul(S::load(sums + c), S::set1(factor)));
+}
+
+// Scaled queries and empty sums of an item's rows: row by row, or in tiles with the rows side by side.
+static inline void load_queries(const Attention& a, const AttentionScratch& m, const AttentionItem& at, bool direct) {
+  using S = Simd;
+  constexpr int kRows = S::kQueryRows;
+  const int64_t rows = at.rows.end - at.rows.begin;
+  const S::F scale = S::set1(a.scale);
+  for (int64_t r = 0; r < rows; ++r) {
+    m.most[r] = kNever;
+    m.total[r] = 0.0f;
+  }
+  if (direct) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* q = query_of(a, at, at.rows.begin + r);
+      for (int64_t c = 0; c < m.padded; c += S::kLanes)
+        S::store(m.q + r * m.padded + c, c < a.width ? S::mul(load_part(q, c, a.width - c), scale) : S::zero());
+    }
+    memset(m.sums, 0, size_t(rows * m.padded) * 4);
+    return;
+  }
+  const int64_t tiled = (rows + kRows - 1) / kRows * kRows;
+  for (int64_t r = 0; r < tiled; r += kRows) {
+    const float* q[kRows];
+    for (int64_t i = 0; i < kRows; ++i) q[i] = query_of(a, at, at.rows.begin + min_of(r + i, rows - 1));
+    float* to = m.q + r * m.padded;
+    for (int64_t c = 0; c < a.width; ++c, to += kRows)
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) to[i] = q[i][c] * a.scale;
+  }
+  memset(m.sums, 0, size_t(tiled * m.padded) * 4);
+}
+
+void attention(const Attention& a, Range items, float* scratch) {
+  const AttentionPlan plan = plan_attention(a);
+  const AttentionScratch m(plan, a.width, scratch);
   for (int64_t item = items.begin; item < items.end; ++item) {
-    const int64_t b = item / a.heads, h = item % a.heads, g = h / (a.heads / a.kv_heads);
-    const char* k = static_cast<const char*>(a.k) + (b * a.k_stride[0] + g * a.k_stride[1]) * bytes;
-    const char* v = static_cast<const char*>(a.v) + (b * a.v_stride[0] + g * a.v_stride[1]) * bytes;
-    for (int64_t i = 0; i < a.width; ++i)
-      q[i] = a.scale * load_float(a.q, b * a.q_stride[0] + h * a.q_stride[1] + i, a.type);
-    float most = -__builtin_inff();
-    for (int64_t t = 0; t < a.length; ++t) {
-      S::F sum0 = S::zero(), sum1 = S::zero();
-      int64_t i = 0;
-      for (; i + 2 * S::kLanes <= a.width; i += 2 * S::kLanes) {
-        sum0 = S::fma(S::load(q + i), load_floats(k, t * a.k_stride[2] + i, a.type), sum0);
-        sum1 = S::fma(S::load(q + i + S::kLanes), load_floats(k, t * a.k_stride[2] + i + S::kLanes, a.type), sum1);
+    const AttentionItem at = attention_item(a, plan, item);
+    const int64_t rows = at.rows.end - at.rows.begin;
+    const bool direct = plan.rows <= kDirectMost;
+    load_queries(a, m, at, direct);
+    const Range first = visible_keys(a, place_of(a, at.rows.begin).query);
+    const Range last = visible_keys(a, place_of(a, at.rows.end - 1).query);
+    const Range keys{first.begin > at.keys.begin ? first.begin : at.keys.begin, min_of(last.end, at.keys.end)};
+    if (keys.begin < keys.end) {
+      switch (a.type) {
+        case CacheType::f32: all_blocks<CacheType::f32>(a, m, at, keys, direct); break;
+        case CacheType::bf16: all_blocks<CacheType::bf16>(a, m, at, keys, direct); break;
+        case CacheType::f16: all_blocks<CacheType::f16>(a, m, at, keys, direct); break;
+        case CacheType::i8: all_blocks<CacheType::i8>(a, m, at, keys, direct); break;
       }
-      if (i < vector_width) sum0 = S::fma(S::load(q + i), load_floats(k, t * a.k_stride[2] + i, a.type), sum0);
-      float score = S::reduce_sum(sum0 + sum1);
-      for (i = vector_width; i < a.width; ++i) score += q[i] * load_float(k, t * a.k_stride[2] + i, a.type);
-      if (a.mask) {
-        const int64_t at = b * a.mask_stride[0] + h * a.mask_stride[1] + t;
-        if (!a.mask_is_bool) {
-          score += load_float(a.mask, at, a.mask_type);
-        } else if (!static_cast<const uint8_t*>(a.mask)[at]) {
-          score = -__builtin_inff();
-        }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* sums = m.sums + r * m.padded;
+      if (plan.splits == 1) {
+        finish_row(a, at.b, at.g, at.rows.begin + r, sums, m.most[r], m.total[r]);
+        continue;
       }
-      scores[t] = score;
-      most = score > most || score != score ? score : most;  // nan wins and stays
+      float* to = partial_of(a, plan, at.b, at.g, at.rows.begin + r, at.split);
+      memcpy(to, sums, size_t(m.padded) * 4);
+      to[m.padded] = m.most[r];
+      to[m.padded + 1] = m.total[r];
     }
-    if (most == -__builtin_inff()) {  // nothing to attend to
-      for (int64_t i = 0; i < a.width; ++i) store_float(a.out, item * a.width + i, a.type, 0.0f);
-      continue;
+  }
+}
+
+void combine_attention(const Attention& a, Range items) {
+  using S = Simd;
+  const AttentionPlan plan = plan_attention(a);
+  const int64_t padded = plan.partial_stride - 16;
+  for (int64_t item = items.begin; item < items.end; ++item) {
+    const int64_t row = item % plan.rows, g = item / plan.rows % a.kv_heads, b = item / plan.rows / a.kv_heads;
+    float* sums = partial_of(a, plan, b, g, row, 0);  // the result ends up here
+    float most = sums[padded], total = sums[padded + 1];
+    for (int64_t split = 1; split < plan.splits; ++split) {
+      const float* other = sums + split * plan.partial_stride;
+      if (other[padded + 1] == 0.0f) continue;  // no key there
+      const float top = other[padded] > most ? other[padded] : most;
+      const float mine = total == 0.0f ? 0.0f : exp_of(most - top), its = exp_of(other[padded] - top);
+      for (int64_t c = 0; c < padded; c += S::kLanes)
+        S::store(sums + c, S::fma(S::load(other + c), S::set1(its), S::mul(S::load(sums + c), S::set1(mine))));
+      total = total * mine + other[padded + 1] * its;
+      most = top;
     }
-    for (int64_t t = a.length; t < padded; ++t) scores[t] = -__builtin_inff();
-    S::F total = S::zero();
-    for (int64_t t = 0; t < padded; t += S::kLanes) {
-      const S::F x = S::load(scores + t);
-      const S::F e = S::keep_above(x, -__builtin_inff(), exp_negative(x - S::set1(most)));  // exactly 0 where masked
-      S::store(scores + t, e);
-      total = total + e;
-    }
-    const float inverse = 1.0f / S::reduce_sum(total);
-    int64_t i = 0;
-    for (; i + 4 * S::kLanes <= a.width; i += 4 * S::kLanes)
-      weigh_values<4>(v, a.v_stride[2], a.length, scores, a.type, i, o);
-    for (; i < vector_width; i += S::kLanes) weigh_values<1>(v, a.v_stride[2], a.length, scores, a.type, i, o);
-    for (; i < a.width; ++i) {
-      o[i] = 0.0f;
-      for (int64_t t = 0; t < a.length; ++t) o[i] += scores[t] * load_float(v, t * a.v_stride[2] + i, a.type);
-    }
-    for (i = 0; i < a.width; ++i) store_float(a.out, item * a.width + i, a.type, o[i] * inverse);
+    finish_row(a, b, g, row, sums, most, total);
   }
 }
 

@@ -4,7 +4,11 @@
 //
 #include "rows-inl.h"
 //
+#include "block.h"
+#include "math-inl.h"
+//
 #include "attention-inl.h"
+#include "block-inl.h"
 #include "linear_f32-inl.h"
 #include "lanes-inl.h"
 #include "limits-inl.h"
@@ -22,8 +26,15 @@ void use_avx512(Kernels& k) {
   k.linear_i8 = linear_i8;
   k.linear_f32 = linear_f32;
   k.quantize_weights = quantize_weights;
-  k.decode_attention = decode_attention;
   k.dequantize_row = dequantize_row;
+  k.norm = norm;
+  k.norm_heads = norm_heads;
+  k.rope = rope;
+  k.append = append;
+  k.activation = activation;
+  k.sum = sum;
+  k.attention = attention;
+  k.combine_attention = combine_attention;
   k.dot_peak = dot_peak;
   k.read_memory = read_memory;
 }

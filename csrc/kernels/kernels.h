@@ -85,16 +85,14 @@ struct WeightRecipe {
   bool search;  // look for the clipped range with the least error; else the full range
 };
 
-// One query token per row over a cache; strides in elements, the last dimension is contiguous.
-struct Attention {
-  const void *q, *k, *v, *mask;  // q [b, h, 1, d], k, v [b, g, t, d]; mask null or [b, h, 1, t]
-  void* out;  // [b, h, d]
-  int64_t batch, heads, kv_heads, length, width;
-  int64_t q_stride[2], k_stride[3], v_stride[3], mask_stride[2];  // of b, h | g, t; 0 where the mask is broadcast
-  float scale;
-  Float type, mask_type;
-  bool mask_is_bool;  // true: attend; else the mask is added
-};
+// Arguments of a decoder layer's other kernels: block.h.
+struct Norm;
+struct Heads;
+struct Rope;
+struct Append;
+struct Activation;
+struct Sum;
+struct Attention;
 
 struct Range {
   int64_t begin, end;
@@ -124,13 +122,23 @@ struct Kernels {
   // Codes [k], scales and zeros [groups] of one finite row w [k]; the symmetric form leaves zeros alone.
   void (*quantize_weights)(const WeightRecipe& recipe, const void* w, Float type, uint8_t* codes, uint16_t* scales,
                            uint8_t* zeros, void* scratch);
-  // Rows of out for items b * heads + h. scratch: ceil16(length) + 2 d floats.
-  void (*decode_attention)(const Attention& a, Range items, float* scratch);
   // Limits of this level: see limits-inl.h.
   int64_t (*dot_peak)(int64_t rounds, int32_t* sink);
   int32_t (*read_memory)(const void* data, int64_t bytes);
   // out[k] = row `row` of W, exact.
   void (*dequantize_row)(const Weight& w, int64_t row, void* out, Float type);
+  // Rows of `in` (its order is ignored) into fp32 rows of out; out may be in's memory where that is fp32.
+  void (*norm)(const Norm& n, const Rows& in, float* out, int64_t out_stride, Range rows);
+  // In place, per head. Items: see Heads.
+  void (*norm_heads)(const Norm& n, const Heads& x, Range items);
+  void (*rope)(const Rope& r, const Heads& x, Range items);
+  // Items of Append::from.
+  void (*append)(const Append& a, Range items);
+  void (*activation)(const Activation& a, Range rows);
+  void (*sum)(const Sum& s, Range rows);
+  // Items and scratch: see AttentionPlan. Where the plan has splits, combine_attention comes after all items.
+  void (*attention)(const Attention& a, Range items, float* scratch);
+  void (*combine_attention)(const Attention& a, Range items);
 };
 
 // Bytes of private memory a linear kernel may use: unpacked codes of one K block and partial sums of one row block.

@@ -1,6 +1,6 @@
 // y[m, n] = x[m, k] W[n, k]^T with int8 activations, written once over Simd. Same chain as ref.cpp, bit for bit.
 //
-// One tile = R rows x 32 columns. Few rows (kDirectRows) read the packed nibbles directly. Many rows first unpack kBlockK
+// One tile = R rows x 32 columns. Few rows (kPackedRows) read the packed nibbles directly. Many rows first unpack kBlockK
 // inputs of the panel to bytes (16 KiB, stays in L1), then run every tile over it. The fp32 chains live in memory (L1).
 // Zero points: sum q (c - z) = sum q c - z sum q: one multiplication of the row's sum, counted by quantize_rows.
 // Ranges: a segment is at most 128 inputs, 127 of them |q| <= 127 and one kept apart |q| <= 16256: |sum q c| <= 255 *
@@ -174,7 +174,7 @@ inline int64_t rows_per_block(const QuantizedRows& x) {
 
 [[maybe_unused]] void linear_i8(const Weight& w, const QuantizedRows& x, const Output& out, Range panels,
                                 void* scratch) {
-  const bool unpack = w.bits == 4 && x.m > Simd::kDirectRows;
+  const bool unpack = w.bits == 4 && x.m > Simd::kPackedRows;
   uint8_t* bytes = static_cast<uint8_t*>(scratch);
   float* partial = reinterpret_cast<float*>(bytes + 64 * 1024);
   const int64_t block_bytes = 16 * w.bits;

@@ -5,6 +5,7 @@
 //   block = fma(float(acc), scale, block)                      segments ascending
 //   block = fma(minimum, float(sum q), block)                  float-minimum form only (zero = 0)
 //   y     = fma(block, activation scale, y)                    blocks ascending
+#include "block.h"
 #include "half.h"
 #include "kernels.h"
 
@@ -218,33 +219,6 @@ void dequantize_row(const Weight& w, int64_t row, void* out, Float type) {
   for (int64_t j = 0; j < w.k; ++j) store_float(out, j, type, weight_at(w, row, j));
 }
 
-void decode_attention(const Attention& a, Range items, float* scores) {
-  for (int64_t item = items.begin; item < items.end; ++item) {
-    const int64_t b = item / a.heads, h = item % a.heads, g = h / (a.heads / a.kv_heads);
-    const int64_t q = b * a.q_stride[0] + h * a.q_stride[1], k = b * a.k_stride[0] + g * a.k_stride[1],
-                  v = b * a.v_stride[0] + g * a.v_stride[1], m = b * a.mask_stride[0] + h * a.mask_stride[1];
-    float most = -__builtin_inff(), total = 0.0f;
-    for (int64_t t = 0; t < a.length; ++t) {
-      float score = 0.0f;
-      for (int64_t i = 0; i < a.width; ++i)
-        score += a.scale * load_float(a.q, q + i, a.type) * load_float(a.k, k + t * a.k_stride[2] + i, a.type);
-      if (a.mask && !a.mask_is_bool) score += load_float(a.mask, m + t, a.mask_type);
-      if (a.mask && a.mask_is_bool && !static_cast<const uint8_t*>(a.mask)[m + t]) score = -__builtin_inff();
-      scores[t] = score;
-      most = score > most || score != score ? score : most;
-    }
-    for (int64_t t = 0; t < a.length; ++t) {
-      scores[t] = most == -__builtin_inff() ? 0.0f : __builtin_expf(scores[t] - most);
-      total += scores[t];
-    }
-    for (int64_t i = 0; i < a.width; ++i) {
-      float o = 0.0f;
-      for (int64_t t = 0; t < a.length; ++t) o += scores[t] * load_float(a.v, v + t * a.v_stride[2] + i, a.type);
-      store_float(a.out, item * a.width + i, a.type, total == 0.0f ? 0.0f : o / total);
-    }
-  }
-}
-
 int64_t dot_peak(int64_t rounds, int32_t* sink) {
   volatile int8_t a = 3, b = 5;
   int32_t sum = 0;
@@ -267,8 +241,19 @@ int32_t read_memory(const void* data, int64_t bytes) {
 }  // namespace
 
 void use_ref(Kernels& k) {
-  k = {"ref",      plain_rows,       one_row,          quantize_rows, load_rows,   linear_i8,
-       linear_f32, quantize_weights, decode_attention, dot_peak,      read_memory, dequantize_row};
+  k = {};
+  k.isa = "ref";
+  k.tile_i8 = plain_rows;
+  k.tile_f32 = one_row;
+  k.quantize_rows = quantize_rows;
+  k.load_rows = load_rows;
+  k.linear_i8 = linear_i8;
+  k.linear_f32 = linear_f32;
+  k.quantize_weights = quantize_weights;
+  k.dot_peak = dot_peak;
+  k.read_memory = read_memory;
+  k.dequantize_row = dequantize_row;
+  use_ref_block(k);
 }
 
 }  // namespace cpullm

@@ -118,6 +118,33 @@ struct Simd {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   }
 
+  static F abs(F v) { return _mm256_castsi256_ps(magnitude(v)); }
+  // x < bound ? a : b; b where x is nan.
+  static F select_less(F x, F bound, F a, F b) { return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, bound, _CMP_LT_OQ)); }
+  static F swap_pairs(F v) { return _mm256_permute_ps(v, 0xb1); }
+  static F load_i8(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  // The sums of the lanes of four vectors.
+  static void reduce_sum4(F a, F b, F c, F d, float* out) {
+    const F v = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_storeu_ps(out, _mm256_castps256_ps128(v) + _mm256_extractf128_ps(v, 1));
+  }
+  // out[i][lane] = p[lane][i] for i in 0..3.
+  static void transpose4(const float* p, int64_t stride, float* out, int64_t out_stride) {
+    F v[4];
+    for (int i = 0; i < 4; ++i) {  // lanes i and 4 + i
+      const float* q = p + i * stride;
+      v[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(q)), _mm_loadu_ps(q + 4 * stride), 1);
+    }
+    const F a = _mm256_unpacklo_ps(v[0], v[1]), b = _mm256_unpackhi_ps(v[0], v[1]);
+    const F c = _mm256_unpacklo_ps(v[2], v[3]), d = _mm256_unpackhi_ps(v[2], v[3]);
+    store(out, _mm256_shuffle_ps(a, c, 0x44));
+    store(out + out_stride, _mm256_shuffle_ps(a, c, 0xee));
+    store(out + 2 * out_stride, _mm256_shuffle_ps(b, d, 0x44));
+    store(out + 3 * out_stride, _mm256_shuffle_ps(b, d, 0xee));
+  }
+
   // The two vectors of column pass `half` of one block: columns 8 half .. 8 half + 7 and those 16 further on.
   static I load_packed4_raw(const uint8_t* block, int half) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + 32 * half));
@@ -236,10 +263,12 @@ struct Simd {
 
   // Rows per tile, and up to how many rows the packed codes are read directly instead of unpacked first.
 #ifdef CPULLM_VNNI
-  static constexpr int kTileRows = 6, kDirectRows = 12, kFloatRows = 4, kFloatPackedRows = 2;
+  static constexpr int kTileRows = 6, kPackedRows = 12, kFloatRows = 4, kFloatPackedRows = 2;
 #else
-  static constexpr int kTileRows = 5, kDirectRows = 10, kFloatRows = 4, kFloatPackedRows = 2;
+  static constexpr int kTileRows = 5, kPackedRows = 10, kFloatRows = 4, kFloatPackedRows = 2;
 #endif
+  // Attention: rows of a tile, and rows whose scores are made straight from the keys.
+  static constexpr int kQueryRows = 6, kDirectRows = 2;
 };
 
 }  // namespace

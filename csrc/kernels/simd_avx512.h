@@ -91,6 +91,41 @@ struct Simd {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
 
+  static F abs(F v) { return _mm512_castsi512_ps(magnitude(v)); }
+  // x < bound ? a : b; b where x is nan.
+  static F select_less(F x, F bound, F a, F b) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, bound, _CMP_LT_OQ), b, a);
+  }
+  static F swap_pairs(F v) { return _mm512_permute_ps(v, 0xb1); }
+  static F load_i8(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  // The sums of the lanes of four vectors.
+  static void reduce_sum4(F a, F b, F c, F d, float* out) {
+    const F ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
+    const F cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
+    const F v = _mm512_shuffle_ps(ab, cd, 0x44) + _mm512_shuffle_ps(ab, cd, 0xee);
+    const __m256 w = _mm512_castps512_ps256(v) + _mm512_extractf32x8_ps(v, 1);
+    _mm_storeu_ps(out, _mm256_castps256_ps128(w) + _mm256_extractf128_ps(w, 1));
+  }
+  // out[i][lane] = p[lane][i] for i in 0..3.
+  static void transpose4(const float* p, int64_t stride, float* out, int64_t out_stride) {
+    F v[4];
+    for (int i = 0; i < 4; ++i) {  // lanes 4j + i in quarter j
+      const float* q = p + i * stride;
+      v[i] = _mm512_castps128_ps512(_mm_loadu_ps(q));
+      v[i] = _mm512_insertf32x4(v[i], _mm_loadu_ps(q + 4 * stride), 1);
+      v[i] = _mm512_insertf32x4(v[i], _mm_loadu_ps(q + 8 * stride), 2);
+      v[i] = _mm512_insertf32x4(v[i], _mm_loadu_ps(q + 12 * stride), 3);
+    }
+    const F a = _mm512_unpacklo_ps(v[0], v[1]), b = _mm512_unpackhi_ps(v[0], v[1]);
+    const F c = _mm512_unpacklo_ps(v[2], v[3]), d = _mm512_unpackhi_ps(v[2], v[3]);
+    store(out, _mm512_shuffle_ps(a, c, 0x44));
+    store(out + out_stride, _mm512_shuffle_ps(a, c, 0xee));
+    store(out + 2 * out_stride, _mm512_shuffle_ps(b, d, 0x44));
+    store(out + 3 * out_stride, _mm512_shuffle_ps(b, d, 0xee));
+  }
+
   // The two vectors of column pass `half` (always 0 here) of one block: columns 0..15 and 16..31.
   static void load_packed4(const uint8_t* block, int, I& lo, I& hi) {
     const I v = _mm512_loadu_si512(block);
@@ -134,7 +169,9 @@ struct Simd {
   static I load_packed4_raw(const uint8_t* block, int) { return _mm512_loadu_si512(block); }
 
   // Rows per tile, and up to how many rows the packed codes are read directly instead of unpacked first.
-  static constexpr int kTileRows = 14, kDirectRows = 1 << 30, kFloatRows = 12, kFloatPackedRows = 4;
+  static constexpr int kTileRows = 14, kPackedRows = 1 << 30, kFloatRows = 12, kFloatPackedRows = 4;
+  // Attention: rows of a tile, and rows whose scores are made straight from the keys.
+  static constexpr int kQueryRows = 12, kDirectRows = 4;
 };
 
 }  // namespace

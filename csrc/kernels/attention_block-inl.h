@@ -1,0 +1,236 @@
+// What attention-inl.h does with one block of keys: scores, softmax, weighted sum of values. Written once over Simd.
+#pragma once
+
+namespace cpullm {
+namespace {
+
+constexpr float kNever = -__builtin_inff();
+constexpr int64_t kDirectMost = 4;  // rows of a kv head that are too few for the blocks' conversion to pay
+
+template <CacheType kType>
+static inline Simd::F load_cache(const void* p, int64_t i) {
+  if (kType == CacheType::i8) return Simd::load_i8(static_cast<const int8_t*>(p) + i);
+  return load_floats(p, i, Float(kType));
+}
+
+template <CacheType kType>
+static inline Simd::F load_cache_part(const void* p, int64_t i, int64_t count) {
+  if (count >= Simd::kLanes) return load_cache<kType>(p, i);
+  if (kType != CacheType::i8) return load_part(p, i, count, Float(kType));
+  alignas(64) float v[Simd::kLanes] = {};
+  for (int64_t j = 0; j < count; ++j) v[j] = static_cast<const int8_t*>(p)[i + j];
+  return Simd::load(v);
+}
+
+// The memory of one item, cut from the caller's.
+struct AttentionScratch {
+  float* q;        // [rows, padded], or by tiles [padded, kQueryRows]
+  float* sums;     // [rows, padded]: of probability times value, relative to most
+  float* keys;     // [padded, kBlockKeys]
+  float* values;   // [kBlockKeys, padded]
+  float* convert;  // [kLanes, padded]
+  float* scores;   // [kQueryRows, kBlockKeys]
+  float* k_scale;  // [kBlockKeys]
+  float* v_scale;  // [kBlockKeys]
+  float* most;     // [rows]
+  float* total;    // [rows]
+  int64_t padded;  // head dim, rounded up to 16
+
+  AttentionScratch(const AttentionPlan& p, int64_t width, float* at) {
+    padded = (width + 15) / 16 * 16;
+    const int64_t rows = padded_rows(p);
+    const auto take = [&](int64_t count) {
+      float* taken = at;
+      at += count;
+      return taken;
+    };
+    q = take(rows * padded);
+    sums = take(rows * padded);
+    keys = take(padded * kBlockKeys);
+    values = take(padded * kBlockKeys);
+    convert = take(16 * padded);
+    scores = take(16 * kBlockKeys);
+    k_scale = take(kBlockKeys);
+    v_scale = take(kBlockKeys);
+    most = take(rows);
+    total = take(rows);
+  }
+};
+
+// A block of keys of one kv head: rows of k and v from the first key on.
+struct KeyBlock {
+  const void *k, *v;
+  int64_t first, count;  // key index, keys that exist here
+  bool scaled;           // int8: k_scale and v_scale of the scratch hold
+};
+
+// ---- scores ---------------------------------------------------------------------------------------------------------
+
+// scores [kRows, kBlockKeys] = q K^T, four keys at a time.
+template <int kRows, CacheType kType>
+static inline void direct_scores(const float* q, int64_t padded, const void* k, int64_t k_stride, int64_t count,
+                                 int64_t width, float* scores) {
+  using S = Simd;
+  for (int64_t j = 0; j < count; j += 4) {
+    int64_t at[4];
+    for (int i = 0; i < 4; ++i) at[i] = min_of(j + i, count - 1) * k_stride;  // the last one again: hidden later
+    S::F sum[kRows][4];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) sum[r][i] = S::zero();
+    int64_t c = 0;
+    for (; c + S::kLanes <= width; c += S::kLanes) {
+      S::F key[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) key[i] = load_cache<kType>(k, at[i] + c);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const S::F x = S::load(q + r * padded + c);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) sum[r][i] = S::fma(x, key[i], sum[r][i]);
+      }
+    }
+    if (c < width)
+      for (int i = 0; i < 4; ++i) {
+        const S::F key = load_cache_part<kType>(k, at[i] + c, width - c);
+        for (int r = 0; r < kRows; ++r) sum[r][i] = S::fma(S::load(q + r * padded + c), key, sum[r][i]);
+      }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r)
+      S::reduce_sum4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], scores + r * kBlockKeys + j);
+  }
+}
+
+// out [kRows, 2 vectors] = (fade out) + a b: element (r, j) of a at r * kRow + j * kColumn. fade null: out = a b.
+// Registers: 2 kRows sums, 2 vectors of b; a is broadcast from memory.
+template <int kRows, int kRow, int kColumn, int kVecs>
+static inline void tile_product(const float* a, const float* b, int64_t b_stride, int64_t count, const float* fade,
+                                float* out, int64_t out_stride) {
+  using S = Simd;
+  S::F sum[kRows][kVecs];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+    for (int i = 0; i < kVecs; ++i)
+      sum[r][i] = fade ? S::mul(S::load(out + r * out_stride + i * S::kLanes), S::set1(fade[r])) : S::zero();
+  for (int64_t j = 0; j < count; ++j) {
+    S::F v[kVecs];
+#pragma GCC unroll 2
+    for (int i = 0; i < kVecs; ++i) v[i] = S::load(b + i * S::kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const S::F x = S::set1(a[r * kRow]);
+#pragma GCC unroll 2
+      for (int i = 0; i < kVecs; ++i) sum[r][i] = S::fma(x, v[i], sum[r][i]);
+    }
+    a += kColumn;
+    b += b_stride;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+    for (int i = 0; i < kVecs; ++i) S::store(out + r * out_stride + i * S::kLanes, sum[r][i]);
+}
+
+// ---- softmax --------------------------------------------------------------------------------------------------------
+
+// added [kBlockKeys] = the mask of one row: 0 or -inf, or what a float mask adds.
+static inline void load_mask(const Attention& a, int64_t at, int64_t count, float* added) {
+  using S = Simd;
+  for (int64_t j = 0; j < kBlockKeys; j += S::kLanes) {
+    if (!a.mask_is_bool) {
+      S::store(added + j, count > j ? load_part(a.mask, at + j, count - j, a.mask_type) : S::zero());
+      continue;
+    }
+    uint8_t bytes[S::kLanes] = {};
+    if (count > j) memcpy(bytes, static_cast<const uint8_t*>(a.mask) + at + j, size_t(min_of(S::kLanes, count - j)));
+    S::store(added + j,
+             S::select_less(S::to_float(S::load_u8_as_i32(bytes)), S::set1(0.5f), S::set1(kNever), S::zero()));
+  }
+}
+
+alignas(64) const
+    float kIota[kBlockKeys] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
+                               22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
+                               44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
+
+// One row of scores [kBlockKeys], of which [seen.begin, seen.end) count, becomes probabilities relative to the row's new
+// maximum, times the values' scales. Returns what the sums so far shrink by.
+static inline float soften(const Attention& a, const AttentionScratch& m, const KeyBlock& block, int64_t mask_at,
+                           Range seen, float* scores, float& most, float& total) {
+  using S = Simd;
+  constexpr int kVecs = int(kBlockKeys) / S::kLanes;
+  S::F top = S::set1(kNever);
+  if (seen.begin > 0 || seen.end < kBlockKeys || a.mask || a.softcap > 0.0f || block.scaled) {
+    alignas(64) float added[kBlockKeys];
+    if (a.mask) load_mask(a, mask_at, block.count, added);
+    const S::F begin = S::set1(float(seen.begin)), end = S::set1(float(seen.end)), never = S::set1(kNever);
+    const S::F cap = S::set1(a.softcap), inverse_cap = S::set1(a.softcap > 0.0f ? 1.0f / a.softcap : 0.0f);
+    for (int64_t j = 0; j < kBlockKeys; j += S::kLanes) {
+      S::F x = S::load(scores + j);
+      if (block.scaled) x = S::mul(x, S::load(m.k_scale + j));
+      if (a.softcap > 0.0f) x = S::mul(cap, tanh_of(S::mul(x, inverse_cap)));
+      if (a.mask) {
+        const S::F plus = S::load(added + j);
+        x = S::select_less(plus, S::set1(-0x1.fffffep127f), never, x + plus);
+      }
+      const S::F index = S::load(kIota + j);
+      x = S::select_less(index, begin, never, S::select_less(index, end, x, never));
+      top = S::max(top, x);
+      S::store(scores + j, x);
+    }
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < kVecs; ++i) top = S::max(top, S::load(scores + i * S::kLanes));
+  }
+  const float new_top = S::reduce_max(top), new_most = new_top > most ? new_top : most;
+  const S::F from = S::set1(new_most == kNever ? 0.0f : new_most);
+  S::F sum = S::zero();
+#pragma GCC unroll 8
+  for (int i = 0; i < kVecs; ++i) {
+    const S::F x = S::load(scores + i * S::kLanes);
+    S::F p = S::keep_above(x, kNever, exp_negative(x - from));  // exactly 0 where hidden
+    sum = sum + p;
+    if (block.scaled) p = S::mul(p, S::load(m.v_scale + i * S::kLanes));
+    S::store(scores + i * S::kLanes, p);
+  }
+  const float fade = new_most == most ? 1.0f : exp_negative(S::set1(most - new_most))[0];
+  most = new_most;
+  total = total * fade + S::reduce_sum(sum);
+  return fade;
+}
+
+// ---- values ---------------------------------------------------------------------------------------------------------
+
+// sums [kRows, kVecs vectors] = fade sums + p V.
+template <int kRows, int kVecs, CacheType kType>
+static inline void direct_values(const float* p, const void* v, int64_t v_stride, int64_t at, int64_t width,
+                                 int64_t begin, int64_t end, const float* fade, float* sums, int64_t padded) {
+  using S = Simd;
+  S::F sum[kRows][kVecs];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int i = 0; i < kVecs; ++i) sum[r][i] = S::mul(S::load(sums + r * padded + i * S::kLanes), S::set1(fade[r]));
+  for (int64_t j = begin; j < end; ++j) {
+    S::F x[kVecs];
+#pragma GCC unroll 4
+    for (int i = 0; i < kVecs; ++i)
+      x[i] = kVecs == 1 ? load_cache_part<kType>(v, j * v_stride + at, width - at)
+                        : load_cache<kType>(v, j * v_stride + at + i * S::kLanes);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const S::F w = S::set1(p[r * kBlockKeys + j]);
+#pragma GCC unroll 4
+      for (int i = 0; i < kVecs; ++i) sum[r][i] = S::fma(w, x[i], sum[r][i]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int i = 0; i < kVecs; ++i) S::store(sums + r * padded + i * S::kLanes, sum[r][i]);
+}
+
+}  // namespace
+}  // namespace cpullm

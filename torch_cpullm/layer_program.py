@@ -1,0 +1,103 @@
+"""Layer specs as programs of the C++ operators."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from .layer_reference import CacheLayer
+from .layer_spec import ACTIVATIONS, LayerSpec, Norm, QkvLayout
+from .linear import PackedLinear
+
+_forward = torch.ops.cpullm.layer_forward.default
+
+
+def threads_can_wait() -> bool:
+    """Whether torch's threads all run at once, as barriers between them need; else there are no programs."""
+    return "ATen parallel backend: OpenMP" in torch.__config__.parallel_info()
+
+
+class Program:
+    """One decoder layer, ready to run: ``program(x, cos, sin, mask, cache) -> y``.
+
+    x [b, s, hidden] float32 | bfloat16 | float16, y of its shape and type; cos, sin [1 or b, s, rotary_dim]; mask
+    [1 or b, 1 or h, s, length + s] bool or added, None: causal; cache: a layer of CpuLlmCache or None. Raises ValueError
+    for a spec that the operator cannot run, RuntimeError for arguments that do not fit.
+    """
+
+    def __init__(self, spec: LayerSpec) -> None:
+        try:
+            self._handle = torch.ops.cpullm.layer_create.default(*encode(spec))
+        except RuntimeError as error:
+            raise ValueError(str(error).split("\n")[0]) from None
+        weakref.finalize(self, torch.ops.cpullm.layer_free.default, self._handle).atexit = False
+        self._kv_heads, self._head_dim = spec.kv_heads, spec.head_dim
+
+    def __call__(
+        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, cache: CacheLayer | None
+    ) -> Tensor:
+        """Run the layer once; the cache takes the new tokens."""
+        if cache is None:
+            return _forward(self._handle, x, cos, sin, mask, None, None, None, None, 0)
+        tokens = x.shape[1]
+        k, v, k_scale, v_scale, length = cache.reserve(x.shape[0], tokens, self._kv_heads, self._head_dim, x.dtype)
+        y = _forward(self._handle, x, cos, sin, mask, k, v, k_scale, v_scale, length)
+        cache.advance(tokens)
+        return y
+
+
+class _Writer:
+    """Collects a program's numbers and tensors in the order in which ops_layer.cpp reads them."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.ints: list[int] = []
+
+    def tensor(self, tensor: Tensor | None) -> None:
+        self.ints.append(-1 if tensor is None else len(self.tensors))
+        if tensor is not None:
+            self.tensors.append(tensor)
+
+    def vector(self, tensor: Tensor | None) -> None:
+        self.tensor(None if tensor is None else tensor.detach().to(torch.float32).contiguous())
+
+    def linear(self, linear: PackedLinear) -> None:
+        packed = linear.packed
+        for tensor in (packed.codes, packed.scales, packed.zeros):
+            self.tensor(tensor)
+        self.ints.append(packed.group_size)
+        self.vector(linear.bias)
+
+    def norm(self, norm: Norm | None) -> None:
+        self.ints.append(norm is not None)
+        self.vector(None if norm is None else norm.gain)
+        self.vector(None if norm is None else norm.bias)
+
+
+def encode(spec: LayerSpec) -> tuple[list[Tensor], list[int], list[float]]:
+    """The arguments of ``cpullm::layer_create`` for this spec; ValueError where its linears differ in compute."""
+    if len({linear.compute for linear in spec.linears()}) != 1:
+        raise ValueError("the linears of a layer must share one compute")
+    to = _Writer()
+    to.ints += [spec.hidden, spec.heads, spec.kv_heads, spec.head_dim, spec.intermediate]
+    to.ints += [spec.o.compute == "int8", spec.parallel]
+    layout = spec.qkv_layout or QkvLayout.concat(spec.heads, spec.kv_heads, spec.head_dim)
+    to.ints += [layout.q_per_group, layout.group_stride, layout.k_start, layout.v_start, layout.kv_stride]
+    to.ints.append(len(spec.qkv))
+    for linear in (*spec.qkv, spec.o):
+        to.linear(linear)
+    to.ints += [spec.gated, len(spec.up)]
+    for linear in (*spec.up, spec.down):
+        to.linear(linear)
+    to.ints.append(spec.norm == "layer")
+    for norm in (spec.input_norm, spec.post_attention_norm, spec.mlp_norm, spec.post_mlp_norm):
+        to.norm(norm)
+    whole = any(norm is not None and norm.gain.shape[0] != spec.head_dim for norm in (spec.q_norm, spec.k_norm))
+    to.ints.append(whole)
+    to.norm(spec.q_norm)
+    to.norm(spec.k_norm)
+    to.ints += [spec.rotary_dim, spec.rope_style == "interleaved", ACTIVATIONS.index(spec.act), spec.window]
+    to.vector(spec.sinks)
+    return to.tensors, [int(v) for v in to.ints], [spec.eps, spec.scale, spec.softcap, spec.residual_scale]
