@@ -64,7 +64,7 @@ void check_packed(const Tensor& t, const char* op, const char* name, int64_t d0,
   STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous(), op, ": ", name, " must be a contiguous CPU tensor");
 }
 
-constexpr int64_t kMostSize = int64_t(1) << 40;  // of n, k and a group: products stay far from overflow
+}  // namespace
 
 Weight check_weight(const char* op, const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros, int64_t n,
                     int64_t k, int64_t group) {
@@ -107,6 +107,8 @@ Weight check_weight(const char* op, const Tensor& codes, const Tensor& scales, c
   w.scales = static_cast<const uint16_t*>(scales.const_data_ptr());
   return w;
 }
+
+namespace {
 
 // x as rows with unit stride; `holder` keeps a contiguous copy alive where one was needed.
 Rows check_rows(const char* op, const Tensor& x, std::optional<Tensor>& holder) {

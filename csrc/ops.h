@@ -75,6 +75,12 @@ inline Float float_type(const Tensor& t, const char* op, const char* name) {
   return Float::f16;
 }
 
+constexpr int64_t kMostSize = int64_t(1) << 40;  // of n, k and a group: products stay far from overflow
+
+// A packed matrix [n, k] from tensors of its shapes and types; anything else is an error that names `op`.
+Weight check_weight(const char* op, const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros, int64_t n,
+                    int64_t k, int64_t group);
+
 // Splits [0, count) into at most one contiguous range per thread; a range is worth at least kMinWork multiply-adds.
 template <class F>
 void parallel(int64_t count, int64_t work_each, const F& f) {

@@ -6,28 +6,13 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .layer_reference import CacheLayer, run_layer
+from .layer_program import Program
+from .layer_reference import CacheLayer
 from .layer_spec import LayerSpec
 
 Run = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None, CacheLayer | None], Tensor]
 
 
 def prepare(spec: LayerSpec) -> Run:
-    """A function ``(x, cos, sin, mask, cache) -> y`` for this layer; see :func:`layer_reference.run_layer`."""
-
-    def run(x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, cache: CacheLayer | None) -> Tensor:
-        return run_layer(spec, x, cos, sin, mask, cache)
-
-    return run
-
-
-def execute(
-    spec: LayerSpec,
-    x: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    mask: Tensor | None,
-    cache: CacheLayer | None,
-) -> Tensor:
-    """Run a layer once; see :func:`prepare`."""
-    return prepare(spec)(x, cos, sin, mask, cache)
+    """A function ``(x, cos, sin, mask, cache) -> y`` for this layer; see :class:`layer_program.Program`."""
+    return Program(spec)

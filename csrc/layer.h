@@ -1,0 +1,76 @@
+// The layer program: one decoder layer as a list of steps that a team of threads runs in one parallel region, with
+// barriers between steps. No torch: the operators in ops_layer.cpp check everything and own the memory.
+//
+// x -> h = norm(x); q, k, v = h Wq, h Wk, h Wv; norm and rope of q and k; k, v to the cache; a = attention Wo;
+// sequential: r = x + norm(a), y = r + norm(MLP(norm(r)));  parallel: y = x + a + MLP(norm(x) or h).
+// b batch, s tokens of this call, m = b s rows.
+#pragma once
+
+#include "kernels/block.h"
+#include "kernels/kernels.h"
+#include "team.h"
+
+namespace cpullm {
+
+struct Linear {
+  Weight w;
+  const float* bias;  // null or [n]
+};
+
+// Where head vectors stand in a row of qkv: query head i begins at (i / q_per_group) * group_stride + (i % q_per_group) *
+// head_dim, key head j at k_start + j * kv_stride, value head j at v_start + j * kv_stride.
+struct QkvLayout {
+  int64_t q_per_group, group_stride, k_start, v_start, kv_stride;
+};
+
+struct LayerNorm {
+  bool present;
+  Norm norm;
+};
+
+struct LayerProgram {
+  int64_t hidden, heads, kv_heads, head_dim, intermediate;
+  bool int8;               // compute of every product: int8 or fp32 activations
+  int qkv_count, up_count;  // 3 or 1; 2, or 1
+  Linear qkv[3], o, up[2], down;  // up: gate and up; one [gate | up]; or up alone
+  bool gated, parallel;
+  QkvLayout layout;
+  LayerNorm input_norm, post_attention_norm, mlp_norm, post_mlp_norm, q_norm, k_norm;
+  bool qk_norm_whole;  // over all heads of a row at once
+  int64_t rotary_dim;
+  RopeStyle rope_style;
+  Act act;
+  int64_t window;
+  const float* sinks;
+  float scale, softcap, residual_scale;
+};
+
+// The arguments of one run. Caches are [b, g, capacity, d] and hold `length` tokens already; k_cache null: none.
+struct LayerCall {
+  const void* x;
+  void* y;
+  Float type;
+  int64_t batch, tokens, x_stride;  // x_stride: between rows
+  const void *cos, *sin;
+  Float rope_type;
+  int64_t rope_stride[2];  // b, token
+  const void* mask;        // null: causal
+  Float mask_type;
+  bool mask_is_bool;
+  int64_t mask_stride[3];  // b, h, s
+  void *k_cache, *v_cache;
+  float *k_scale, *v_scale;
+  CacheType cache_type;
+  int64_t k_stride[3], v_stride[3], k_scale_stride[2], v_scale_stride[2];
+  int64_t length;
+};
+
+// Bytes of 64-byte aligned memory that a run by at most `threads` threads needs.
+int64_t layer_workspace(const LayerProgram& program, const LayerCall& call, const Kernels& kernels, int64_t threads);
+
+// One member's part; all members call it with the same arguments but their own `member`. Returns how many barriers it
+// passed.
+int64_t run_layer(const LayerProgram& program, const LayerCall& call, const Kernels& kernels, Member member,
+                  int64_t threads, Barrier& barrier, char* workspace);
+
+}  // namespace cpullm

@@ -1,0 +1,329 @@
+// Operators of the layer program: building one, running it on a token or a prompt, freeing it.
+#include "layer.h"
+#include "ops.h"
+
+#include <memory>
+#include <mutex>
+#include <shared_mutex>
+#include <unordered_map>
+#include <vector>
+
+namespace cpullm {
+namespace {
+
+// ---- programs -------------------------------------------------------------------------------------------------------
+
+struct Program {
+  LayerProgram layer;
+  std::vector<Tensor> tensors;  // keeps the memory alive that the program points to
+};
+
+std::shared_mutex programs_mutex;
+// Never destroyed: tensors must not be freed after torch is gone.
+auto& programs = *new std::unordered_map<int64_t, std::shared_ptr<const Program>>;
+int64_t next_program = 1;
+
+constexpr const char* kCreate = "cpullm::layer_create";
+
+// Takes the numbers of a program in their order; torch_cpullm/layer_program.py writes them.
+struct Reader {
+  const std::vector<Tensor>& tensors;
+  const std::vector<int64_t>& ints;
+  const std::vector<double>& floats;
+  size_t at = 0, float_at = 0;
+
+  int64_t next(int64_t least, int64_t most, const char* what) {
+    STD_TORCH_CHECK(at < ints.size(), kCreate, ": ints ends before ", what);
+    const int64_t v = ints[at++];
+    STD_TORCH_CHECK(v >= least && v <= most, kCreate, ": ", what, " must lie in [", least, ", ", most, "], got ", v);
+    return v;
+  }
+  bool flag(const char* what) { return next(0, 1, what) != 0; }
+  float next_float(const char* what) {
+    STD_TORCH_CHECK(float_at < floats.size(), kCreate, ": floats ends before ", what);
+    return float(floats[float_at++]);
+  }
+  const Tensor* tensor(const char* what) {
+    const int64_t i = next(-1, int64_t(tensors.size()) - 1, what);
+    return i < 0 ? nullptr : &tensors[size_t(i)];
+  }
+  // fp32 [size], or null where absent.
+  const float* vector(const char* what, int64_t size) {
+    const Tensor* t = tensor(what);
+    if (!t) return nullptr;
+    STD_TORCH_CHECK(t->is_cpu() && t->scalar_type() == ScalarType::Float && t->dim() == 1 && t->size(0) == size &&
+                        t->is_contiguous(),
+                    kCreate, ": ", what, " must be a contiguous float32 CPU tensor of shape [", size, "], got ",
+                    shape_of(*t));
+    return static_cast<const float*>(t->const_data_ptr());
+  }
+  Linear linear(const char* what, int64_t n, int64_t k) {
+    const Tensor *codes = tensor(what), *scales = tensor(what), *zeros = tensor(what);
+    STD_TORCH_CHECK(codes && scales, kCreate, ": ", what, " has no codes or scales");
+    const int64_t group = next(1, kMostSize, "a group size");
+    Linear l;
+    l.w = check_weight(kCreate, *codes, *scales, zeros ? OptionalTensor(*zeros) : OptionalTensor(), n, k, group);
+    l.bias = vector(what, n);
+    return l;
+  }
+  LayerNorm norm(const char* what, int64_t width, float eps, bool layer) {
+    LayerNorm n{};
+    n.present = flag(what);
+    n.norm = {vector(what, width), vector(what, width), eps, layer};
+    return n;
+  }
+};
+
+constexpr int64_t kMost = int64_t(1) << 24;  // of every size: products stay far from overflow
+
+void read_attention(Reader& in, LayerProgram& p) {
+  p.layout = {in.next(1, kMost, "q_per_group"), in.next(0, kMost, "group_stride"), in.next(0, kMost, "k_start"),
+              in.next(0, kMost, "v_start"), in.next(0, kMost, "kv_stride")};
+  const QkvLayout& l = p.layout;
+  const int64_t d = p.head_dim, per = p.heads / p.kv_heads;
+  STD_TORCH_CHECK(l.q_per_group == p.heads || l.q_per_group == per || l.q_per_group == 1, kCreate,
+                  ": q_per_group must be the heads, the heads of a kv head, or 1, got ", l.q_per_group);
+  p.qkv_count = int(in.next(1, 3, "the number of qkv products"));
+  STD_TORCH_CHECK(p.qkv_count != 2, kCreate, ": qkv must be one product or three");
+  const int64_t q_width = p.heads * d, kv_width = p.kv_heads * d, width = q_width + 2 * kv_width;
+  const auto last = [&](int64_t start, int64_t count, int64_t stride) { return start + (count - 1) * stride + d; };
+  const int64_t groups = (p.heads + l.q_per_group - 1) / l.q_per_group;
+  STD_TORCH_CHECK(last((l.q_per_group - 1) * d, groups, l.group_stride) <= width &&
+                      last(l.k_start, p.kv_heads, l.kv_stride) <= width &&
+                      last(l.v_start, p.kv_heads, l.kv_stride) <= width,
+                  kCreate, ": the layout leaves the ", width, " columns of qkv");
+  if (p.qkv_count == 1) {
+    p.qkv[0] = in.linear("qkv", width, p.hidden);
+  } else {
+    p.qkv[0] = in.linear("q", q_width, p.hidden);
+    p.qkv[1] = in.linear("k", kv_width, p.hidden);
+    p.qkv[2] = in.linear("v", kv_width, p.hidden);
+  }
+  for (int i = 1; i < p.qkv_count; ++i)
+    STD_TORCH_CHECK(p.qkv[i].w.group == p.qkv[0].w.group, kCreate, ": q, k and v must have one group size");
+  p.o = in.linear("o", p.hidden, q_width);
+}
+
+void read_mlp(Reader& in, LayerProgram& p) {
+  p.gated = in.flag("gated");
+  p.up_count = int(in.next(1, p.gated ? 2 : 1, "the number of up products"));
+  for (int i = 0; i < p.up_count; ++i)
+    p.up[i] = in.linear("up", p.intermediate * (p.gated && p.up_count == 1 ? 2 : 1), p.hidden);
+  STD_TORCH_CHECK(p.up_count == 1 || p.up[1].w.group == p.up[0].w.group, kCreate,
+                  ": gate and up must have one group size");
+  p.down = in.linear("down", p.hidden, p.intermediate);
+}
+
+void read_norms(Reader& in, LayerProgram& p) {
+  const bool layer = in.flag("the kind of norm");
+  const float eps = in.next_float("eps");
+  p.input_norm = in.norm("input_norm", p.hidden, eps, layer);
+  p.post_attention_norm = in.norm("post_attention_norm", p.hidden, eps, layer);
+  p.mlp_norm = in.norm("mlp_norm", p.hidden, eps, layer);
+  p.post_mlp_norm = in.norm("post_mlp_norm", p.hidden, eps, layer);
+  p.qk_norm_whole = in.flag("qk_norm_whole");
+  const bool whole = p.qk_norm_whole;
+  p.q_norm = in.norm("q_norm", whole ? p.heads * p.head_dim : p.head_dim, eps, false);
+  p.k_norm = in.norm("k_norm", whole ? p.kv_heads * p.head_dim : p.head_dim, eps, false);
+  STD_TORCH_CHECK(!whole || p.layout.q_per_group == p.heads, kCreate, ": norms over all heads need them side by side");
+}
+
+int64_t layer_create(std::vector<Tensor> tensors, std::vector<int64_t> ints, std::vector<double> floats) {
+  auto program = std::make_shared<Program>();
+  LayerProgram& p = program->layer;
+  Reader in{tensors, ints, floats};
+  p.hidden = in.next(1, kMost, "hidden");
+  p.heads = in.next(1, 65536, "heads");
+  p.kv_heads = in.next(1, p.heads, "kv_heads");
+  p.head_dim = in.next(1, 65536, "head_dim");
+  p.intermediate = in.next(1, kMost, "intermediate");
+  STD_TORCH_CHECK(p.heads % p.kv_heads == 0, kCreate, ": heads must be a multiple of kv_heads");
+  STD_TORCH_CHECK(p.heads * p.head_dim <= kMost, kCreate, ": heads x head_dim is too large");
+  p.int8 = in.flag("int8");
+  p.parallel = in.flag("parallel");
+  read_attention(in, p);
+  read_mlp(in, p);
+  read_norms(in, p);
+  STD_TORCH_CHECK(!p.parallel || !(p.post_attention_norm.present || p.post_mlp_norm.present), kCreate,
+                  ": a parallel layer has no norms after attention or MLP");
+  STD_TORCH_CHECK(!p.parallel || p.mlp_norm.present || p.up[0].w.group == p.qkv[0].w.group, kCreate,
+                  ": products that share an input must have one group size");
+  p.rotary_dim = in.next(0, p.head_dim, "rotary_dim");
+  STD_TORCH_CHECK(p.rotary_dim % 2 == 0, kCreate, ": rotary_dim must be even");
+  p.rope_style = in.flag("interleaved") ? RopeStyle::interleaved : RopeStyle::half;
+  p.act = Act(in.next(0, 3, "act"));
+  p.window = in.next(0, int64_t(1) << 40, "window");
+  p.sinks = in.vector("sinks", p.heads);
+  p.scale = in.next_float("scale");
+  p.softcap = in.next_float("softcap");
+  p.residual_scale = in.next_float("residual_scale");
+  STD_TORCH_CHECK(in.at == ints.size() && in.float_at == floats.size(), kCreate, ": too many numbers");
+  program->tensors = std::move(tensors);
+  std::unique_lock lock(programs_mutex);
+  programs.emplace(next_program, std::move(program));
+  return next_program++;
+}
+
+void layer_free(int64_t program) {
+  std::shared_ptr<const Program> last;  // its memory is freed after the lock
+  std::unique_lock lock(programs_mutex);
+  const auto it = programs.find(program);
+  if (it == programs.end()) return;
+  last = std::move(it->second);
+  programs.erase(it);
+}
+
+// ---- runs -----------------------------------------------------------------------------------------------------------
+
+constexpr const char* kForward = "cpullm::layer_forward";
+
+// cos or sin [1|b, s, >= rotary_dim] into `call`.
+const void* check_rope(const OptionalTensor& t, const char* name, const LayerProgram& p, LayerCall& c) {
+  STD_TORCH_CHECK(t && t->is_cpu() && t->dim() == 3 && (t->size(0) == 1 || t->size(0) == c.batch) &&
+                      t->size(1) == c.tokens && t->size(2) >= p.rotary_dim && t->stride(2) == 1,
+                  kForward, ": ", name, " must be a CPU tensor [1 or ", c.batch, ", ", c.tokens, ", ", p.rotary_dim,
+                  "] with unit last stride", t ? ", got " + shape_of(*t) : std::string());
+  c.rope_type = float_type(*t, kForward, name);
+  c.rope_stride[0] = t->size(0) == 1 ? 0 : t->stride(0);
+  c.rope_stride[1] = t->stride(1);
+  return t->const_data_ptr();
+}
+
+void check_mask(const Tensor& t, const LayerProgram& p, LayerCall& c) {
+  const int64_t keys = c.length + c.tokens;
+  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 4 && (t.size(0) == 1 || t.size(0) == c.batch) &&
+                      (t.size(1) == 1 || t.size(1) == p.heads) && t.size(2) == c.tokens && t.size(3) == keys &&
+                      (t.stride(3) == 1 || keys == 1),
+                  kForward, ": mask must be a CPU tensor [1 or ", c.batch, ", 1 or ", p.heads, ", ", c.tokens, ", ",
+                  keys, "] with unit last stride, got ", shape_of(t));
+  c.mask_is_bool = t.scalar_type() == ScalarType::Bool;
+  c.mask_type = c.mask_is_bool ? Float::f32 : float_type(t, kForward, "mask");
+  c.mask = t.const_data_ptr();
+  c.mask_stride[0] = t.size(0) == 1 ? 0 : t.stride(0);
+  c.mask_stride[1] = t.size(1) == 1 ? 0 : t.stride(1);
+  c.mask_stride[2] = t.stride(2);
+}
+
+void* check_cache(const Tensor& t, const char* name, const LayerProgram& p, const LayerCall& c, int64_t* stride) {
+  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 4 && t.size(0) == c.batch && t.size(1) == p.kv_heads &&
+                      t.size(3) == p.head_dim && t.stride(3) == 1,
+                  kForward, ": ", name, " must be a CPU tensor [", c.batch, ", ", p.kv_heads, ", capacity, ",
+                  p.head_dim, "] with unit last stride, got ", shape_of(t));
+  STD_TORCH_CHECK(c.length + c.tokens <= t.size(2), kForward, ": ", name, " has room for ", t.size(2),
+                  " tokens, needed are ", c.length + c.tokens);
+  for (int64_t i = 0; i < 3; ++i) stride[i] = t.stride(i);
+  return t.mutable_data_ptr();
+}
+
+float* check_cache_scale(const OptionalTensor& t, const char* name, const Tensor& cache, int64_t* stride) {
+  STD_TORCH_CHECK(t && t->is_cpu() && t->scalar_type() == ScalarType::Float && t->dim() == 3 &&
+                      t->size(0) == cache.size(0) && t->size(1) == cache.size(1) && t->size(2) == cache.size(2) &&
+                      t->stride(2) == 1,
+                  kForward, ": ", name, " must be a float32 CPU tensor of the cache's first three sizes");
+  stride[0] = t->stride(0);
+  stride[1] = t->stride(1);
+  return static_cast<float*>(t->mutable_data_ptr());
+}
+
+void check_caches(const LayerProgram& p, const OptionalTensor& k, const OptionalTensor& v, const OptionalTensor& k_scale,
+                  const OptionalTensor& v_scale, LayerCall& c) {
+  STD_TORCH_CHECK(bool(k) == bool(v), kForward, ": k_cache and v_cache come together");
+  if (!k) {
+    STD_TORCH_CHECK(c.length == 0, kForward, ": length must be 0 without a cache, got ", c.length);
+    return;
+  }
+  STD_TORCH_CHECK(k->scalar_type() == v->scalar_type(), kForward, ": k_cache and v_cache must have one type");
+  c.k_cache = check_cache(*k, "k_cache", p, c, c.k_stride);
+  c.v_cache = check_cache(*v, "v_cache", p, c, c.v_stride);
+  if (k->scalar_type() == ScalarType::Char) {
+    c.cache_type = CacheType::i8;
+    c.k_scale = check_cache_scale(k_scale, "k_scale", *k, c.k_scale_stride);
+    c.v_scale = check_cache_scale(v_scale, "v_scale", *v, c.v_scale_stride);
+    return;
+  }
+  switch (float_type(*k, kForward, "k_cache")) {
+    case Float::f32: c.cache_type = CacheType::f32; break;
+    case Float::bf16: c.cache_type = CacheType::bf16; break;
+    case Float::f16: c.cache_type = CacheType::f16; break;
+  }
+}
+
+thread_local Buffer workspace;        // of the thread that calls the operator
+thread_local int64_t last_barriers = 0;
+
+Tensor layer_forward(int64_t handle, const Tensor& x, const OptionalTensor& cos, const OptionalTensor& sin,
+                     const OptionalTensor& mask, const OptionalTensor& k_cache, const OptionalTensor& v_cache,
+                     const OptionalTensor& k_scale, const OptionalTensor& v_scale, int64_t length) {
+  std::shared_ptr<const Program> program;
+  {
+    std::shared_lock lock(programs_mutex);
+    const auto it = programs.find(handle);
+    STD_TORCH_CHECK(it != programs.end(), kForward, ": there is no program ", handle);
+    program = it->second;
+  }
+  const LayerProgram& p = program->layer;
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 3 && x.size(2) == p.hidden, kForward, ": x must be a CPU tensor [b, s, ",
+                  p.hidden, "], got ", shape_of(x));
+  STD_TORCH_CHECK(length >= 0 && length < kMostSize, kForward, ": length must not be negative, got ", length);
+  const Tensor source = x.is_contiguous() ? x : torch::stable::contiguous(x);
+  LayerCall c{};
+  c.type = float_type(x, kForward, "x");
+  c.batch = x.size(0);
+  c.tokens = x.size(1);
+  c.x_stride = p.hidden;
+  c.length = length;
+  c.x = source.const_data_ptr();
+  if (p.rotary_dim) {
+    c.cos = check_rope(cos, "cos", p, c);
+    const Float type = c.rope_type;
+    const int64_t stride[2] = {c.rope_stride[0], c.rope_stride[1]};
+    c.sin = check_rope(sin, "sin", p, c);
+    STD_TORCH_CHECK(type == c.rope_type && stride[0] == c.rope_stride[0] && stride[1] == c.rope_stride[1], kForward,
+                    ": cos and sin must have one type and layout");
+  }
+  if (mask) check_mask(*mask, p, c);
+  check_caches(p, k_cache, v_cache, k_scale, v_scale, c);
+  const int64_t sizes[] = {c.batch, c.tokens, p.hidden};
+  Tensor y = empty_cpu(sizes, 3, x.scalar_type());
+  if (c.batch * c.tokens == 0) return y;
+  c.y = y.mutable_data_ptr();
+  const Kernels& table = kernels();
+  const int64_t threads = torch::stable::get_num_threads();
+  char* memory = workspace.get<char>(layer_workspace(p, c, table, threads));
+  Barrier barrier;
+  std::atomic<int64_t> barriers{0};
+  torch::stable::parallel_for(0, kTeamRange, 1, [&](int64_t begin, int64_t end) {
+    const Member member = member_of(begin, end);
+    const int64_t passed = run_layer(p, c, table, member, threads, barrier, memory);
+    if (member.id == 0) barriers = passed;
+  });
+  last_barriers = barriers;
+  return y;
+}
+
+// Barriers that the last run started by this thread passed.
+int64_t layer_barriers() { return last_barriers; }
+
+}  // namespace
+}  // namespace cpullm
+
+STABLE_TORCH_LIBRARY_FRAGMENT(cpullm, m) {
+  // A decoder layer from its packed weights and numbers, in the order of torch_cpullm/layer_program.py; returns a handle.
+  m.def("layer_create(Tensor[] tensors, int[] ints, float[] floats) -> int");
+  m.def("layer_free(int program) -> ()");
+  // x [b, s, hidden] -> the same shape and type. cos, sin [1|b, s, rotary_dim]; mask [1|b, 1|h, s, length + s] bool or
+  // added, none: causal. Caches [b, g, capacity, d] fp32 | bf16 | fp16, or int8 with fp32 scales [b, g, capacity]: hold
+  // `length` tokens, the new ones are written behind them. No cache: attention over the s tokens.
+  m.def(
+      "layer_forward(int program, Tensor x, Tensor? cos, Tensor? sin, Tensor? mask, Tensor(a!)? k_cache, "
+      "Tensor(b!)? v_cache, Tensor(c!)? k_scale, Tensor(d!)? v_scale, int length) -> Tensor");
+  m.def("layer_barriers() -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cpullm, CPU, m) { m.impl("layer_forward", TORCH_BOX(&cpullm::layer_forward)); }
+
+STABLE_TORCH_LIBRARY_IMPL(cpullm, CompositeExplicitAutograd, m) {
+  m.impl("layer_create", TORCH_BOX(&cpullm::layer_create));
+  m.impl("layer_free", TORCH_BOX(&cpullm::layer_free));
+  m.impl("layer_barriers", TORCH_BOX(&cpullm::layer_barriers));
+}
