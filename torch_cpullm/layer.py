@@ -45,7 +45,10 @@ def install_programs(model: nn.Module) -> list[Match]:
     rotaries: list[_Rotary] = []
     for decoder in decoders(model):
         for index, layer in enumerate(decoder.layers):
-            match = match_layer(decoder, index)
+            if "forward" in layer.__dict__:
+                match = Match(f"{decoder.name}.{index}", None, "its forward was replaced on the instance")
+            else:
+                match = match_layer(decoder, index)
             matches.append(match)
             if match.spec is not None:
                 layer.__dict__["forward"] = None  # it is there when the layer is looked at
@@ -134,7 +137,10 @@ class LayerProgram:
                 usable = False
         cos = sin = None
         if rotary is not None:
-            cos, sin = rotary(kwargs["position_ids"])
+            positions = get("position_ids")
+            usable = usable and positions is not None
+            if usable:
+                cos, sin = rotary(positions)
         elif self._rotates:
             cos, sin = get("position_embeddings") or (None, None)
             usable = usable and cos is not None
@@ -295,9 +301,7 @@ class _Rotary:
 
     def __init__(self, table: Tensor) -> None:
         self._table = table
-        self._last: Tensor | None = None
-        self._version = -1
-        self._pair: tuple[Tensor, Tensor]
+        self._last: tuple[Tensor | None, int, tuple[Tensor, Tensor] | None] = (None, 0, None)
 
     @staticmethod
     def of(table: Tensor, known: list[_Rotary]) -> _Rotary:
@@ -310,8 +314,9 @@ class _Rotary:
 
     def __call__(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [b, s, rotary_dim] of position_ids [b, s]; layers of one pass ask with the same tensor."""
+        last, seen, pair = self._last  # read at once: another thread may be replacing it
         version = 0 if position_ids.is_inference() else position_ids._version
-        if position_ids is not self._last or version != self._version:
-            self._pair = rotary_from_table(self._table, position_ids)
-            self._last, self._version = position_ids, version
-        return self._pair
+        if pair is None or position_ids is not last or version != seen:
+            pair = rotary_from_table(self._table, position_ids)
+            self._last = position_ids, version, pair
+        return pair
