@@ -426,6 +426,9 @@ def test_another_gain_is_used():
 
 def test_a_changed_setting_is_used():
     model = small()
+    watch = layers(model)[0].forward._watch
+    model.config.pad_token_id = 3
+    assert watch.same(), "no layer reads it"
     layers(model)[0].self_attn.scaling = 1.5
     assert check_against_plain(model) == [ONE_OP, ONE_OP]
     model.config.rms_norm_eps = 0.5

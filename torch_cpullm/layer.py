@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .layer_execute import Run, prepare
-from .layer_match import Decoder, Match, decoders, match_layer
+from .layer_match import IRRELEVANT, Decoder, Match, decoders, match_layer
 from .layer_parts import own_state, rotary_from_table
 from .linear import PackedLinear, PackedModule
 
@@ -138,8 +138,9 @@ class LayerProgram:
         cos = sin = None
         if rotary is not None:
             positions = get("position_ids")
-            usable = usable and positions is not None
-            if usable:
+            if positions is None:
+                usable = False
+            else:
                 cos, sin = rotary(positions)
         elif self._rotates:
             cos, sin = get("position_embeddings") or (None, None)
@@ -209,9 +210,6 @@ def _revive(layer: nn.Module, owner: nn.Module | None, path: str, name: str, ind
     return LayerProgram(layer, decoder, index)
 
 
-_IGNORED = {"use_cache", "output_hidden_states", "_output_attentions", "return_dict", "_name_or_path", "dtype"}
-
-
 class _Watch:
     """Tells whether anything that a match was made from has changed: objects by identity, settings by value.
 
@@ -231,7 +229,7 @@ class _Watch:
         self._weights = [t for module in others for t in module.parameters(recurse=False)]
         self._versioned = [t for t in self._weights if not t.is_inference()]  # those have no version
         self._config = {"": None} if config is None else vars(config)
-        self._settings = _getter(name for name in self._config if name not in _IGNORED)
+        self._settings = _getter(name for name in self._config if name not in IRRELEVANT)
         self._linears = [module for module in inner if isinstance(module, PackedLinear)]
         self._held = [(linear.packed, linear.bias) for linear in self._linears]  # so that no other gets their id
         self._seen, self._slow = self._look(), self._look_closely()
