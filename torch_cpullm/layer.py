@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .layer_execute import Run, prepare
-from .layer_match import Decoder, Match, decoders, match_layer
+from .layer_match import IRRELEVANT, Decoder, Match, decoders, match_layer
 from .layer_parts import own_state, rotary_from_table
 from .linear import PackedLinear, PackedModule
 
@@ -45,7 +45,10 @@ def install_programs(model: nn.Module) -> list[Match]:
     rotaries: list[_Rotary] = []
     for decoder in decoders(model):
         for index, layer in enumerate(decoder.layers):
-            match = match_layer(decoder, index)
+            if "forward" in layer.__dict__:
+                match = Match(f"{decoder.name}.{index}", None, "its forward was replaced on the instance")
+            else:
+                match = match_layer(decoder, index)
             matches.append(match)
             if match.spec is not None:
                 layer.__dict__["forward"] = None  # it is there when the layer is looked at
@@ -134,7 +137,11 @@ class LayerProgram:
                 usable = False
         cos = sin = None
         if rotary is not None:
-            cos, sin = rotary(kwargs["position_ids"])
+            positions = get("position_ids")
+            if positions is None:
+                usable = False
+            else:
+                cos, sin = rotary(positions)
         elif self._rotates:
             cos, sin = get("position_embeddings") or (None, None)
             usable = usable and cos is not None
@@ -203,9 +210,6 @@ def _revive(layer: nn.Module, owner: nn.Module | None, path: str, name: str, ind
     return LayerProgram(layer, decoder, index)
 
 
-_IGNORED = {"use_cache", "output_hidden_states", "_output_attentions", "return_dict", "_name_or_path", "dtype"}
-
-
 class _Watch:
     """Tells whether anything that a match was made from has changed: objects by identity, settings by value.
 
@@ -225,7 +229,7 @@ class _Watch:
         self._weights = [t for module in others for t in module.parameters(recurse=False)]
         self._versioned = [t for t in self._weights if not t.is_inference()]  # those have no version
         self._config = {"": None} if config is None else vars(config)
-        self._settings = _getter(name for name in self._config if name not in _IGNORED)
+        self._settings = _getter(name for name in self._config if name not in IRRELEVANT)
         self._linears = [module for module in inner if isinstance(module, PackedLinear)]
         self._held = [(linear.packed, linear.bias) for linear in self._linears]  # so that no other gets their id
         self._seen, self._slow = self._look(), self._look_closely()
@@ -295,9 +299,7 @@ class _Rotary:
 
     def __init__(self, table: Tensor) -> None:
         self._table = table
-        self._last: Tensor | None = None
-        self._version = -1
-        self._pair: tuple[Tensor, Tensor]
+        self._last: tuple[Tensor | None, int, tuple[Tensor, Tensor] | None] = (None, 0, None)
 
     @staticmethod
     def of(table: Tensor, known: list[_Rotary]) -> _Rotary:
@@ -310,8 +312,9 @@ class _Rotary:
 
     def __call__(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [b, s, rotary_dim] of position_ids [b, s]; layers of one pass ask with the same tensor."""
+        last, seen, pair = self._last  # read at once: another thread may be replacing it
         version = 0 if position_ids.is_inference() else position_ids._version
-        if position_ids is not self._last or version != self._version:
-            self._pair = rotary_from_table(self._table, position_ids)
-            self._last, self._version = position_ids, version
-        return self._pair
+        if pair is None or position_ids is not last or version != seen:
+            pair = rotary_from_table(self._table, position_ids)
+            self._last = position_ids, version, pair
+        return pair

@@ -115,6 +115,15 @@ KNOWN_NUMBERS = {
 # fmt: on
 
 
+# What no layer reads: a change of it leaves a match as it is.
+IRRELEVANT = {
+    *("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id"),
+    *("use_cache", "output_hidden_states", "_output_attentions", "return_dict", "_name_or_path", "dtype"),
+    *("architectures", "transformers_version", "initializer_range", "init_std", "id2label", "label2id", "num_labels"),
+    *("problem_type", "tie_word_embeddings", "quantization_config", "final_logit_softcapping", "task_specific_params"),
+}
+
+
 def check_config(config: Any) -> None:
     """NoMatchError for a number or a list whose meaning is unknown."""
     for name, value in vars(config).items():
@@ -148,7 +157,7 @@ def _probed(decoder: Decoder, index: int, parts: Parts) -> tuple[Choice, int]:
 def _structure(decoder: Decoder, index: int, parts: Parts) -> tuple:
     """All that decides what a layer computes, sizes aside."""
     small = layer_probe.shrink(decoder.owner.config, layer_probe.Sizes.of(parts))
-    settings = sorted((name, repr(value)) for name, value in vars(small).items() if not name.startswith("_name"))
+    settings = sorted((name, repr(value)) for name, value in vars(small).items() if name not in IRRELEVANT)
     tree: list[tuple] = []
     for path, module in parts.layer.named_modules():
         if isinstance(module, PackedLinear):

@@ -216,9 +216,9 @@ def read_norm(path: str, module: nn.Module) -> tuple[str, float, Norm]:
     shape = tuple(weight.shape) if isinstance(weight, Tensor) else tuple(state.get("normalized_shape", ()))
     if not isinstance(eps, float) or len(shape) != 1 or not names <= {"weight", "bias"}:
         raise NoMatchError(f"{path} is a norm of an unknown form")
-    plain = torch.ones(shape) if weight is None else weight.detach().float()
+    plain = torch.ones(shape, dtype=torch.float32) if weight is None else weight.detach().float()
     shift = None if bias is None else bias.detach().float()
-    x = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0)) + 0.5
+    x = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32) + 0.5
     x[2:] *= eps**0.5  # where eps shows
     try:
         with torch.no_grad():
@@ -252,7 +252,7 @@ def _activation(layer: nn.Module, down: str, acts: list[Any]) -> str:
     found = acts or [f for name, f in own_state(mlp).items() if "act" in name and callable(f)]
     if len(found) != 1:
         raise NoMatchError("its activation is not known")
-    x = torch.linspace(-8, 8, 4001)
+    x = torch.linspace(-8, 8, 4001, dtype=torch.float32)
     try:
         with torch.no_grad():
             got = found[0](x.clone())

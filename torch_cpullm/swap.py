@@ -20,7 +20,7 @@ from .attention import restore_attention, use_attention
 from .config import SCALE_DTYPES, Settings
 from .coverage import EXCLUDED, report, report_with
 from .launch import apply_default_threads
-from .layer import remove_programs
+from .layer import install_programs, remove_programs
 from .linear import PackedEmbedding, PackedLinear
 from .packing import PackedWeight, pack
 from .quant import quantize_rtn
@@ -93,6 +93,7 @@ def optimize(model: nn.Module, config: Settings | None = None, *, strict: bool =
     use_attention(model)
     if "transformers" in sys.modules:  # else the model cannot be one of its models
         _kv_cache().use_cache_class(model, settings.kv_cache)
+    install_programs(model)
     _guard(model)
     _return_free_memory()
     left = report(model).left_in_float
