@@ -5,7 +5,8 @@
 #                   TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
 #   PYTEST_ARGS=... for make test
 #   PEERS_JOBS=2    compilers at once for make peers: the engines that benchmarks compare with, in .peers
-# pip's own environment variables hold. Nothing is installed outside .venv. (setup.py lists the compiler's variables.)
+# pip's own environment variables hold. Nothing is installed outside .venv and .peers. (setup.py lists the compiler's
+# variables.) Remove .peers to install the peers anew.
 
 PYTHON_GIVEN := $(PYTHON)
 PYTHON ?= python3
@@ -157,7 +158,7 @@ distclean: clean
 peers: $(PEERS)/.done
 	@echo "$(PEERS) is ready: python -m benchmarks.bench_models --engines cpullm,llama.cpp,openvino,hf-bf16,torchao"
 
-$(PEERS)/.done: Makefile | $(VENV)/.deps tools
+$(PEERS)/.done: | $(VENV)/.deps tools
 	@echo "Expected: downloads of about 0.3 GB, and llama.cpp is compiled for this machine (minutes)."
 	@rm -rf $(PEERS)/bin $(PEERS)/lib $(PEERS)/torchao $(PEERS)/llama.cpp
 	@$(PY) -m venv $(PEERS)

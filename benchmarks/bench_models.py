@@ -29,9 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from . import machine, peers, rows, shapes
-from .peers import Missing
+from .peers import GIB, Missing
 
-GIB = 1 << 30
 ROTATE_CACHES = 8  # as bench_ops reads memory
 
 
@@ -137,7 +136,13 @@ class Engine:
         if choice.name in peers.PACKAGES:
             python = str(peers.PYTHON)
             file, group = peers.prepare(
-                choice.name, args.model, form=choice.form, group=choice.group, threads=args.threads
+                choice.name,
+                args.model,
+                form=choice.form,
+                group=choice.group,
+                threads=args.threads,
+                weights=weights_of(args.model),
+                available=machine.available_bytes(),
             )
             self.choice = replace(choice, group=group)
         if choice.name == "llama.cpp":

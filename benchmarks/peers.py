@@ -25,6 +25,8 @@ PYTHON = PEERS / "bin" / "python"
 TORCHAO = PEERS / "torchao"
 CONVERTER = PEERS / "llama.cpp" / "convert_hf_to_gguf.py"
 MODELS = PEERS / "models"
+GIB = 1 << 30
+EXPORT_BYTES = 2.5  # peak memory of OpenVINO's conversion per weight, measured
 HINT = "not installed: make peers"
 PACKAGES = {"llama.cpp": ("llama_cpp",), "openvino": ("openvino", "optimum/intel")}
 
@@ -44,10 +46,13 @@ def missing(engine: str) -> str | None:
     return None if found else HINT
 
 
-def prepare(engine: str, model: str, *, form: str | None, group: int | None, threads: int) -> tuple[Path, int | None]:
+def prepare(
+    engine: str, model: str, *, form: str | None, group: int | None, threads: int, weights: float, available: int
+) -> tuple[Path, int | None]:
     """The peer's own form of ``model`` and its group, made in processes of their own where it is not there yet.
 
-    form: llama.cpp's Q4_0 or Q4_K_M; group: OpenVINO's, halved until it fits the model.
+    form: llama.cpp's Q4_0 or Q4_K_M; group: OpenVINO's, halved until it fits the model; weights: their number;
+    available: bytes of memory.
     """
     MODELS.mkdir(parents=True, exist_ok=True)
     if engine == "llama.cpp":
@@ -56,6 +61,9 @@ def prepare(engine: str, model: str, *, form: str | None, group: int | None, thr
     assert group
     target = MODELS / f"{_slug(model)}-openvino-g{group}"
     if not target.exists():
+        needed = EXPORT_BYTES * weights + GIB
+        if needed > available:
+            raise Missing(f"its conversion needs about {needed / GIB:.0f} GiB of memory")
         source = _hf_folder(model)
         _make(target, [_convert("openvino", source, str(group), threads)])
         if source.parent == MODELS:

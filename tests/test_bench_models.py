@@ -96,6 +96,16 @@ def test_a_model_beyond_memory_is_a_dash(monkeypatch, capsys):
     assert "(needs about 44 GiB of memory)" in capsys.readouterr().out
 
 
+def test_a_conversion_beyond_memory_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(peers, "MODELS", tmp_path)
+    with pytest.raises(peers.Missing, match="its conversion needs about 17 GiB of memory"):
+        peers.prepare(
+            "openvino", "llama-2-7b", form="sym", group=128, threads=1,
+            weights=bench_models.weights_of("llama-2-7b"), available=16 << 30,
+        )  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_engine_that_fails_is_a_dash(monkeypatch, capfd):
     monkeypatch.setitem(shapes.SHAPES, "not-there", TINY)  # the engine's process does not know it
     assert bench_models.main(["--model", "not-there", "--engines", "hf-bf16", "--threads", "1"]) == 1
