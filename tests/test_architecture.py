@@ -16,7 +16,7 @@ CSRC = ROOT / "csrc"
 
 # From the bottom up. A module may import modules of its own layer and of layers below; nothing imports upwards.
 LAYERS = [
-    ["packing", "config", "launch", "ops", "reference", "quant", "formats"],  # and _C, which ops loads
+    ["packing", "config", "launch", "numa", "ops", "reference", "quant", "formats"],  # and _C, which ops loads
     [
         *("linear", "layer", "layer_spec", "layer_reference", "layer_execute", "layer_parts"),
         *("layer_probe", "layer_program"),
@@ -25,7 +25,7 @@ LAYERS = [
     ["swap", "backend", "cqil", "distributed"],  # transforms: model -> model
     ["formats.gguf"],  # unlike the readers of the format it builds whole models, by optimize
     ["hf"],
-    ["runner", "bench", "doctor", "cli", "__main__"],
+    ["runner", "run", "bench", "doctor", "cli", "__main__"],
 ]
 TRANSFORMS = ["swap", "backend", "cqil", "distributed"]
 

@@ -89,11 +89,11 @@ def llama(tmp_path_factory):
 def test_overview(call, arguments):
     code, out, err = call(*arguments)
     assert (code, err) == (0, "")
-    for name in ("generate", "bench", "doctor"):
+    for name in ("generate", "bench", "doctor", "run"):
         assert re.search(rf"^ +{name} +\w", out, re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", ["generate", "bench", "doctor"])
+@pytest.mark.parametrize("name", ["generate", "bench", "doctor", "run"])
 def test_help_has_examples_and_fits(call, name):
     code, out, err = call(name, "--help")
     assert (code, err) == (0, "")
@@ -275,6 +275,17 @@ def test_doctor_two_openmp_runtimes(call, monkeypatch):
     assert re.search(r"^warning +2 OpenMP runtimes are loaded", out, re.MULTILINE)
     assert "/a/libgomp.so.1" in out
     assert "/b/libiomp5.so" in out
+
+
+def test_doctor_preloaded_openmp_runtime(call, monkeypatch, tmp_path):
+    paths = [tmp_path / name for name in ("libgomp.so.1", "libiomp5.so")]
+    for path in paths:
+        path.touch()
+    monkeypatch.setattr(launch, "openmp_runtimes", lambda: list(map(str, paths)))
+    monkeypatch.setenv("LD_PRELOAD", str(paths[1]))
+    code, out, _ = call("doctor", "--no-bandwidth")
+    assert (code, "OpenMP runtimes are loaded" in out) == (0, False)
+    assert re.search(r"libgomp\.so\.1\s+\(not in\s+use\)", out)
 
 
 def test_doctor_other_processor(call, monkeypatch):

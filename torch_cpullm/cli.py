@@ -1,7 +1,7 @@
-"""The command line: ``cpullm generate``, ``cpullm bench``, ``cpullm doctor``.
+"""The command line: ``cpullm generate``, ``cpullm bench``, ``cpullm doctor``, ``cpullm run``.
 
 Exit codes: 0 done, 1 something failed (doctor: something is wrong), 2 wrong arguments or an unusable model,
-130 interrupted.
+130 interrupted. ``run`` ends as the program that it starts.
 Errors are one line; ``--debug`` shows the traceback. torch and transformers are imported inside the commands only.
 """
 
@@ -49,6 +49,29 @@ class Compute(str, Enum):
 
     int8 = "int8"
     fp32 = "fp32"
+
+
+class Memory(str, Enum):
+    """Where a program's memory comes from."""
+
+    prefer = "prefer"
+    bind = "bind"
+    any = "any"
+
+
+class OpenMP(str, Enum):
+    """OpenMP runtime under torch."""
+
+    default = "default"
+    intel = "intel"
+
+
+class Malloc(str, Enum):
+    """Memory allocator."""
+
+    default = "default"
+    jemalloc = "jemalloc"
+    tcmalloc = "tcmalloc"
 
 
 def _version(value: bool) -> None:
@@ -337,6 +360,58 @@ def doctor(
     else:
         diagnosis.render(found)
     raise typer.Exit(found.exit_code)
+
+
+# ---- run ------------------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    short_help="Start a Python program bound to one NUMA node.", context_settings={"allow_interspersed_args": False}
+)
+def run(
+    target: Annotated[str, typer.Argument(metavar="SCRIPT", help='The program; "-" reads it from standard input.')],
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="ARGS", help="Its own arguments.")] = None,
+    module: Annotated[bool, typer.Option("-m", help="SCRIPT is the name of a module, as in python -m.")] = False,
+    threads: Annotated[
+        int | None,
+        typer.Option("--threads", "-t", min=1, metavar="N", help="Threads. Default: OMP_NUM_THREADS, or one per core."),
+    ] = None,
+    cores: Annotated[
+        str | None, typer.Option(metavar="LIST", help="CPUs to run on, as taskset numbers them: 0-7,16.")
+    ] = None,
+    node: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="NUMA node. Default: the one with the most cores.")
+    ] = None,
+    memory: Annotated[
+        Memory, typer.Option(help="prefer: of the same node while it has some; bind: only that; any: as it comes.")
+    ] = Memory.prefer,
+    openmp: Annotated[OpenMP, typer.Option(help="intel: libiomp5 in the place of torch's libgomp.")] = OpenMP.default,
+    malloc: Annotated[Malloc, typer.Option(help="Memory allocator.")] = Malloc.default,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Do not say what was done.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Start a Python program on the cores and the memory of one NUMA node, with one thread per core.
+
+    Options go before SCRIPT; all that follows it is the program's. The program replaces this command: its exit status
+    and signals are its own.
+
+    \b
+    Examples:
+      cpullm run serve.py --port 8000
+      cpullm run --node 1 --threads 8 -m torch_cpullm bench
+      cpullm run --cores 0-7 --openmp intel --malloc jemalloc chat.py
+    """  # noqa: D301 (a raw string would lose the mark that keeps these lines apart)
+    from . import run as launcher
+
+    words = launcher.command(target, arguments or [], module=module)
+    options = launcher.Options(threads, cores, node, memory.value, openmp.value, malloc.value)
+    plan = launcher.decide(options)
+    line = launcher.bind(plan, options)
+    if not quiet:
+        typer.echo(line, err=True)
+        for note in plan.notes:
+            _warn(note)
+    launcher.become(words, plan)
 
 
 # ---- entry point ----------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ class Diagnosis:
     memory_available_bytes: int
     transparent_huge_pages: str | None
     openmp_runtimes: list[str]
+    openmp_in_use: list[str]  # the others are mapped, but a preloaded one stands before them
     bandwidth_gbps: dict[str, float]  # threads (as text, for JSON) -> measured DRAM read bandwidth
     versions: dict[str, str]
     errors: list[str] = field(default_factory=list)
@@ -59,9 +60,10 @@ def collect(*, measure: bool = True) -> Diagnosis:
     isa, levels = _isa(errors)
     choice = launch.apply_default_threads()
     runtimes = launch.openmp_runtimes()
-    if len(runtimes) > 1:
+    in_use = launch.openmp_in_use(runtimes, os.environ.get("LD_PRELOAD", ""))
+    if len(in_use) > 1:
         warnings.append(
-            f"{len(runtimes)} OpenMP runtimes are loaded: their threads compete for the same cores, and some pairs "
+            f"{len(in_use)} OpenMP runtimes are loaded: their threads compete for the same cores, and some pairs "
             "give wrong results. Import torch first, and remove the package that brings the second one."
         )
     architecture = platform.machine()
@@ -93,6 +95,7 @@ def collect(*, measure: bool = True) -> Diagnosis:
         memory_available_bytes=meminfo.get("MemAvailable", 0),
         transparent_huge_pages=_transparent_huge_pages(),
         openmp_runtimes=runtimes,
+        openmp_in_use=in_use,
         bandwidth_gbps=bandwidth,
         versions={
             "torch_cpullm": __version__,
@@ -212,7 +215,8 @@ def _rows(found: Diagnosis) -> list[tuple[str, str]]:
         f"{gbps:.1f} GB/s with {threads} thread{'s' * (threads != '1')}"
         for threads, gbps in found.bandwidth_gbps.items()
     )
-    runtimes = "\n".join(found.openmp_runtimes) or "none"
+    unused = set(found.openmp_runtimes) - set(found.openmp_in_use)
+    runtimes = "\n".join(path + " (not in use)" * (path in unused) for path in found.openmp_runtimes) or "none"
     return [
         ("CPU", f"{found.cpu} ({found.affinity} CPUs usable, {found.physical_cores} cores, {found.architecture})"),
         ("ISA level", f"{found.isa or 'none'} ({levels})"),

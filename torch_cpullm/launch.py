@@ -10,12 +10,13 @@ holds ``proc`` and ``sys``, so that the tests run on a fake tree. Importing this
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -147,21 +148,29 @@ def cpu_affinity() -> frozenset[int]:
 
 
 def physical_cores(cpus: Collection[int], *, root: str | Path = "/") -> int:
-    """Distinct physical cores among ``cpus``: hyper-threads of one core count once.
+    """Distinct physical cores among ``cpus``: hyper-threads of one core count once."""
+    return max(1, len(one_cpu_per_core(cpus, root=root)))
+
+
+def one_cpu_per_core(cpus: Collection[int], *, root: str | Path = "/") -> list[int]:
+    """The lowest of ``cpus`` on each physical core, ascending.
 
     Reads /sys/devices/system/cpu/cpuN/topology: the list of sibling threads, else (package, core). A CPU without
     topology counts as a core of its own.
     """
-    cores: set[object] = set()
-    for cpu in cpus:
+    first: dict[object, int] = {}
+    for cpu in sorted(cpus):
         topology = Path(root, f"sys/devices/system/cpu/cpu{cpu}/topology")
         siblings = _read(topology / "thread_siblings_list") or _read(topology / "core_cpus_list")
-        if siblings:
-            cores.add(siblings)
-            continue
         core = _read(topology / "core_id")
-        cores.add((_read(topology / "physical_package_id"), core) if core is not None else ("cpu", cpu))
-    return max(1, len(cores))
+        if siblings:
+            key: object = siblings
+        elif core is not None:
+            key = (_read(topology / "physical_package_id"), core)
+        else:
+            key = ("cpu", cpu)
+        first.setdefault(key, cpu)
+    return list(first.values())
 
 
 # ---- control groups -------------------------------------------------------------------------------------------------
@@ -266,6 +275,20 @@ def openmp_runtimes(*, root: str | Path = "/") -> list[str]:
         if _OPENMP_NAME.match(PurePosixPath(path).name):
             found.setdefault(f"{fields[3]} {fields[4]}", path)  # device and inode: one file under two names counts once
     return list(found.values())
+
+
+def openmp_in_use(runtimes: Sequence[str], preload: str) -> list[str]:
+    """Those of ``runtimes`` (paths) that are called: all, or the one that ``preload`` (LD_PRELOAD) puts before them.
+
+    libiomp5 and libomp have every function of libgomp under the same names and versions. The loader finds the
+    preloaded one first, so that torch's libgomp is mapped, but nobody calls it.
+    """
+    for path in re.split(r"[:\s]+", preload):
+        for runtime in runtimes:
+            with contextlib.suppress(OSError):
+                if "gomp" not in Path(path).name and os.path.samefile(path, runtime):
+                    return [runtime]
+    return list(runtimes)
 
 
 def _read(path: Path) -> str | None:
