@@ -57,7 +57,7 @@ def serve(args: argparse.Namespace) -> None:
     import torch_cpullm
     from torch_cpullm import launch
 
-    from .engines import float_model
+    from .shapes import float_model
 
     def say(message: dict[str, Any]) -> None:
         answer.write(json.dumps(message) + "\n")
