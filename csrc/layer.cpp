@@ -24,8 +24,11 @@ struct Arena {
 
 // Rows as the products read them.
 struct Input {
+  Compute kind;  // which of the three there is
+  int64_t tile;
   QuantizedRows q;
   FloatRows f;
+  Bf16Rows b;
 };
 
 struct LayerRun {
@@ -69,14 +72,15 @@ struct LayerRun {
   Input make_input(Arena& arena, int64_t rows, int64_t k, int64_t group) const {
     Input in{};
     const int64_t k_padded = round_up(k, kChunk);
-    if (p.int8) {
+    const TileShape bf16 = p.compute == Compute::bf16 ? kernels.tile_bf16(rows) : TileShape{0, 0};
+    if (p.compute == Compute::int8) {
       const TileShape shape = kernels.tile_i8(rows, group);
       const int64_t tiles = (rows + shape.tile - 1) / shape.tile;
       QuantizedRows& q = in.q;
       q.m = rows;
       q.k_padded = k_padded;
       q.blocks = (k_padded + kActBlock - 1) / kActBlock;
-      q.tile = shape.tile;
+      q.tile = in.tile = shape.tile;
       q.unit = shape.unit;
       q.group = group;
       q.segments = count_segments(0, k_padded, group);
@@ -85,9 +89,14 @@ struct LayerRun {
       q.minus = arena.take<int32_t>(tiles * q.tile * q.segments);
       q.apart = arena.take<int32_t>(tiles * q.tile * q.segments);
       q.apart_rows = arena.take<uint32_t>(tiles * q.segments);
+    } else if (bf16.tile) {
+      in.kind = Compute::bf16;
+      in.tile = bf16.tile;
+      in.b = {arena.take<uint16_t>(round_up(rows, bf16.tile) * k_padded), rows, k_padded, bf16.tile, bf16.unit};
     } else {
-      const int64_t tile = kernels.tile_f32(rows), tiles = (rows + tile - 1) / tile;
-      in.f = {arena.take<float>(tiles * tile * k_padded), rows, k_padded, tile};
+      in.kind = Compute::fp32;
+      in.tile = kernels.tile_f32(rows);
+      in.f = {arena.take<float>(round_up(rows, in.tile) * k_padded), rows, k_padded, in.tile};
     }
     return in;
   }
@@ -178,9 +187,9 @@ struct LayerRun {
     const bool alone = member.count == 1 || is_private(rows.m, rows.k);
     Arena arena{is_private(rows.m, rows.k) ? own : shared};
     const Input in = make_input(arena, rows.m, rows.k, group);
-    const int64_t tile = p.int8 ? in.q.tile : in.f.tile;
+    const int64_t tile = in.tile;
     const int64_t tiles = (rows.m + tile - 1) / tile;
-    const bool split_k = p.int8 && !alone && tiles == 1;  // few rows: every thread takes some inputs of all of them
+    const bool split_k = in.kind == Compute::int8 && !alone && tiles == 1;  // few rows: every thread takes some inputs of all of them
     const Range part = alone || split_k ? Range{0, tiles} : mine(tiles);
     int64_t k0 = 0, k1 = round_up(rows.k, kChunk);
     if (split_k) {
@@ -198,10 +207,14 @@ struct LayerRun {
         kernels.norm(norm.norm, from, normed, rows.k, {0, count});
         from = {normed, count, rows.k, rows.k, Float::f32, nullptr};
       }
-      if (p.int8) {
+      if (in.kind == Compute::int8) {
         from.x = row_of(from.x, k0, from.type);
         from.k = std::min(k1, rows.k) - k0;
         kernels.quantize_rows(from, part_of(in.q, t, count, k0, k1), {0, count});
+      } else if (in.kind == Compute::bf16) {
+        uint16_t* to = in.b.x + row0 * in.b.k_padded;
+        if (count < tile) std::fill_n(to, tile * in.b.k_padded, uint16_t(0));
+        kernels.load_rows_bf16(from, {to, count, in.b.k_padded, tile, in.b.unit}, {0, count});
       } else {
         kernels.load_rows(from, {in.f.x + row0 * in.f.k_padded, count, in.f.k_padded, tile}, {0, count});
       }
@@ -214,8 +227,10 @@ struct LayerRun {
   void product(const Linear& l, const Input& in, float* out, int64_t stride, Range part) {
     if (part.begin >= part.end) return;
     const Output to{out, stride, Float::f32, l.bias};
-    if (p.int8) {
+    if (in.kind == Compute::int8) {
       kernels.linear_i8(l.w, in.q, to, part, kernel_scratch);
+    } else if (in.kind == Compute::bf16) {
+      kernels.linear_bf16(l.w, in.b, to, part, kernel_scratch);
     } else {
       kernels.linear_f32(l.w, in.f, to, part, kernel_scratch);
     }

@@ -30,7 +30,7 @@ struct LayerNorm {
 
 struct LayerProgram {
   int64_t hidden, heads, kv_heads, head_dim, intermediate;
-  bool int8;               // compute of every product: int8 or fp32 activations
+  Compute compute;  // of every product
   int qkv_count, up_count;  // 3 or 1; 2, or 1
   Linear qkv[3], o, up[2], down;  // up: gate and up; one [gate | up]; or up alone
   bool gated, parallel;

@@ -212,8 +212,6 @@ QuantizedRows quantize(const Kernels& table, const Rows& rows, TileShape shape, 
   return q;
 }
 
-enum class Compute : int64_t { int8 = 0, fp32 = 1 };
-
 Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros,
               const OptionalTensor& bias, const OptionalTensor& perm, int64_t n, int64_t k, int64_t group_size,
               int64_t compute) {
@@ -223,8 +221,8 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const 
   STD_TORCH_CHECK(rows.k == k, op, ": the last dimension of x must be k = ", k, ", got ", shape_of(x));
   const Weight w = check_weight(op, codes, scales, zeros, n, k, group_size);
   rows.order = check_order(op, perm, k);
-  STD_TORCH_CHECK(compute == int64_t(Compute::int8) || compute == int64_t(Compute::fp32), op,
-                  ": compute must be 0 (int8) or 1 (fp32), got ", compute);
+  STD_TORCH_CHECK(compute >= int64_t(Compute::int8) && compute <= int64_t(Compute::bf16), op,
+                  ": compute must be 0 (int8), 1 (fp32) or 2 (bf16), got ", compute);
   int64_t sizes[64];
   const int64_t dims = x.dim();
   STD_TORCH_CHECK(dims <= 64, op, ": x has too many dimensions: ", dims);
@@ -236,21 +234,29 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const 
   if (rows.m == 0) return y;
   const int64_t panels = (n + kPanel - 1) / kPanel;
   const int64_t work = rows.m * w.k_padded * kPanel;
+  const TileShape bf16 = compute == int64_t(Compute::bf16) ? table.tile_bf16(rows.m) : TileShape{0, 0};
+  const auto scratch = [] { return kernel_scratch.get<char>(kScratchBytes); };
   if (compute == int64_t(Compute::int8)) {
     const QuantizedRows q = quantize(table, rows, table.tile_i8(rows.m, w.group), w.group);
-    parallel(panels, work, [&](int64_t begin, int64_t end) {
-      table.linear_i8(w, q, out, {begin, end}, kernel_scratch.get<char>(kScratchBytes));
-    });
-  } else {
-    const int64_t tile = table.tile_f32(rows.m);
-    const int64_t tiles = (rows.m + tile - 1) / tile;
-    const FloatRows f{rows_buffer.get<float>(tiles * tile * w.k_padded), rows.m, w.k_padded, tile};
+    parallel(panels, work, [&](int64_t begin, int64_t end) { table.linear_i8(w, q, out, {begin, end}, scratch()); });
+    return y;
+  }
+  const int64_t tile = bf16.tile ? bf16.tile : table.tile_f32(rows.m);
+  const int64_t tiles = (rows.m + tile - 1) / tile;
+  const auto load = [&](const auto& kernel, const auto& to) {
     parallel(tiles, tile * w.k_padded, [&](int64_t begin, int64_t end) {
-      table.load_rows(rows, f, {begin * tile, std::min(end * tile, rows.m)});
+      kernel(rows, to, {begin * tile, std::min(end * tile, rows.m)});
     });
-    parallel(panels, 4 * work, [&](int64_t begin, int64_t end) {
-      table.linear_f32(w, f, out, {begin, end}, kernel_scratch.get<char>(kScratchBytes));
-    });
+  };
+  if (bf16.tile) {
+    const Bf16Rows b{rows_buffer.get<uint16_t>(tiles * tile * w.k_padded), rows.m, w.k_padded, tile, bf16.unit};
+    std::fill_n(b.x + (tiles - 1) * tile * w.k_padded, tile * w.k_padded, uint16_t(0));  // rows that do not exist
+    load(table.load_rows_bf16, b);
+    parallel(panels, 2 * work, [&](int64_t begin, int64_t end) { table.linear_bf16(w, b, out, {begin, end}, scratch()); });
+  } else {
+    const FloatRows f{rows_buffer.get<float>(tiles * tile * w.k_padded), rows.m, w.k_padded, tile};
+    load(table.load_rows, f);
+    parallel(panels, 4 * work, [&](int64_t begin, int64_t end) { table.linear_f32(w, f, out, {begin, end}, scratch()); });
   }
   return y;
 }
@@ -386,7 +392,7 @@ int64_t read_memory(const Tensor& x) {
 STABLE_TORCH_LIBRARY(cpullm, m) {
   // y = x W^T + bias, W [n, k]. x [.., k] fp32 | bf16 | fp16; codes uint8 [ceil(n/32), k'/4, 64 | 128], k' = k rounded
   // up to 32; scales fp16 | bf16 [ceil(n/32), groups, 32]; zeros none | uint8 | the scales' type, of the scales' shape;
-  // bias [n]; perm int32 [k]: input j is x[.., perm[j]]; compute 0 = int8 activations, 1 = fp32. Returns [.., n], x's
+  // bias [n]; perm int32 [k]: input j is x[.., perm[j]]; compute 0 = int8 activations, 1 = fp32, 2 = bf16. Returns [.., n], x's
   // type.
   m.def(
       "linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, Tensor? perm, int n, int k, "

@@ -139,7 +139,7 @@ int64_t layer_create(std::vector<Tensor> tensors, std::vector<int64_t> ints, std
   p.intermediate = in.next(1, kMost, "intermediate");
   STD_TORCH_CHECK(p.heads % p.kv_heads == 0, kCreate, ": heads must be a multiple of kv_heads");
   STD_TORCH_CHECK(p.heads * p.head_dim <= kMost, kCreate, ": heads x head_dim is too large");
-  p.int8 = in.flag("int8");
+  p.compute = Compute(in.next(0, 2, "compute"));
   p.parallel = in.flag("parallel");
   read_attention(in, p);
   read_mlp(in, p);

@@ -23,6 +23,7 @@ from conftest import LEVELS
 
 from torch_cpullm import ops, reference
 from torch_cpullm.packing import QuantizedWeight, dequantize, pack
+from torch_cpullm.quant import quantize_rtn
 
 MOST = max(ROWS)
 
@@ -390,6 +391,29 @@ def test_quantize_activations_error_is_half_a_step(isa):
         assert bool((largest >= 127).all())
         assert bool(((largest == 127) | (second == 127) | (largest == 16256)).all())
     assert bool((q[20:25, 299].abs() > 127).any())
+
+
+# ---- bf16 -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bits", "sym"), [(4, True), (4, False), (8, True)])
+@pytest.mark.parametrize("group", [32, 128, -1])
+def test_bf16_compute(bits, sym, group, isa):
+    """Within the bound of two roundings to bf16; few rows are as in fp32; a row that is nan stays one."""
+    for n, k in ((32, 32), (70, 300), (160, 1100)):
+        weight = pack(quantize_rtn(torch.randn(n, k), bits=bits, group_size=group, sym=sym))
+        for m in (1, 3, 7, 8, 14, 15, 16, 17, 31, 32, 33, 50):
+            for dtype in (torch.float32, torch.bfloat16):
+                x = activations(m, k, dtype)
+                got, want = ops.linear(x, weight, compute="bf16"), reference.linear(x, weight, compute="fp32")
+                bound = reference.error_bound(x, weight, "bf16") + want.double().abs() * torch.finfo(dtype).eps
+                assert bool(((got.double() - want.double()).abs() <= bound + 1e-30).all()), (n, k, m)
+                if m < 8:
+                    assert torch.equal(got, ops.linear(x, weight, compute="fp32"))
+        x = activations(33, k)
+        x[5, k // 2] = float("nan")
+        y = ops.linear(x, weight, compute="bf16")
+        assert bool(y[5].isnan().all()) and not bool(y[[0, 4, 6, 32]].isnan().any())
 
 
 # ---- instruction sets -----------------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ class Compute(str, Enum):
     """How the linear layers compute."""
 
     int8 = "int8"
+    bf16 = "bf16"
     fp32 = "fp32"
 
 

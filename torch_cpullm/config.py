@@ -25,7 +25,8 @@ class Settings:
 
     bits: 4 or 8, of the linears. group_size: weights that share a scale along the input: a positive multiple of 32, or
     -1 for one group per output. sym: symmetric levels; otherwise an integer zero point per group (8 bits: always
-    symmetric). compute: ``"int8"`` quantises activations per row and 32 inputs, ``"fp32"`` leaves them exact.
+    symmetric). compute: ``"int8"`` quantises activations per row and 128 inputs, ``"fp32"`` leaves them exact, ``"bf16"``
+    rounds them and the weights to bf16 where the CPU multiplies that, and is ``"fp32"`` elsewhere and for few rows.
     head_bits: 8 or 4 for the output head and the input embedding, None leaves both as they are. scale_dtype:
     ``"float16"`` or ``"bfloat16"``. modules_to_not_convert: names, suffixes after a dot, or regular expressions
     (matched from the start) of modules that stay as they are. kv_cache: how keys and values are stored: ``"auto"`` in
@@ -50,8 +51,8 @@ class Settings:
         check_group_size(self.group_size)
         if not isinstance(self.sym, bool):
             raise ValueError(f"sym must be True or False, got {self.sym!r}")
-        if self.compute not in ("int8", "fp32"):
-            raise ValueError(f"compute must be 'int8' or 'fp32', got {self.compute!r}")
+        if self.compute not in ("int8", "fp32", "bf16"):
+            raise ValueError(f"compute must be 'int8', 'bf16' or 'fp32', got {self.compute!r}")
         if self.head_bits is not None and (type(self.head_bits) is not int or self.head_bits not in (4, 8)):
             raise ValueError(f"head_bits must be 4, 8 or None, got {self.head_bits!r}")
         if self.scale_dtype not in SCALE_DTYPES:

@@ -10,6 +10,7 @@ from torch import Tensor
 from .layer_reference import CacheLayer
 from .layer_spec import ACTIVATIONS, LayerSpec, Norm, QkvLayout
 from .linear import PackedLinear
+from .ops import COMPUTE
 
 _forward = torch.ops.cpullm.layer_forward.default
 
@@ -22,8 +23,8 @@ class Program:
     """One decoder layer, ready to run: ``program(x, cos, sin, mask, cache) -> y``.
 
     x [b, s, hidden] float32 | bfloat16 | float16, y of its shape and type; cos, sin [1 or b, s, rotary_dim]; mask
-    [1 or b, 1 or h, s, length + s] bool or added, None: causal; cache: a layer of CpuLlmCache or None. Raises ValueError
-    for a spec that the operator cannot run, RuntimeError for arguments that do not fit.
+    [1 or b, 1 or h, s, length + s] bool or added, None: causal; cache: a layer of CpuLlmCache or None. Raises
+    ValueError for a spec that the operator cannot run, RuntimeError for arguments that do not fit.
     """
 
     def __init__(self, spec: LayerSpec) -> None:
@@ -84,7 +85,7 @@ def encode(spec: LayerSpec) -> tuple[list[Tensor], list[int], list[float]]:
         raise ValueError("the linears of a layer must share one compute")
     to = _Writer()
     to.ints += [spec.hidden, spec.heads, spec.kv_heads, spec.head_dim, spec.intermediate]
-    to.ints += [spec.o.compute == "int8", spec.parallel]
+    to.ints += [COMPUTE[spec.o.compute], spec.parallel]
     layout = spec.qkv_layout or QkvLayout.concat(spec.heads, spec.kv_heads, spec.head_dim)
     to.ints += [layout.q_per_group, layout.group_stride, layout.k_start, layout.v_start, layout.kv_stride]
     to.ints.append(len(spec.qkv))

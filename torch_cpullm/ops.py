@@ -19,7 +19,7 @@ if not _LIBRARY.exists():
     )
 torch.ops.load_library(str(_LIBRARY))
 
-COMPUTE = {"int8": 0, "fp32": 1}
+COMPUTE = {"int8": 0, "fp32": 1, "bf16": 2}
 """Names of the compute types and the numbers the operator takes."""
 
 
@@ -67,8 +67,9 @@ def linear(
     """``y = x W^T + bias``.
 
     x: float32 | bfloat16 | float16 [.., k], any strides. weight: W [n, k]. bias: [n], any of these dtypes.
-    perm: int32 [k], input j of W is ``x[.., perm[j]]``. compute: ``"int8"`` quantises x to int8 per row and 32 inputs;
-    ``"fp32"`` is exact up to rounding. Returns [.., n] of x's dtype. Raises RuntimeError naming the argument that is
+    perm: int32 [k], input j of W is ``x[.., perm[j]]``. compute: ``"int8"`` quantises x to int8 per row and 128 inputs;
+    ``"fp32"`` is exact up to rounding; ``"bf16"`` rounds x and the weights to bfloat16 where the level multiplies that
+    and x has many rows, and is ``"fp32"`` otherwise. Returns [.., n] of x's dtype. Raises RuntimeError naming the argument that is
     wrong.
     """
     check_compute(compute)
@@ -304,9 +305,9 @@ __all__ = [
     "embedding",
     "isa",
     "isa_levels",
+    "layer_forward",
     "layer_norm",
     "linear",
-    "layer_forward",
     "quantize_activations",
     "quantize_weights",
     "rms_norm",

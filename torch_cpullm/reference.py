@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .packing import ACT_BLOCK, CHUNK, PackedWeight, dequantize, resolve_group, round_up, unpack
 
-
 MOST_APART = 16256  # largest quantised magnitude of an input kept apart
 
 
@@ -79,7 +78,7 @@ def error_bound(x: Tensor, weight: PackedWeight, compute: str = "int8", bias: Te
     """Largest rounding error allowed of a kernel's float32 result, [m, n] float64: ``2 c eps (|x| |W|')``.
 
     |W|' adds the magnitudes of the two terms of the float-minimum form. c counts the roundings of one output's chain:
-    int8: two per group and activation block, plus two; fp32: k + 2.
+    int8: two per group and activation block, plus two; fp32: k + 2; bf16: as many, and 2^-8 for the two factors.
     """
     w = unpack(weight)
     group = resolve_group(w.group_size, w.k)
@@ -99,4 +98,4 @@ def error_bound(x: Tensor, weight: PackedWeight, compute: str = "int8", bias: Te
     bound = rows.double().abs() @ size.T
     if bias is not None:
         bound = bound + bias.double().abs()
-    return 2 * roundings * 2.0**-24 * bound
+    return (2 * roundings * 2.0**-24 + (1.01 * 2.0**-8 if compute == "bf16" else 0.0)) * bound

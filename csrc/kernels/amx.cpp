@@ -11,7 +11,10 @@
 //
 #include "rows-inl.h"
 //
+#include "linear_f32-inl.h"
 #include "linear_i8-inl.h"
+//
+#include "linear_bf16-inl.h"
 
 namespace cpullm {
 namespace {
@@ -228,6 +231,68 @@ void linear_i8_amx(const Weight& w, const QuantizedRows& x, const Output& out, R
   _tile_release();
 }
 
+// ---- bf16 ----------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kBf16K = 32;       // inputs of a tile
+constexpr int64_t kBf16Least = 16;  // fewer rows are faster in fp32
+
+TileShape tile_rows_bf16(int64_t m) { return m < kBf16Least ? TileShape{0, 0} : TileShape{kTile, kBf16K}; }
+
+// 32 rows x 32 columns: sums in tiles 0-3, rows in 4 and 5, pairs of weights in 6 and 7.
+void bf16_two(const uint16_t* a, const uint16_t* b, int64_t a_tile, int64_t k, float* y) {
+  _tile_loadd(0, y, kPanel * 4);
+  _tile_loadd(1, y + 16, kPanel * 4);
+  _tile_loadd(2, y + kTile * kPanel, kPanel * 4);
+  _tile_loadd(3, y + kTile * kPanel + 16, kPanel * 4);
+  for (int64_t j = 0; j < k; j += kBf16K) {
+    _tile_loadd(4, a + j * kTile, 64);
+    _tile_loadd(6, b + j * kPanel, 128);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b + j * kPanel + 32, 128);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, a + a_tile + j * kTile, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, y, kPanel * 4);
+  _tile_stored(1, y + 16, kPanel * 4);
+  _tile_stored(2, y + kTile * kPanel, kPanel * 4);
+  _tile_stored(3, y + kTile * kPanel + 16, kPanel * 4);
+}
+
+void bf16_one(const uint16_t* a, const uint16_t* b, int64_t k, float* y) {
+  _tile_loadd(0, y, kPanel * 4);
+  _tile_loadd(1, y + 16, kPanel * 4);
+  for (int64_t j = 0; j < k; j += kBf16K) {
+    _tile_loadd(4, a + j * kTile, 64);
+    _tile_loadd(6, b + j * kPanel, 128);
+    _tile_loadd(7, b + j * kPanel + 32, 128);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+  }
+  _tile_stored(0, y, kPanel * 4);
+  _tile_stored(1, y + 16, kPanel * 4);
+}
+
+void linear_bf16_amx(const Weight& w, const Bf16Rows& x, const Output& out, Range panels, void* scratch) {
+  configure(kTileK);  // 16 rows of 64 bytes everywhere
+  for_bf16_blocks(w, x, out, panels, scratch,
+                  [&](const uint16_t* pairs, int64_t k0, int64_t k1, int64_t row0, int64_t row_end, float* partial) {
+                    publish(pairs);
+                    for (int64_t r = row0; r < row_end; r += 2 * kTile) {
+                      const uint16_t* a = x.x + r * x.k_padded + k0 * kTile;
+                      float* y = partial + (r - row0) * kPanel;
+                      if (r + kTile < row_end) {
+                        bf16_two(a, pairs, kTile * x.k_padded, k1 - k0, y);
+                      } else {
+                        bf16_one(a, pairs, k1 - k0, y);
+                      }
+                    }
+                    publish(partial);
+                  });
+  _tile_release();
+}
+
 // `rounds` rounds of 16 tile products on four sums; returns the multiplications and additions done.
 int64_t dot_peak_amx(int64_t rounds, int32_t* sink) {
   alignas(64) int32_t out[kTile * kTile];
@@ -263,6 +328,9 @@ void use_amx(Kernels& k) {
   few_rows = k.linear_i8;
   k.tile_i8 = tile_rows;
   k.linear_i8 = linear_i8_amx;
+  k.tile_bf16 = tile_rows_bf16;
+  k.load_rows_bf16 = load_rows_bf16;
+  k.linear_bf16 = linear_bf16_amx;
   k.dot_peak = dot_peak_amx;
 }
 

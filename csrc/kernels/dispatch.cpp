@@ -105,6 +105,14 @@ const Tables tables;  // when the library is loaded: nothing here can fail
 
 }  // namespace
 
+bool cpu_has_avx512_bf16() {
+#ifndef CPULLM_REF_ONLY
+  return has_avx512() && (leaf7().eax1 & (1u << 5));
+#else
+  return false;
+#endif
+}
+
 const int64_t l2_bytes = read_l2_bytes();
 
 const Kernels* select_kernels(const char* cap, const char** error) {

@@ -18,6 +18,10 @@ constexpr int64_t kMaxTile = 16;    // most rows any level interleaves
 enum class Float : int { f32, bf16, f16 };                      // element type of activations, outputs, scales
 enum class Zeros : int { symmetric = 0, integer, minimum };     // what Weight::zeros holds
 
+// What activations are rounded to in a product. bf16 rounds the weights too, where the level has such products and the
+// rows are many; else it is fp32, which rounds nothing.
+enum class Compute : int { int8 = 0, fp32 = 1, bf16 = 2 };
+
 // Where a kernel finds codes: packed nibbles, nibbles unpacked to bytes (scratch memory), or 8-bit codes.
 enum class Codes { packed4, unpacked4, u8 };
 
@@ -68,6 +72,13 @@ struct FloatRows {
   int64_t m, k_padded, tile;
 };
 
+// bf16 activations: [ceil(m/tile), k_padded/unit, tile, unit], rounded to nearest even; zero where j >= k. The rows that
+// a short last tile lacks exist in memory and are zero.
+struct Bf16Rows {
+  uint16_t* x;
+  int64_t m, k_padded, tile, unit;
+};
+
 // y [m, n] = result + bias.
 struct Output {
   void* y;
@@ -113,12 +124,16 @@ struct Kernels {
   // The interleaving for a product of m rows with weights of this group; fp32 rows have unit 1.
   TileShape (*tile_i8)(int64_t m, int64_t group);
   int64_t (*tile_f32)(int64_t m);
+  TileShape (*tile_bf16)(int64_t m);  // tile 0: the fp32 kernels serve bf16 compute
   // Fills the tiles that hold rows [rows.begin, rows.end); begin is a multiple of tile.
   void (*quantize_rows)(const Rows& in, const QuantizedRows& out, Range rows);
   void (*load_rows)(const Rows& in, const FloatRows& out, Range rows);
   // All m rows times the columns of panels [panels.begin, panels.end). scratch: kScratchBytes, 64-byte aligned.
   void (*linear_i8)(const Weight& w, const QuantizedRows& x, const Output& out, Range panels, void* scratch);
   void (*linear_f32)(const Weight& w, const FloatRows& x, const Output& out, Range panels, void* scratch);
+  // bf16 products; only called where tile_bf16 gives a tile.
+  void (*load_rows_bf16)(const Rows& in, const Bf16Rows& out, Range rows);
+  void (*linear_bf16)(const Weight& w, const Bf16Rows& x, const Output& out, Range panels, void* scratch);
   // Codes [k], scales and zeros [groups] of one finite row w [k]; the symmetric form leaves zeros alone.
   void (*quantize_weights)(const WeightRecipe& recipe, const void* w, Float type, uint8_t* codes, uint16_t* scales,
                            uint8_t* zeros, void* scratch);
@@ -143,6 +158,8 @@ struct Kernels {
 
 // Bytes of private memory a linear kernel may use: unpacked codes of one K block and partial sums of one row block.
 constexpr int64_t kScratchBytes = 64 * 1024 + 512 * kPanel * 4 + 16 * 1024;
+
+bool cpu_has_avx512_bf16();  // vdpbf16ps and vcvtne2ps2bf16
 
 extern const int64_t l2_bytes;  // of one core's L2 cache, read when the library is loaded
 

@@ -67,6 +67,8 @@ TileShape plain_rows(int64_t, int64_t) { return {1, kStep}; }
 
 int64_t one_row(int64_t) { return 1; }
 
+TileShape no_tile(int64_t) { return {0, 0}; }
+
 int code_at(const Weight& w, int64_t col, int64_t j) {
   const int64_t c = col % kPanel;
   const int64_t block = (col / kPanel) * (w.k_padded / kStep) + j / kStep;
@@ -245,6 +247,7 @@ void use_ref(Kernels& k) {
   k.isa = "ref";
   k.tile_i8 = plain_rows;
   k.tile_f32 = one_row;
+  k.tile_bf16 = no_tile;
   k.quantize_rows = quantize_rows;
   k.load_rows = load_rows;
   k.linear_i8 = linear_i8;
