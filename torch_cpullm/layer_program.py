@@ -23,8 +23,8 @@ class Program:
     """One decoder layer, ready to run: ``program(x, cos, sin, mask, cache) -> y``.
 
     x [b, s, hidden] float32 | bfloat16 | float16, y of its shape and type; cos, sin [1 or b, s, rotary_dim]; mask
-    [1 or b, 1 or h, s, length + s] bool or added, None: causal; cache: a layer of CpuLlmCache or None. Raises ValueError
-    for a spec that the operator cannot run, RuntimeError for arguments that do not fit.
+    [1 or b, 1 or h, s, length + s] bool or added, None: causal; cache: a layer of CpuLlmCache or None. Raises
+    ValueError for a spec that the operator cannot run, RuntimeError for arguments that do not fit.
     """
 
     def __init__(self, spec: LayerSpec) -> None:
@@ -67,7 +67,7 @@ class _Writer:
         packed = linear.packed
         for tensor in (packed.codes, packed.scales, packed.zeros):
             self.tensor(tensor)
-        self.ints.append(packed.group_size)
+        self.ints.append(packed.group)
         self.vector(linear.bias)
 
     def norm(self, norm: Norm | None) -> None:
