@@ -155,6 +155,30 @@ def cache_append(x: Tensor, cache: Tensor, scale: Tensor | None, position: int) 
     torch.ops.cpullm.cache_append.default(x, cache, scale, position)
 
 
+def layer_forward(
+    program: int,
+    x: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    mask: Tensor | None = None,
+    k_cache: Tensor | None = None,
+    v_cache: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    length: int = 0,
+) -> Tensor:
+    """A whole decoder layer: x [b, s, hidden] -> the same shape and type.
+
+    program: a handle of ``cpullm::layer_create``, see :class:`torch_cpullm.layer_program.Program`. cos, sin: [1 | b, s,
+    rotary_dim]. mask: [1 | b, 1 | h, s, length + s], bool (true: attend) or float (added); None: causal. Caches: [b, g,
+    capacity, d] float, or int8 with float32 scales [b, g, capacity]; they hold ``length`` tokens, and the new ones are
+    written behind them. Raises RuntimeError naming the argument that is wrong.
+    """
+    return torch.ops.cpullm.layer_forward.default(
+        program, x, cos, sin, mask, k_cache, v_cache, k_scale, v_scale, length
+    )
+
+
 def dequantize(weight: PackedWeight) -> Tensor:
     """W as float32 [n, k], bit-equal to :func:`torch_cpullm.packing.dequantize` without the float-minimum form and
     within one rounding of it with.
@@ -241,6 +265,13 @@ def _cache_append_fake(x, cache, scale, position):
     _check_one_device("cache_append", x=x, cache=cache, scale=scale)
 
 
+@torch.library.register_fake("cpullm::layer_forward")
+def _layer_forward_fake(program, x, cos, sin, mask, k_cache, v_cache, k_scale, v_scale, length):
+    caches = {"k_cache": k_cache, "v_cache": v_cache, "k_scale": k_scale, "v_scale": v_scale}
+    _check_one_device("layer_forward", x=x, cos=cos, sin=sin, mask=mask, **caches)
+    return x.new_empty(x.shape)
+
+
 @torch.library.register_fake("cpullm::dequantize")
 def _dequantize_fake(codes, scales, zeros, n, k, group_size):
     _check_one_device("dequantize", codes=codes, scales=scales, zeros=zeros)
@@ -276,6 +307,7 @@ __all__ = [
     "embedding",
     "isa",
     "isa_levels",
+    "layer_forward",
     "layer_norm",
     "linear",
     "quantize_activations",

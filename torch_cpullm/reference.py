@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .packing import ACT_BLOCK, CHUNK, PackedWeight, dequantize, resolve_group, round_up, unpack
 
-
 MOST_APART = 16256  # largest quantised magnitude of an input kept apart
 
 
