@@ -2,7 +2,10 @@
 // torch, and only its stable ABI (>= 2.10). No size or index that comes from a caller reaches a kernel unchecked.
 #include "ops.h"
 
+#include <pthread.h>
+
 #include <atomic>
+#include <cstdio>
 #include <tuple>
 
 namespace cpullm {
@@ -37,6 +40,31 @@ const Kernels& kernels() {
     table = active.load();
   }
   return *table;
+}
+
+namespace {
+
+std::atomic<bool> threads_used{false}, threads_lost{false}, loss_said{false};
+
+void after_fork_in_child() {
+  if (threads_used.load(std::memory_order_relaxed)) threads_lost.store(true);
+}
+
+const int fork_watched = pthread_atfork(nullptr, nullptr, after_fork_in_child);
+
+}  // namespace
+
+bool may_use_threads() {
+  if (threads_lost.load(std::memory_order_relaxed) || fork_watched != 0) {
+    if (!loss_said.exchange(true))
+      std::fputs(
+          "torch_cpullm: this process was forked from one that had used threads; it runs on one thread. Use the spawn "
+          "or forkserver start method to have all of them.\n",
+          stderr);
+    return false;
+  }
+  if (torch::stable::get_num_threads() > 1) threads_used.store(true, std::memory_order_relaxed);
+  return true;
 }
 
 namespace {
@@ -346,10 +374,9 @@ int64_t read_memory(const Tensor& x) {
   const int64_t units = x.numel() / kUnit;
   const Kernels& table = kernels();
   std::atomic<int32_t> sink{0};
-  if (units > 0)
-    torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
-      sink += table.read_memory(data + begin * kUnit, (end - begin) * kUnit);
-    });
+  parallel(units, kUnit, [&](int64_t begin, int64_t end) {
+    sink += table.read_memory(data + begin * kUnit, (end - begin) * kUnit);
+  });
   return units * kUnit;
 }
 

@@ -81,12 +81,16 @@ constexpr int64_t kMostSize = int64_t(1) << 40;  // of n, k and a group: product
 Weight check_weight(const char* op, const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros, int64_t n,
                     int64_t k, int64_t group);
 
+// Whether a parallel region may begin. Not in a child that was forked after its parent had used one: the threads are gone
+// there, and OpenMP would wait for them for ever. The first refusal is said on stderr.
+bool may_use_threads();
+
 // Splits [0, count) into at most one contiguous range per thread; a range is worth at least kMinWork multiply-adds.
 template <class F>
 void parallel(int64_t count, int64_t work_each, const F& f) {
   constexpr int64_t kMinWork = 1 << 16;
   const int64_t grain = work_each >= kMinWork ? 1 : kMinWork / (work_each > 0 ? work_each : 1);
-  if (count <= grain) {
+  if (count <= grain || !may_use_threads()) {
     f(0, count);
   } else {
     torch::stable::parallel_for(0, count, grain, f);

@@ -289,15 +289,19 @@ Tensor layer_forward(int64_t handle, const Tensor& x, const OptionalTensor& cos,
   if (c.batch * c.tokens == 0) return y;
   c.y = y.mutable_data_ptr();
   const Kernels& table = kernels();
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = may_use_threads() ? torch::stable::get_num_threads() : 1;
   char* memory = workspace.get<char>(layer_workspace(p, c, table, threads));
   Barrier barrier;
   std::atomic<int64_t> barriers{0};
-  torch::stable::parallel_for(0, kTeamRange, 1, [&](int64_t begin, int64_t end) {
-    const Member member = member_of(begin, end);
+  const auto part = [&](const Member& member) {
     const int64_t passed = run_layer(p, c, table, member, threads, barrier, memory);
     if (member.id == 0) barriers = passed;
-  });
+  };
+  if (threads == 1) {
+    part({0, 1});
+  } else {
+    torch::stable::parallel_for(0, kTeamRange, 1, [&](int64_t begin, int64_t end) { part(member_of(begin, end)); });
+  }
   last_barriers = barriers;
   return y;
 }

@@ -18,8 +18,9 @@ CSRC = ROOT / "csrc"
 LAYERS = [
     ["packing", "config", "launch", "ops", "reference", "quant", "formats"],  # and _C, which ops loads
     [
-        *("linear", "layer", "layer_spec", "layer_reference", "layer_program", "layer_execute", "layer_parts"),
-        *("layer_probe", "layer_match", "attention", "kv_cache", "experts", "coverage"),
+        *("linear", "layer", "layer_spec", "layer_reference", "layer_execute", "layer_parts"),
+        *("layer_probe", "layer_program", "layer_graph"),
+        *("layer_match", "attention", "kv_cache", "experts", "coverage"),
     ],
     ["swap", "backend", "cqil", "distributed"],  # transforms: model -> model
     ["formats.gguf"],  # unlike the readers of the format it builds whole models, by optimize

@@ -155,30 +155,6 @@ def cache_append(x: Tensor, cache: Tensor, scale: Tensor | None, position: int) 
     torch.ops.cpullm.cache_append.default(x, cache, scale, position)
 
 
-def layer_forward(
-    program: int,
-    x: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    mask: Tensor | None = None,
-    k_cache: Tensor | None = None,
-    v_cache: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    length: int = 0,
-) -> Tensor:
-    """A whole decoder layer: x [b, s, hidden] -> the same shape and type.
-
-    program: a handle of ``cpullm::layer_create``, see :class:`torch_cpullm.layer_program.Program`. cos, sin: [1 | b, s,
-    rotary_dim]. mask: [1 | b, 1 | h, s, length + s], bool (true: attend) or float (added); None: causal. Caches: [b, g,
-    capacity, d] float, or int8 with float32 scales [b, g, capacity]; they hold ``length`` tokens, and the new ones are
-    written behind them. Raises RuntimeError naming the argument that is wrong.
-    """
-    return torch.ops.cpullm.layer_forward.default(
-        program, x, cos, sin, mask, k_cache, v_cache, k_scale, v_scale, length
-    )
-
-
 def dequantize(weight: PackedWeight) -> Tensor:
     """W as float32 [n, k], bit-equal to :func:`torch_cpullm.packing.dequantize` without the float-minimum form and
     within one rounding of it with.
@@ -206,6 +182,29 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     k' = k rounded up to 32.
     """
     return torch.ops.cpullm.quantize_activations.default(x)
+
+
+def layer_forward(
+    program: int,
+    x: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    mask: Tensor | None = None,
+    k_cache: Tensor | None = None,
+    v_cache: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    length: int = 0,
+) -> Tensor:
+    """Run a decoder layer's program: x [b, s, hidden] float32 | bfloat16 | float16 -> the same shape and type.
+
+    cos, sin [1 or b, s, rotary_dim]; mask [1 or b, 1 or h, s, length + s] bool (true: attend) or added, None: causal;
+    caches [b, g, capacity, d] of any float type, or int8 with float32 scales [b, g, capacity], which hold ``length``
+    tokens and take the new ones. RuntimeError for arguments that do not fit the program.
+    """
+    return torch.ops.cpullm.layer_forward.default(
+        program, x, cos, sin, mask, k_cache, v_cache, k_scale, v_scale, length
+    )
 
 
 def _check_one_device(op: str, **tensors: Tensor | None) -> None:
@@ -265,13 +264,6 @@ def _cache_append_fake(x, cache, scale, position):
     _check_one_device("cache_append", x=x, cache=cache, scale=scale)
 
 
-@torch.library.register_fake("cpullm::layer_forward")
-def _layer_forward_fake(program, x, cos, sin, mask, k_cache, v_cache, k_scale, v_scale, length):
-    caches = {"k_cache": k_cache, "v_cache": v_cache, "k_scale": k_scale, "v_scale": v_scale}
-    _check_one_device("layer_forward", x=x, cos=cos, sin=sin, mask=mask, **caches)
-    return x.new_empty(x.shape)
-
-
 @torch.library.register_fake("cpullm::dequantize")
 def _dequantize_fake(codes, scales, zeros, n, k, group_size):
     _check_one_device("dequantize", codes=codes, scales=scales, zeros=zeros)
@@ -293,6 +285,13 @@ def _quantize_weights_fake(weight, bits, group_size, sym, search, scale_dtype):
 def _quantize_activations_fake(x):
     m, kp = x.numel() // x.shape[-1], round_up(x.shape[-1], CHUNK)
     return x.new_empty((m, kp), dtype=torch.int32), x.new_empty((m, -(-kp // ACT_BLOCK)), dtype=torch.float32)
+
+
+@torch.library.register_fake("cpullm::layer_forward")
+def _layer_forward_fake(program, x, cos, sin, mask, k_cache, v_cache, k_scale, v_scale, length):
+    caches = {"k_cache": k_cache, "v_cache": v_cache, "k_scale": k_scale, "v_scale": v_scale}
+    _check_one_device("layer_forward", x=x, cos=cos, sin=sin, mask=mask, **caches)
+    return x.new_empty(x.shape)
 
 
 __all__ = [

@@ -21,6 +21,7 @@ struct TileArgs {
   const float* x_scale;  // [blocks, tile]
   const int32_t *minus, *apart;  // [segments, tile]
   const uint32_t* apart_rows;  // [segments]
+  const float* params;  // [segments, passes, 4 vectors], see SegmentEnd; null: made on the way
   float* y;  // [rows, 32] partial sums, read and written
   int64_t k_begin, k_end, group, tile;
   Zeros form;
@@ -66,17 +67,48 @@ inline void clear_start(uint32_t rows, int32_t* start) {
   }
 }
 
+// SegmentEnd::params of pass h of a group.
+template <Codes kCodes>
+inline void group_params(const TileArgs& a, int64_t group, int h, float* out) {
+  using S = Simd;
+  constexpr int L = S::kLanes;
+  constexpr int kSymmetricZero = kCodes == Codes::u8 ? S::kBias8 : 8;
+  const int64_t c0 = group * kPanel + h * L, c1 = c0 + 16;
+  if (a.form == Zeros::minimum) {
+    const uint16_t* minima = static_cast<const uint16_t*>(a.zeros);
+    S::store(out, load_scale(minima + c0, a.scale_type));
+    S::store(out + L, load_scale(minima + c1, a.scale_type));
+  } else {
+    const uint8_t* zeros = static_cast<const uint8_t*>(a.zeros);
+    auto* to = reinterpret_cast<int32_t*>(out);
+    S::store_i32(to, zeros ? S::load_u8_as_i32(zeros + c0) : S::iset1(kSymmetricZero));
+    S::store_i32(to + L, zeros ? S::load_u8_as_i32(zeros + c1) : S::iset1(kSymmetricZero));
+  }
+  S::store(out + 2 * L, load_scale(a.scales + c0, a.scale_type));
+  S::store(out + 3 * L, load_scale(a.scales + c1, a.scale_type));
+}
+
+// The same for all segments of [a.k_begin, a.k_end): many tiles share them.
+template <Codes kCodes>
+inline void block_params(const TileArgs& a, float* out) {
+  constexpr int H = Simd::kHalves, L = Simd::kLanes;
+  for (int64_t k = a.k_begin; k < a.k_end; out += H * 4 * L) {
+    for (int h = 0; h < H; ++h) group_params<kCodes>(a, k / a.group, h, out + h * 4 * L);
+    k = min_of((k / a.group + 1) * a.group, min_of((k / kActBlock + 1) * kActBlock, a.k_end));
+  }
+}
+
 template <int R, Codes kCodes>
 void tile_i8(const TileArgs& a) {
   using S = Simd;
   constexpr int H = S::kHalves, L = S::kLanes;
   constexpr int64_t kBlockBytes = kCodes == Codes::packed4 ? 64 : 128;
-  constexpr int kSymmetricZero = kCodes == Codes::u8 ? S::kBias8 : 8;
   alignas(64) float params[4 * L];
   alignas(64) float block[R * kPanel];
   alignas(64) int32_t start[R * 2 * L];
   float sums[R];
   bool start_is_zero = false;
+  const float* ready = a.params;
   const uint8_t* codes = a.codes;
   const int8_t* q = a.q;
   const int64_t q_step = a.tile * kStep;
@@ -100,19 +132,12 @@ void tile_i8(const TileArgs& a) {
       }
       e.start = rows ? start : nullptr;
       for (int h = 0; h < H; ++h) {
-        const int64_t c0 = group * kPanel + h * L, c1 = c0 + 16;
-        if (a.form == Zeros::minimum) {
-          const uint16_t* minima = static_cast<const uint16_t*>(a.zeros);
-          S::store(params, load_scale(minima + c0, a.scale_type));
-          S::store(params + L, load_scale(minima + c1, a.scale_type));
+        if (a.params) {
+          e.params = ready;
+          ready += 4 * L;
         } else {
-          const uint8_t* zeros = static_cast<const uint8_t*>(a.zeros);
-          auto* to = reinterpret_cast<int32_t*>(params);
-          S::store_i32(to, zeros ? S::load_u8_as_i32(zeros + c0) : S::iset1(kSymmetricZero));
-          S::store_i32(to + L, zeros ? S::load_u8_as_i32(zeros + c1) : S::iset1(kSymmetricZero));
+          group_params<kCodes>(a, group, h, params);
         }
-        S::store(params + 2 * L, load_scale(a.scales + c0, a.scale_type));
-        S::store(params + 3 * L, load_scale(a.scales + c1, a.scale_type));
         if (rows) start_apart<kCodes>(rows, apart, codes, h, start);
         S::template segment<R, kCodes>(codes, h, q, q_step, (end - k) / kStep, e);
       }
@@ -133,8 +158,107 @@ void tile_i8(const TileArgs& a) {
   }
 }
 
+// One row: few enough numbers for intrinsics to keep all of them in registers, from the first segment to the last.
+template <Codes kCodes>
+void row_i8(const TileArgs& a) {
+  using S = Simd;
+  using I = S::I;
+  using F = S::F;
+  constexpr int H = S::kHalves, L = S::kLanes;
+  constexpr int64_t kBlockBytes = kCodes == Codes::packed4 ? 64 : 128;
+  constexpr int kSymmetricZero = kCodes == Codes::u8 ? S::kBias8 : 8;
+  const uint8_t* codes = a.codes;
+  const int8_t* q = a.q;
+  const int32_t *minus = a.minus, *apart = a.apart;
+  const uint32_t* apart_rows = a.apart_rows;
+  const float* x_scale = a.x_scale;
+  const auto* zeros = static_cast<const uint8_t*>(a.zeros);
+  const auto* minima = static_cast<const uint16_t*>(a.zeros);
+  const uint16_t* scales = a.scales;
+  int64_t column = a.k_begin / a.group * kPanel;
+  int64_t group_end = (a.k_begin / a.group + 1) * a.group;
+  F y[H][2];
+  for (int h = 0; h < H; ++h)
+    for (int i = 0; i < 2; ++i) y[h][i] = S::load(a.y + h * L + 16 * i);
+  for (int64_t k = a.k_begin; k < a.k_end;) {
+    const int64_t block_end = min_of((k / kActBlock + 1) * kActBlock, a.k_end);
+    F block[H][2] = {};
+    for (bool first = true; k < block_end; first = false) {
+      const int64_t end = min_of(group_end, block_end);
+#pragma GCC unroll 2
+      for (int h = 0; h < H; ++h) {
+        typename S::Dot dot[4];
+        for (auto& d : dot) d.clear();
+        const uint8_t* w = codes;
+        const int8_t* x = q;
+        for (int64_t c = k; c < end; c += kChunk) {
+#pragma GCC unroll 8
+          for (int s = 0; s < 8; ++s) {
+            I lo, hi;
+            if (kCodes == Codes::packed4) {
+              if (h == 0) _mm_prefetch(reinterpret_cast<const char*>(w) + 4096 + 64 * s, _MM_HINT_T0);
+              S::load_packed4(w + 64 * s, h, lo, hi);
+            } else {
+              _mm_prefetch(reinterpret_cast<const char*>(w) + 4096 + 128 * s + 64 * h, _MM_HINT_T0);
+              if (H == 1) _mm_prefetch(reinterpret_cast<const char*>(w) + 4160 + 128 * s, _MM_HINT_T0);
+              S::load_u8(w + 128 * s, h, lo, hi);
+            }
+            const I four = S::broadcast4(x + kStep * s);
+            dot[s % 2 * 2].step(lo, four);
+            dot[s % 2 * 2 + 1].step(hi, four);
+          }
+          for (auto& d : dot) d.end_chunk();
+          w += 8 * kBlockBytes;
+          x += kChunk;
+        }
+        I sum[2] = {S::iadd(dot[0].result(), dot[2].result()), S::iadd(dot[1].result(), dot[3].result())};
+        if (*apart_rows) {
+          I lo, hi;
+          code_column<kCodes>(codes, *apart & 255, h, lo, hi);
+          sum[0] = S::iadd(sum[0], S::imul16(lo, *apart >> 8));
+          sum[1] = S::iadd(sum[1], S::imul16(hi, *apart >> 8));
+        }
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+          const int64_t at = column + h * L + 16 * i;
+          const F scale = load_scale(scales + at, a.scale_type);
+          if (a.form == Zeros::integer) {
+            sum[i] = S::add_times(sum[i], S::load_u8_as_i32(zeros + at), minus);
+          } else if (a.form == Zeros::symmetric) {
+            sum[i] = S::add_times(sum[i], S::iset1(kSymmetricZero), minus);
+          }
+          const F f = S::to_float(sum[i]);
+          F chain = first ? S::mul(f, scale) : S::fma(f, scale, block[h][i]);
+          if (a.form == Zeros::minimum)
+            chain = S::fma(load_scale(minima + at, a.scale_type), S::set1(-float(*minus)), chain);
+          block[h][i] = chain;
+        }
+      }
+      codes += (end - k) / kStep * kBlockBytes;
+      q += end - k;
+      ++minus;
+      ++apart;
+      ++apart_rows;
+      k = end;
+      if (k == group_end) {
+        column += kPanel;
+        group_end += a.group;
+      }
+    }
+    const F s = S::set1(*x_scale++);
+    for (int h = 0; h < H; ++h)
+      for (int i = 0; i < 2; ++i) y[h][i] = S::fma(block[h][i], s, y[h][i]);
+  }
+  for (int h = 0; h < H; ++h)
+    for (int i = 0; i < 2; ++i) S::store(a.y + h * L + 16 * i, y[h][i]);
+}
+
 template <Codes kCodes>
 void run_tile(int64_t rows, const TileArgs& a) {
+  constexpr bool kOneRow = kCodes == Codes::packed4 || (kCodes == Codes::u8 && Simd::kBias8 != 0);
+  if constexpr (kOneRow) {
+    if (rows == 1 && a.tile == 1) return row_i8<kCodes>(a);
+  }
   switch (rows) {
     case 1: return tile_i8<1, kCodes>(a);
     case 2: return tile_i8<2, kCodes>(a);
@@ -176,8 +300,10 @@ inline int64_t rows_per_block(const QuantizedRows& x) {
                                 void* scratch) {
   const bool unpack = w.bits == 4 && x.m > Simd::kPackedRows;
   uint8_t* bytes = static_cast<uint8_t*>(scratch);
+  float* params = reinterpret_cast<float*>(bytes + 32 * kBlockK);
   float* partial = reinterpret_cast<float*>(bytes + 64 * 1024);
   const int64_t block_bytes = 16 * w.bits;
+  const bool many = x.m > 2 * x.tile;
   const int64_t block_rows = rows_per_block(x);
   const int64_t block_k = x.m <= x.tile ? w.k_padded : kBlockK;  // one tile: the stream of codes must not pause
   TileArgs a;
@@ -204,6 +330,8 @@ inline int64_t rows_per_block(const QuantizedRows& x) {
           unpack_block(a.codes, a.k_end - k0, bytes);
           a.codes = bytes;
         }
+        a.params = many ? params : nullptr;
+        if (many) w.bits == 8 ? block_params<Codes::u8>(a, params) : block_params<Codes::packed4>(a, params);
         for (int64_t r = row0; r < row_end; r += x.tile) {
           a.q = x.q + r * x.k_padded + k0 * x.tile;
           a.x_scale = x.scale + r * x.blocks + k0 / kActBlock * x.tile;

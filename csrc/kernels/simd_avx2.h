@@ -171,7 +171,13 @@ struct Simd {
 #ifdef CPULLM_VNNI
   static constexpr const char* kName = "avx_vnni";
   static constexpr int kBias8 = 128;
-  // One step of a dot product, for dot_peak.
+  // Four inputs of one row, broadcast to every lane.
+  static I broadcast4(const int8_t* p) {
+    int32_t v;
+    memcpy(&v, p, 4);
+    return _mm256_set1_epi32(v);
+  }
+  // One step of a dot product.
   struct Dot {
     I acc;
     void clear() { acc = izero(); }
@@ -186,7 +192,13 @@ struct Simd {
 #else
   static constexpr const char* kName = "avx2";
   static constexpr int kBias8 = 0;
-  // One step of a dot product, for dot_peak.
+  // Four inputs of one row, broadcast to every lane.
+  static I broadcast4(const int8_t* p) {
+    int32_t v;
+    memcpy(&v, p, 4);
+    return _mm256_set1_epi32(v);
+  }
+  // One step of a dot product.
   struct Dot {
     I acc, acc16;
     void clear() { acc = acc16 = izero(); }

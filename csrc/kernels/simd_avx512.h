@@ -144,7 +144,13 @@ struct Simd {
     _mm512_storeu_si512(out + 64, hi);
   }
 
-  // One step of a dot product, for dot_peak: inline assembly keeps the sums in registers.
+  // Four inputs of one row, broadcast to every lane.
+  static I broadcast4(const int8_t* p) {
+    int32_t v;
+    memcpy(&v, p, 4);
+    return _mm512_set1_epi32(v);
+  }
+  // One step of a dot product: inline assembly keeps the sums in registers.
   struct Dot {
     I acc;
     void clear() { acc = izero(); }
