@@ -135,7 +135,7 @@ def test_tensors_of_other_kinds(name, program):
 
 
 def test_batches_that_no_memory_holds(program):
-    x, angle = Z(1, 1, 1).expand(2**30, 2**20, 96), Z(1, 1, 32).expand(1, 2**20, 32)
+    x, angle = Z(1, 1, 1).expand(2**32, 2**23, 96), Z(1, 1, 32).expand(1, 2**23, 32)
     with pytest.raises(RuntimeError):
         ops.layer_forward(program._handle, x, angle, angle)
 

@@ -190,7 +190,7 @@ class LayerProgram:
 
     def _is_recorded(self) -> bool:
         """Whether transformers records more than hidden states: that happens in what Dynamo traces, or not at all."""
-        wanted = None if self._collector is None else self._collector.get()
+        wanted = getattr(self._collector, "global_var", None)  # set while Dynamo traces; it cannot trace a ContextVar
         return wanted is not None and any(name != "hidden_states" for name in wanted)
 
     def run_in_graph(
