@@ -101,7 +101,10 @@ struct LayerRun {
     return in;
   }
 
-  bool is_private(int64_t rows, int64_t k) const { return member.count > 1 && rows * k <= kPrivateInputs; }
+  // Never where the MLP takes its rows in parts: the last part may be small, and there is no room for it.
+  bool is_private(int64_t rows, int64_t k) const {
+    return member.count > 1 && m <= kMlpRows && rows * k <= kPrivateInputs;
+  }
 
   // Everything the run needs, in the same order whether memory is counted or handed out.
   void carve(Arena& arena, int64_t threads) {

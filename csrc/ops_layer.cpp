@@ -125,7 +125,8 @@ void read_norms(Reader& in, LayerProgram& p) {
   const bool whole = p.qk_norm_whole;
   p.q_norm = in.norm("q_norm", whole ? p.heads * p.head_dim : p.head_dim, eps, false);
   p.k_norm = in.norm("k_norm", whole ? p.kv_heads * p.head_dim : p.head_dim, eps, false);
-  STD_TORCH_CHECK(!whole || p.layout.q_per_group == p.heads, kCreate, ": norms over all heads need them side by side");
+  const bool side_by_side = p.layout.q_per_group == p.heads && (p.kv_heads == 1 || p.layout.kv_stride == p.head_dim);
+  STD_TORCH_CHECK(!whole || side_by_side, kCreate, ": norms over all heads need them side by side");
 }
 
 int64_t layer_create(std::vector<Tensor> tensors, std::vector<int64_t> ints, std::vector<double> floats) {

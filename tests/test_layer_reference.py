@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from torch_cpullm import reference
-from torch_cpullm.layer_execute import execute
+from torch_cpullm.layer_execute import prepare
 from torch_cpullm.layer_probe import ProbeCache
 from torch_cpullm.layer_reference import run_layer
 from torch_cpullm.layer_spec import LayerSpec, Norm, QkvLayout
@@ -177,7 +177,7 @@ def test_fused_linears_by_layout():
 def test_types(dtype):
     """The result has x's type; inside it is float32 or float64."""
     x, cos, sin = inputs(dtype=dtype)
-    y = execute(spec(), x, cos, sin, None, None)
+    y = prepare(spec())(x, cos, sin, None, None)
     assert y.dtype == dtype
     exact = run_layer(spec(), x.double(), cos, sin, None, None, torch.float64)
     assert exact.dtype == torch.float64

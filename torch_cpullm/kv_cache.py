@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .config import KV_CACHES
+from .layer import all_in_programs
+from .layer_graph import number_cache
 
 CHUNK = 256
 DOUBLE_FROM = 4096
@@ -305,6 +307,15 @@ class CpuLlmCache(DynamicCache):
         if layers is None:
             raise ValueError(f"{type(config).__name__} has layers whose cache is not plain keys and values")
         Cache.__init__(self, layers=cast("list", layers))
+        self.number = number_cache(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "number"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is a cache of its own."""
+        self.__dict__.update(state)
+        self.number = number_cache(self)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -376,9 +387,10 @@ def _masks_windows(model: nn.Module) -> bool:
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    """Whether any of ``model`` runs compiled: there the cache stays transformers' own.
+    """Whether any of ``model`` runs compiled: there the cache stays transformers' own, unless all layers are programs.
 
     Dynamo guards on the capacity, so that all of the model would be compiled again, twice, each time the cache grows.
+    A program is one operator to Dynamo, which sees nothing of the cache.
     """
     return torch.compiler.is_compiling() or any(part._compiled_call_impl is not None for part in model.modules())
 
@@ -413,7 +425,7 @@ class _PreparesCache(_Maker):
         result = type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
         made: Any = model_kwargs.get("past_key_values")
         by_default = made is not None and made is not given and generation_config.cache_implementation is None
-        if by_default and not _is_compiled(model):
+        if by_default and (not _is_compiled(model) or all_in_programs(model)):
             ours = self.instead_of(made, model.config)
             model_kwargs["past_key_values"] = made if ours is None else ours
         return result

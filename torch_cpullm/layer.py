@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .layer_execute import Run
+from .layer_graph import decoder_layer, number_layer
 from .layer_match import IRRELEVANT, Decoder, Match, decoders, match_layer
 from .layer_parts import own_state, rotary_from_table
 from .linear import PackedLinear, PackedModule
@@ -79,6 +80,12 @@ def layer_levels(model: nn.Module) -> Iterator[tuple[str, str, str]]:
         yield name, PER_LINEAR if reason else ONE_OP, reason
 
 
+def all_in_programs(model: nn.Module) -> bool:
+    """Whether every decoder layer of ``model`` runs as one operator, as far as :func:`install_programs` can tell."""
+    names = model.__dict__.get("_cpullm_layers", {})
+    return bool(names) and all(level == ONE_OP for _, level, _ in layer_levels(model))
+
+
 class LayerProgram:
     """The forward of one layer. Holds no strong reference to the layer, so that a deleted model is gone at once."""
 
@@ -98,6 +105,7 @@ class LayerProgram:
         self._run: Run | None = None
         self._watch: _Watch | None = None
         self._reason = "not looked at yet"
+        self._number = number_layer(self)
         if match is not None:
             self._set(layer, match)
 
@@ -108,16 +116,19 @@ class LayerProgram:
         self._run = match.run
         self._outputs, self._cache_name, self._layer_idx = match.outputs, match.cache_name, match.layer_idx
         self._known = _FREE | {match.cache_name}
+        capturing = sys.modules.get("transformers.utils.output_capturing")
+        self._collector = None if capturing is None else capturing._active_collector
         self._rotates = match.spec is not None and match.spec.rotary_dim > 0
         self._needs_mask = getattr(match.config, "_attn_implementation", None) == "eager"
         self._rotary = None if match.table is None else _Rotary.of(match.table, self._rotaries)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's forward: arguments and result are those of its class."""
+        if torch.compiler.is_compiling():
+            return self._traced(args, kwargs)
         watch, run = self._watch, self._run
         if (
-            torch.compiler.is_compiling()
-            or len(args) != 1
+            len(args) != 1
             or ((watch is None or run is None or not watch.unchanged()) and not self._look_again())
             or not (self._known.issuperset(kwargs) or self._harmless(kwargs))
         ):
@@ -149,6 +160,62 @@ class LayerProgram:
             return self._original(cast("nn.Module", self._layer()), *args, **kwargs)
         y = cast("Run", self._run)(x, cos, sin, mask, cache)
         return y if not self._outputs else (y, *[None] * (self._outputs - 1))
+
+    def _traced(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What Dynamo sees: one operator, which calls this object again when it runs, or the class's forward."""
+        cache = kwargs.get(self._cache_name)
+        number = getattr(cache, "number", None)  # of a CpuLlmCache
+        if (
+            self._run is None
+            or len(args) != 1
+            or (cache is not None and number is None)
+            or torch.compiler.is_exporting()
+            or (args[0].requires_grad and torch.is_grad_enabled())
+            or not self._harmless(kwargs)
+            or self._is_recorded()
+        ):
+            return self._original(cast("nn.Module", self._layer()), *args, **kwargs)
+        get = kwargs.get
+        y = decoder_layer(
+            args[0],
+            get("attention_mask"),
+            get("position_embeddings"),
+            get("position_ids"),
+            get("cache_position"),
+            number,
+            get("use_cache"),
+            self._number,
+        )
+        return y if not self._outputs else (y, *[None] * (self._outputs - 1))
+
+    def _is_recorded(self) -> bool:
+        """Whether transformers records more than hidden states: that happens in what Dynamo traces, or not at all."""
+        wanted = getattr(self._collector, "global_var", None)  # set while Dynamo traces; it cannot trace a ContextVar
+        return wanted is not None and any(name != "hidden_states" for name in wanted)
+
+    def run_in_graph(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        rotary: tuple[Tensor, Tensor] | None,
+        position_ids: Tensor | None,
+        cache_position: Tensor | None,
+        cache: Any,
+        use_cache: bool | None,
+    ) -> Tensor:
+        """The layer's output, from the arguments that :meth:`_traced` gave to the operator."""
+        kwargs: dict[str, Any] = {"attention_mask": mask}
+        optional = {
+            "position_embeddings": rotary,
+            "position_ids": position_ids,
+            "cache_position": cache_position,
+            self._cache_name: cache,
+            "use_cache": use_cache,
+        }
+        kwargs.update((name, value) for name, value in optional.items() if value is not None)
+        y = self(x, **kwargs)
+        y = y if isinstance(y, Tensor) else y[0]
+        return y.clone() if y is x else y.contiguous()  # an operator's result is new memory, as the graph expects it
 
     def _harmless(self, kwargs: dict[str, Any]) -> bool:
         """Whether the arguments that a program does not know are switched off."""

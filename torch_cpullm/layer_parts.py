@@ -54,7 +54,8 @@ _RESIDUAL_SCALES = ("residual_multiplier", "residual_scale")
 _HEAD_DIMS = ("head_dim", "head_size", "attention_head_size")
 TABLE = "embed_positions"  # sines, then cosines, of every position: the only buffer that a layer may hold
 # Not settings of a layer: torch's own, and what transformers and a program put on an instance.
-_PLAIN = set(nn.Module().__dict__) | {"_gradient_checkpointing_func", "gradient_checkpointing", "_is_hf_initialized"}
+_PLAIN = {*nn.Module().__dict__, "_compiled_call_impl", "_is_hf_initialized"}
+_PLAIN |= {"_gradient_checkpointing_func", "gradient_checkpointing"}
 
 
 @dataclass

@@ -70,7 +70,7 @@ class _Writer:
         packed = linear.packed
         for tensor in (packed.codes, packed.scales, packed.zeros):
             self.tensor(tensor)
-        self.ints.append(packed.group_size)
+        self.ints.append(packed.group)
         self.vector(linear.bias)
 
     def norm(self, norm: Norm | None) -> None:

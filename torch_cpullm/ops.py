@@ -290,7 +290,9 @@ def _quantize_activations_fake(x):
 
 @torch.library.register_fake("cpullm::layer_forward")
 def _layer_forward_fake(program, x, cos, sin, mask, k_cache, v_cache, k_scale, v_scale, length):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    caches = {"k_cache": k_cache, "v_cache": v_cache, "k_scale": k_scale, "v_scale": v_scale}
+    _check_one_device("layer_forward", x=x, cos=cos, sin=sin, mask=mask, **caches)
+    return x.new_empty(x.shape)
 
 
 __all__ = [
