@@ -223,3 +223,31 @@ def dequantize(weight: QuantizedWeight | PackedWeight) -> Tensor:
     if w.zeros.dtype == torch.uint8:
         return (codes - zeros) * scales
     return codes * scales + zeros
+
+
+def stored_form(weight: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(codes, scales, zeros) as checkpoints have them: two 4-bit codes to a byte, the one of even input low."""
+    codes = weight.codes
+    if weight.bits == 4:
+        if weight.k % 2:
+            codes = torch.cat([codes, codes.new_zeros(weight.n, 1)], 1)
+        codes = codes[:, ::2] | codes[:, 1::2] << 4
+    return codes, weight.scales, weight.zeros
+
+
+def stored_width(k: int, bits: int) -> int:
+    """Bytes of a row of k codes in :func:`stored_form`."""
+    return -(-k // 2) if bits == 4 else k
+
+
+def from_stored(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, n: int, k: int, bits: int, group_size: int
+) -> QuantizedWeight:
+    """The weight [n, k] of a checkpoint's tensors, checked; ValueError says what does not fit."""
+    if codes.dtype != torch.uint8 or list(codes.shape) != [n, stored_width(k, bits)]:
+        raise ValueError(
+            f"weight_codes must be uint8 {[n, stored_width(k, bits)]}, got {codes.dtype} {list(codes.shape)}"
+        )
+    if bits == 4:
+        codes = torch.stack([codes & 15, codes >> 4], -1).view(n, -1)[:, :k]
+    return QuantizedWeight(codes, scales, zeros, bits, group_size)
