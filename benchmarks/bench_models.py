@@ -1,26 +1,37 @@
 """Prompt and decode speed of whole models, engines side by side.
 
-Every engine runs in its own process with the same threads and prompt; rounds are interleaved, so that a machine that
-changes speed changes it for all. Reported as llama-bench does: pp = prompt tokens/s, tg = generated tokens/s (median
-step).
+Every engine runs in its own process and environment with the same threads, prompt and depth; rounds are interleaved, so
+that a machine that changes speed changes it for all. pp = prompt tokens/s after --depth tokens of context, tg =
+generated tokens/s (median step) after the prompt; with --batch the tokens of all sequences together.
 
-    python -m benchmarks.bench_models --model tinyllama-1.1b --engines cpullm,hf-bf16,torchao --pp 512 --tg 64
+    python -m benchmarks.bench_models --model tinyllama-1.1b --engines cpullm,llama.cpp,openvino,hf-bf16,torchao
+
+An engine may carry settings, and may come more than once: cpullm:g32:sym, cpullm:g128, cpullm:fp32, torchao:g64,
+openvino:g32, llama.cpp:q4_0 (llama.cpp alone is Q4_0 and Q4_K_M). Peers come with `make peers`; a missing one is a
+dash.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import contextlib
 import json
+import os
+import re
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from . import engines
+from . import machine, peers, rows, shapes
+from .peers import GIB, Missing
+
+ROTATE_CACHES = 8  # as bench_ops reads memory
 
 
 def busy_cpu_s() -> float:
@@ -30,120 +41,354 @@ def busy_cpu_s() -> float:
     return (user + nice + system + irq + softirq + steal) / 100
 
 
+# ---- what to run ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An engine with its settings; those that it has not are None."""
+
+    name: str
+    group: int | None = None
+    form: str | None = None
+    compute: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Engine and settings in a few characters."""
+        group = None if self.group is None else f"g{self.group}"
+        return " ".join(part for part in (self.name, group, self.form, self.compute) if part)
+
+    def peak_bytes(self, weights: float) -> float:
+        """About what loading takes at most."""
+        return weights * (2.3 if self.name in ("cpullm", "hf-bf16", "torchao") else 0.9)
+
+    def resident_bytes(self, weights: float) -> float:
+        """About what a loaded model takes."""
+        return weights * (2.1 if self.name == "hf-bf16" else 0.8)
+
+
+def choices(text: str, args: argparse.Namespace) -> list[Choice]:
+    """The engines that --engines names; ValueError says what is wrong."""
+    defaults = {
+        "cpullm": Choice("cpullm", args.group, "sym" if args.sym else "zero point", args.compute),
+        "llama.cpp": Choice("llama.cpp"),
+        "openvino": Choice("openvino", 128, "sym"),
+        "hf-bf16": Choice("hf-bf16"),
+        "torchao": Choice("torchao", args.group),
+    }
+    marks: dict[str, tuple[str, str, str]] = {  # mark -> engine, setting, value
+        "sym": ("cpullm", "form", "sym"),
+        "zero": ("cpullm", "form", "zero point"),
+        "int8": ("cpullm", "compute", "int8"),
+        "fp32": ("cpullm", "compute", "fp32"),
+        "q4_0": ("llama.cpp", "form", "Q4_0"),
+        "q4_k_m": ("llama.cpp", "form", "Q4_K_M"),
+    }
+    found = []
+    for part in text.split(","):
+        name, *settings = part.strip().split(":")
+        if name not in defaults:
+            raise ValueError(f"--engines: {name!r} is not one of {', '.join(defaults)}")
+        choice = defaults[name]
+        for mark in settings:
+            size = re.fullmatch(r"g(\d+)", mark)
+            if size and choice.group is not None and int(size[1]) in (32, 64, 128):
+                choice = replace(choice, group=int(size[1]))
+            elif mark.lower() in marks and marks[mark.lower()][0] == name:
+                _, key, value = marks[mark.lower()]
+                choice = replace(choice, **{key: value})
+            else:
+                raise ValueError(f"--engines: {name} has no setting {mark!r}")
+        if name != "llama.cpp":
+            found.append(choice)
+        for form in (choice.form,) if choice.form else ("Q4_0", "Q4_K_M"):
+            if name == "llama.cpp":
+                found.append(replace(choice, form=form, group=32 if form == "Q4_0" else None))
+    return list(dict.fromkeys(found))
+
+
+def weights_of(model: str) -> float:
+    """About how many weights a model has."""
+    known = shapes.parameters(model)
+    if known is not None:
+        return known
+    path = shapes.find(model)
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.glob("*.safetensors")) / 2
+    return path.stat().st_size / 0.6
+
+
+# ---- a running engine -----------------------------------------------------------------------------------------------
+
+
 class Engine:
     """A process of benchmarks.engines."""
 
-    def __init__(self, name: str, args: argparse.Namespace) -> None:
-        self.name = name
-        command = [sys.executable, "-m", "benchmarks.engines", name, args.model, "--threads", str(args.threads)]
-        command += ["--group", str(args.group), "--compute", args.compute] + (["--sym"] if args.sym else [])
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, choice: Choice, args: argparse.Namespace) -> None:
+        """Makes the peer's form of the model where it needs one; Missing says why the engine cannot run."""
+        self.choice = choice
         self.results: list[dict[str, Any]] = []
+        self.loaded: dict[str, Any] = {}
+        self._process: subprocess.Popen[str] | None = None
+        python, self._environment = sys.executable, dict(os.environ)
+        file: Path | None = None
+        if choice.name in peers.PACKAGES:
+            python = str(peers.PYTHON)
+            file, group = peers.prepare(
+                choice.name,
+                args.model,
+                form=choice.form,
+                group=choice.group,
+                threads=args.threads,
+                weights=weights_of(args.model),
+                available=machine.available_bytes(),
+            )
+            self.choice = replace(choice, group=group)
+        if choice.name == "llama.cpp":
+            self._environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        if choice.name == "torchao" and peers.TORCHAO.is_dir():
+            path = [str(peers.TORCHAO), *filter(None, [os.environ.get("PYTHONPATH")])]
+            self._environment["PYTHONPATH"] = os.pathsep.join(path)
+        self._command = [python, "-m", "benchmarks.engines", choice.name, args.model, "--threads", str(args.threads)]
+        self._command += ["--file", str(file)] if file else []
+        self._command += ["--group", str(choice.group)] if choice.group else []
+        self._command += ["--compute", choice.compute] if choice.compute else []
+        self._command += ["--sym"] if choice.form == "sym" else []
 
-    def run(self, pp: int, tg: int, seed: int) -> dict[str, Any]:
+    def start(self, args: argparse.Namespace) -> None:
+        """Load the model and generate a few tokens."""
+        self._process = subprocess.Popen(
+            self._command,
+            cwd=peers.ROOT,
+            env=self._environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.loaded = self._answer()
+        self.run(args, seed=0, tg=4)
+
+    def run(self, args: argparse.Namespace, seed: int, tg: int | None = None) -> dict[str, Any]:
         """One timed generation; adds foreign_cpu, the cores other processes used meanwhile."""
-        assert self.process.stdin
-        assert self.process.stdout
+        assert self._process
+        assert self._process.stdin
+        request = {"pp": args.pp, "tg": tg or args.tg, "depth": args.depth, "batch": args.batch, "seed": seed}
         start, busy = time.perf_counter(), busy_cpu_s()
-        self.process.stdin.write(json.dumps({"pp": pp, "tg": tg, "seed": seed}) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"engine {self.name} ended with status {self.process.wait()}")
-        result = json.loads(line)
+        with contextlib.suppress(BrokenPipeError):  # the answer says why
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        result = self._answer()
         wall = time.perf_counter() - start
         result["foreign_cpu"] = max(0.0, (busy_cpu_s() - busy - result["own_cpu_s"]) / wall)
         return result
 
+    def _answer(self) -> dict[str, Any]:
+        assert self._process
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        message = json.loads(line) if line else {"error": f"ended with status {self._process.wait()}"}
+        if "error" in message:
+            self.close()
+            raise Missing(message["error"])
+        return message
+
     def close(self) -> None:
         """End the process."""
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
+        if self._process:
+            assert self._process.stdin
+            assert self._process.stdout
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+            self._process.wait()
+            self._process.stdout.close()
+            self._process = None
 
 
-def available(name: str) -> bool:
-    """Whether the engine's package is installed."""
-    return name != "torchao" or importlib.util.find_spec("torchao") is not None
-
-
-def summarise(engine: Engine, args: argparse.Namespace, commit: str, machine: str) -> dict[str, Any]:
-    """The row of one engine: medians over rounds and steps."""
-    results = engine.results
-    steps = [step for result in results for step in result["step_s"]]
+def summarise(engine: Engine, args: argparse.Namespace, bandwidth: Sequence[float]) -> dict[str, Any]:
+    """The row of one engine: medians over rounds and steps. bandwidth: readings in GB/s, the first and last bracket."""
+    results, choice, loaded = engine.results, engine.choice, engine.loaded
+    step = statistics.median(step for result in results for step in result["step_s"])
     ttft = statistics.median(result["ttft_s"] for result in results)
-    return {
+    gbps = loaded["weight_bytes"] / step / 1e9
+    row = {
         "bench": "models",
-        "engine": engine.name,
-        "model": args.model,
-        "group": args.group if engine.name != "hf-bf16" else None,
-        "form": ("sym" if args.sym else "zero point") if engine.name == "cpullm" else None,
-        "compute": args.compute if engine.name == "cpullm" else None,
+        "engine": choice.name,
+        "model": args.model if args.model in (*shapes.SHAPES, shapes.REAL) else Path(args.model).name,
+        "group": choice.group,
+        "form": choice.form,
+        "compute": choice.compute,
         "pp": args.pp,
         "tg": args.tg,
-        "pp_tps": args.pp / ttft,
-        "tg_tps": 1 / statistics.median(steps),
+        "pp_tps": args.batch * args.pp / ttft,
+        "tg_tps": args.batch / step,
         "ttft_s": ttft,
-        "ms_per_token": 1000 * statistics.median(steps),
-        "load_s": results[0]["load_s"],
+        "ms_per_token": 1000 * step,
+        "load_s": loaded["load_s"],
         "rss_peak_gib": results[-1]["rss_peak_gib"],
         "threads": args.threads,
         "foreign_cpu": max(result["foreign_cpu"] for result in results),
         "rounds": len(results),
-        "commit": commit,
-        "machine": machine,
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "depth": args.depth,
+        "batch": args.batch,
+        "bits": round(8 * loaded["weight_bytes"] / loaded["weights"], 2),
+        "gbps": gbps,
+        "pct_bw": 100 * gbps / max(bandwidth),
+        "bw_before": bandwidth[0],
+        "bw_after": bandwidth[-1],
+        "version": loaded["version"],
     }
+    if "flash" in results[-1]:
+        row["flash_attention"] = results[-1]["flash"]
+    return row
 
 
-def main() -> None:
+# ---- the run --------------------------------------------------------------------------------------------------------
+
+_LINE = "{:<27} {:>5} {:>8} {:>6} {:>8} {:>6} {:>7} {:>9} {:>6} {:>4} {:>9} {:>8}"
+HEADER = _LINE.format(
+    "engine", "bits", "pp t/s", "ratio", "tg t/s", "ratio", "TTFT s", "ms/token", "GB/s", "%BW", "peak GiB", "foreign"
+)
+
+
+def line(row: dict[str, Any], first: dict[str, Any]) -> str:
+    """A row as text; the ratios are to the speeds of ``first``."""
+    label = Choice(row["engine"], row["group"], row["form"], row["compute"]).label
+    mark = "*" if row["foreign_cpu"] > rows.FOREIGN_LIMIT else ""
+    speeds = []
+    for key in ("pp_tps", "tg_tps"):
+        speeds += [f"{row[key]:.1f}" if key == "pp_tps" else f"{row[key]:.2f}", f"{row[key] / first[key]:.2f}"]
+    rest = (f"{row['gbps']:.1f}", f"{row['pct_bw']:.0f}", f"{row['rss_peak_gib']:.2f}", f"{row['foreign_cpu']:.2f}")
+    times = f"{row['ttft_s']:.3f}", f"{row['ms_per_token']:.2f}"
+    return _LINE.format(label, f"{row['bits']:.2f}", *speeds, *times, *rest) + mark
+
+
+def dash(choice: Choice, why: str) -> str:
+    """The line of an engine that cannot run."""
+    return f"{choice.label:<27} {'-':>5}  ({why})"
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Choice]]:
+    """The arguments, checked, and the engines to run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", default="tinyllama-1.1b", help=f"{', '.join(engines.SHAPES)}, {engines.REAL} or a path"
+        "--model", default="tinyllama-1.1b", help=f"{', '.join(shapes.SHAPES)}, {shapes.REAL} or a path"
     )
     parser.add_argument("--engines", default="cpullm,hf-bf16")
     parser.add_argument("--pp", type=int, default=512, help="prompt tokens")
     parser.add_argument("--tg", type=int, default=64, help="generated tokens")
+    parser.add_argument("--depth", type=int, default=0, help="tokens in the cache before the prompt, not timed")
+    parser.add_argument("--batch", type=int, default=1, help="sequences at once")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--group", type=int, default=32)
-    parser.add_argument("--sym", action="store_true")
-    parser.add_argument("--compute", choices=["int8", "fp32"], default="int8")
+    parser.add_argument("--group", type=int, default=32, help="of cpullm and torchao, unless said per engine")
+    parser.add_argument("--sym", action="store_true", help="cpullm without zero points")
+    parser.add_argument("--compute", choices=["int8", "fp32"], default="int8", help="of cpullm")
     parser.add_argument("--json", type=Path, help="append rows to this file")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    for name, least in (("pp", 1), ("tg", 2), ("depth", 0), ("batch", 1), ("rounds", 1), ("threads", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            parser.error(f"--{name} must be at least {least}, got {value}")
+    try:
+        found = choices(args.engines, args)
+        if args.model not in shapes.SHAPES and args.model != shapes.REAL:
+            args.model = str(shapes.find(args.model).resolve())
+    except ValueError as error:
+        parser.error(str(error))
     from torch_cpullm.launch import default_threads
 
-    from . import machine
-
     args.threads = args.threads or default_threads().count
-    facts = machine.machine_name(), machine.git_commit()
-    running = []
-    for name in args.engines.split(","):
-        if name not in engines.ENGINES:
-            parser.error(f"--engines: {name!r} is not one of {', '.join(engines.ENGINES)}")
-        if available(name):
-            running.append(Engine(name, args))
-            running[-1].run(args.pp, 4, seed=0)  # warm-up, and one engine at a time while loading
-        else:
-            print(f"{name:<10} -  (not installed)")
+    return args, found
+
+
+def ready(found: Sequence[Choice], args: argparse.Namespace) -> tuple[list[Engine], bool]:
+    """The engines that can run, and whether all fit into memory together; prints a dash for the others."""
+    available = machine.available_bytes()
+    running: list[Engine] = []
+    weights = None
+    for choice in found:
+        why = peers.missing(choice.name)
+        if not why:
+            weights = weights_of(args.model) if weights is None else weights
+            needed = choice.peak_bytes(weights)
+            why = f"needs about {needed / GIB:.0f} GiB of memory" if needed > available else None
+        try:
+            if why:
+                raise Missing(why)
+            running.append(Engine(choice, args))
+        except Missing as error:
+            print(dash(choice, str(error)), flush=True)
+    if not running or weights is None:
+        return [], True
+    loaded = sum(engine.choice.resident_bytes(weights) for engine in running)
+    loading = max(e.choice.peak_bytes(weights) - e.choice.resident_bytes(weights) for e in running)
+    return running, loaded + loading < 0.8 * available
+
+
+def measure(running: list[Engine], args: argparse.Namespace, together: bool) -> list[float]:
+    """All rounds, interleaved; engines that fail go from ``running`` with a dash. Returns readings of the bandwidth."""
+    memory = machine.Memory(ROTATE_CACHES * machine.l3_bytes())
+    readings = []
+    if not together:
+        print("not all fit into memory together: each is loaded again in every round", file=sys.stderr)
     for round_ in range(args.rounds):
-        for engine in running:
-            engine.results.append(engine.run(args.pp, args.tg, seed=round_))
-    print(f"{args.model}, {args.threads} threads, pp{args.pp} tg{args.tg}, {facts[0]}")
-    print(
-        f"{'engine':<10} {'pp t/s':>8} {'tg t/s':>8} {'TTFT s':>7} {'ms/token':>9} {'peak GiB':>9} {'foreign CPU':>12}"
-    )
-    for engine in running:
-        row = summarise(engine, args, facts[1], facts[0])
-        print(
-            f"{row['engine']:<10} {row['pp_tps']:>8.1f} {row['tg_tps']:>8.2f} {row['ttft_s']:>7.2f} "
-            f"{row['ms_per_token']:>9.2f} {row['rss_peak_gib']:>9.2f} {row['foreign_cpu']:>12.2f}"
-        )
-        if args.json:
-            with args.json.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        if round_ == 0 and together:
+            for engine in running[:]:
+                _attempt(engine, running, lambda engine: engine.start(args))
+        readings.append(memory.read_gbps(args.threads))
+        for engine in running[:]:
+            _attempt(engine, running, lambda engine: _round(engine, args, round_, together))  # noqa: B023
+    readings.append(memory.read_gbps(args.threads))
+    return readings
+
+
+def _round(engine: Engine, args: argparse.Namespace, seed: int, together: bool) -> None:
+    if not together:
+        engine.start(args)
+    engine.results.append(engine.run(args, seed))
+    if not together:
         engine.close()
 
 
+def _attempt(engine: Engine, running: list[Engine], what: Any) -> None:
+    try:
+        what(engine)
+    except Missing as error:
+        running.remove(engine)
+        print(dash(engine.choice, str(error)), flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args, found = parse(argv)
+    facts = {
+        "commit": machine.git_commit(),
+        "machine": machine.machine_name(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+    }
+    running, together = ready(found, args)
+    if not running:
+        return 1
+    try:
+        readings = measure(running, args, together)
+        made = [summarise(engine, args, readings) | facts for engine in running]
+    finally:
+        for engine in running:
+            engine.close()
+    where = f" after {args.depth} tokens" * bool(args.depth) + f", batch {args.batch}" * (args.batch > 1)
+    print(f"{args.model}, {args.threads} threads, pp{args.pp} tg{args.tg}{where}, {facts['machine']}")
+    print(f"memory {', '.join(f'{gbps:.1f}' for gbps in readings)} GB/s before, between and after rounds")
+    print(HEADER)
+    for row in made:
+        print(line(row, made[0]))
+    if any(row["foreign_cpu"] > rows.FOREIGN_LIMIT for row in made):
+        print("* other processes took more than a quarter of a core: measure again on a quiet machine")
+    if args.json and made:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        with args.json.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in made)
+    return 0 if made else 1
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

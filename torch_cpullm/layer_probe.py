@@ -327,7 +327,7 @@ def try_out(layer: nn.Module, config: Any, calls: dict[str, list[Call]]) -> tupl
     for choice in choices(parts, config, 0 if cos is None else cos.shape[-1]):
         try:
             run = prepare(build(parts, config, choice))
-        except NoMatchError:
+        except (NoMatchError, ValueError):  # no such layer, or none that the operator runs
             continue
         with torch.no_grad():
             worst = 0.0

@@ -14,9 +14,8 @@ from .linear import PackedLinear
 _forward = torch.ops.cpullm.layer_forward.default
 
 
-def threads_can_wait() -> bool:
-    """Whether torch's threads all run at once, as barriers between them need; else there are no programs."""
-    return "ATen parallel backend: OpenMP" in torch.__config__.parallel_info()
+# The barriers of a program need threads that all run at once.
+_THREADS_CAN_WAIT = "ATen parallel backend: OpenMP" in torch.__config__.parallel_info()
 
 
 class Program:
@@ -28,10 +27,13 @@ class Program:
     """
 
     def __init__(self, spec: LayerSpec) -> None:
+        if not _THREADS_CAN_WAIT:
+            raise ValueError("torch was built without OpenMP, whose threads all run at once")
         try:
             self._handle = torch.ops.cpullm.layer_create.default(*encode(spec))
         except RuntimeError as error:
-            raise ValueError(str(error).split("\n")[0]) from None
+            text = str(error).split("\n")[0]
+            raise ValueError(text.split("layer_create: ")[-1]) from None
         weakref.finalize(self, torch.ops.cpullm.layer_free.default, self._handle).atexit = False
         self._kv_heads, self._head_dim = spec.kv_heads, spec.head_dim
 

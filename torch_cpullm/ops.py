@@ -184,6 +184,29 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.cpullm.quantize_activations.default(x)
 
 
+def layer_forward(
+    program: int,
+    x: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    mask: Tensor | None = None,
+    k_cache: Tensor | None = None,
+    v_cache: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    length: int = 0,
+) -> Tensor:
+    """Run a decoder layer's program: x [b, s, hidden] float32 | bfloat16 | float16 -> the same shape and type.
+
+    cos, sin [1 or b, s, rotary_dim]; mask [1 or b, 1 or h, s, length + s] bool (true: attend) or added, None: causal;
+    caches [b, g, capacity, d] of any float type, or int8 with float32 scales [b, g, capacity], which hold ``length``
+    tokens and take the new ones. RuntimeError for arguments that do not fit the program.
+    """
+    return torch.ops.cpullm.layer_forward.default(
+        program, x, cos, sin, mask, k_cache, v_cache, k_scale, v_scale, length
+    )
+
+
 def _check_one_device(op: str, **tensors: Tensor | None) -> None:
     """The dispatcher takes a fake kernel as soon as one tensor is on meta: refuse to invent a result for the others."""
     devices = {name: tensor.device.type for name, tensor in tensors.items() if tensor is not None}
@@ -264,6 +287,11 @@ def _quantize_activations_fake(x):
     return x.new_empty((m, kp), dtype=torch.int32), x.new_empty((m, -(-kp // ACT_BLOCK)), dtype=torch.float32)
 
 
+@torch.library.register_fake("cpullm::layer_forward")
+def _layer_forward_fake(program, x, cos, sin, mask, k_cache, v_cache, k_scale, v_scale, length):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 __all__ = [
     "COMPUTE",
     "PANEL",
@@ -278,6 +306,7 @@ __all__ = [
     "isa_levels",
     "layer_norm",
     "linear",
+    "layer_forward",
     "quantize_activations",
     "quantize_weights",
     "rms_norm",

@@ -42,13 +42,19 @@ static inline Range seen_in(const Attention& a, const KeyBlock& block, int64_t q
   return {begin > 0 ? begin : 0, end > 0 ? end : 0};
 }
 
+template <int kVecs>
+struct Vecs {
+  static constexpr int kCount = kVecs;
+};
+
 // Up to kDirectRows rows from row `first` of the item on.
 template <int kRows, CacheType kType>
 static inline void direct_rows(const Attention& a, const AttentionScratch& m, const AttentionItem& at,
                                const KeyBlock& block, int64_t first) {
   using S = Simd;
   float fade[kRows];
-  direct_scores<kRows, kType>(m.q + first * m.padded, m.padded, block.k, a.k_stride[2], block.count, a.width, m.scores);
+  direct_scores<kRows, kType>(m.q + first * m.padded, m.padded, block.k, a.k_stride[2], block.v, a.v_stride[2],
+                              block.count, a.width, m.scores);
   int64_t begin = kBlockKeys, end = 0;
   for (int r = 0; r < kRows; ++r) {
     const RowPlace row = place_of(a, at.rows.begin + first + r);
@@ -59,18 +65,26 @@ static inline void direct_rows(const Attention& a, const AttentionScratch& m, co
                      m.most[first + r], m.total[first + r]);
   }
   float* sums = m.sums + first * m.padded;
+  constexpr int64_t kBytes = kType == CacheType::f32 ? 4 : kType == CacheType::i8 ? 1 : 2;
+  const void* next = reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(block.k) +
+                                                   uintptr_t(kBlockKeys * a.k_stride[2] * kBytes));
+  const auto values = [&](auto vecs, int64_t c) {
+    direct_values<kRows, decltype(vecs)::kCount, kType>(m.scores, block.v, a.v_stride[2], c, a.width, begin, end, fade,
+                                                        sums + c, m.padded, c == 0 ? next : nullptr, a.k_stride[2],
+                                                        a.width);
+  };
   int64_t c = 0;
-  for (; c + 4 * S::kLanes <= a.width; c += 4 * S::kLanes)
-    direct_values<kRows, 4, kType>(m.scores, block.v, a.v_stride[2], c, a.width, begin, end, fade, sums + c, m.padded);
-  for (; c < a.width; c += S::kLanes)
-    direct_values<kRows, 1, kType>(m.scores, block.v, a.v_stride[2], c, a.width, begin, end, fade, sums + c, m.padded);
+  for (; c + 4 * S::kLanes <= a.width; c += 4 * S::kLanes) values(Vecs<4>{}, c);
+  for (; c < a.width; c += S::kLanes) values(Vecs<1>{}, c);
 }
 
-// keys [width, kBlockKeys] and values [kBlockKeys, padded] of a block as fp32; zeros where there is none.
+// keys [width, kBlockKeys] and values [kBlockKeys, padded] of a block as fp32; zeros where there is none. ask:
+// for the block's values while its keys are read, and for the next keys while its values are.
 template <CacheType kType>
-static inline void convert_block(const Attention& a, const AttentionScratch& m, const KeyBlock& block) {
+static inline void convert_block(const Attention& a, const AttentionScratch& m, const KeyBlock& block, bool ask) {
   using S = Simd;
   for (int64_t j = 0; j < kBlockKeys; j += S::kLanes) {
+    for (int64_t i = j; ask && i < j + S::kLanes; ++i) prefetch_row<kType>(block.v, a.v_stride[2], i, a.width);
     const float* from = static_cast<const float*>(block.k) + (kType == CacheType::f32 ? j * a.k_stride[2] : 0);
     int64_t stride = a.k_stride[2];
     if (kType != CacheType::f32 || a.width % 4 || j + S::kLanes > block.count) {
@@ -84,9 +98,11 @@ static inline void convert_block(const Attention& a, const AttentionScratch& m, 
     }
     for (int64_t c = 0; c < a.width; c += 4) S::transpose4(from + c, stride, m.keys + c * kBlockKeys + j, kBlockKeys);
   }
-  for (int64_t j = 0; j < block.count; ++j)
+  for (int64_t j = 0; j < block.count; ++j) {
+    if (ask) prefetch_row<kType>(block.k, a.k_stride[2], kBlockKeys + j, a.width);
     for (int64_t c = 0; c < a.width; c += S::kLanes)
       S::store(m.values + j * m.padded + c, load_cache_part<kType>(block.v, j * a.v_stride[2] + c, a.width - c));
+  }
 }
 
 // kQueryRows rows from row `first` of the item on, over the converted block; rows that do not exist are computed too.
@@ -163,7 +179,8 @@ static void all_blocks(const Attention& a, const AttentionScratch& m, const Atte
     if (direct) {
       direct_pass<kType>(a, m, at, block);
     } else {
-      convert_block<kType>(a, m, block);
+      // Many rows find the next block in a cache: their other blocks have read it.
+      convert_block<kType>(a, m, block, at.rows.end - at.rows.begin <= kFewBlockRows);
       for (int64_t row = 0; row < at.rows.end - at.rows.begin; row += Simd::kQueryRows)
         tile_rows_of(a, m, at, block, row);
     }

@@ -66,12 +66,21 @@ struct KeyBlock {
 
 // ---- scores ---------------------------------------------------------------------------------------------------------
 
-// scores [kRows, kBlockKeys] = q K^T, four keys at a time.
+// Asks for row `row` of keys or values, which is needed soon. The address may lie beyond the cache.
+template <CacheType kType>
+static inline void prefetch_row(const void* p, int64_t stride, int64_t row, int64_t width) {
+  constexpr int64_t kBytes = kType == CacheType::f32 ? 4 : kType == CacheType::i8 ? 1 : 2;
+  const uintptr_t at = reinterpret_cast<uintptr_t>(p) + uintptr_t(row * stride * kBytes);
+  for (int64_t i = 0; i < width * kBytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(at + i), _MM_HINT_T0);
+}
+
+// scores [kRows, kBlockKeys] = q K^T, four keys at a time. Asks for the block's values.
 template <int kRows, CacheType kType>
-static inline void direct_scores(const float* q, int64_t padded, const void* k, int64_t k_stride, int64_t count,
-                                 int64_t width, float* scores) {
+static inline void direct_scores(const float* q, int64_t padded, const void* k, int64_t k_stride, const void* v,
+                                 int64_t v_stride, int64_t count, int64_t width, float* scores) {
   using S = Simd;
   for (int64_t j = 0; j < count; j += 4) {
+    for (int i = 0; i < 4; ++i) prefetch_row<kType>(v, v_stride, j + i, width);
     int64_t at[4];
     for (int i = 0; i < 4; ++i) at[i] = min_of(j + i, count - 1) * k_stride;  // the last one again: hidden later
     S::F sum[kRows][4];
@@ -162,7 +171,7 @@ static inline float soften(const Attention& a, const AttentionScratch& m, const 
   using S = Simd;
   constexpr int kVecs = int(kBlockKeys) / S::kLanes;
   S::F top = S::set1(kNever);
-  if (seen.begin > 0 || seen.end < kBlockKeys || a.mask || a.softcap > 0.0f || block.scaled) {
+  if (seen.begin > 0 || seen.end < kBlockKeys || a.mask || a.softcap > 0.0f) {
     alignas(64) float added[kBlockKeys];
     if (a.mask) load_mask(a, mask_at, block.count, added);
     const S::F begin = S::set1(float(seen.begin)), end = S::set1(float(seen.end)), never = S::set1(kNever);
@@ -182,7 +191,11 @@ static inline float soften(const Attention& a, const AttentionScratch& m, const 
     }
   } else {
 #pragma GCC unroll 8
-    for (int i = 0; i < kVecs; ++i) top = S::max(top, S::load(scores + i * S::kLanes));
+    for (int i = 0; i < kVecs; ++i) {
+      S::F x = S::load(scores + i * S::kLanes);
+      if (block.scaled) S::store(scores + i * S::kLanes, x = S::mul(x, S::load(m.k_scale + i * S::kLanes)));
+      top = S::max(top, x);
+    }
   }
   const float new_top = S::reduce_max(top), new_most = new_top > most ? new_top : most;
   const S::F from = S::set1(new_most == kNever ? 0.0f : new_most);
@@ -203,10 +216,11 @@ static inline float soften(const Attention& a, const AttentionScratch& m, const 
 
 // ---- values ---------------------------------------------------------------------------------------------------------
 
-// sums [kRows, kVecs vectors] = fade sums + p V.
+// sums [kRows, kVecs vectors] = fade sums + p V. next: null, or the rows of a block to ask for.
 template <int kRows, int kVecs, CacheType kType>
 static inline void direct_values(const float* p, const void* v, int64_t v_stride, int64_t at, int64_t width,
-                                 int64_t begin, int64_t end, const float* fade, float* sums, int64_t padded) {
+                                 int64_t begin, int64_t end, const float* fade, float* sums, int64_t padded,
+                                 const void* next, int64_t next_stride, int64_t next_width) {
   using S = Simd;
   S::F sum[kRows][kVecs];
 #pragma GCC unroll 4
@@ -214,6 +228,7 @@ static inline void direct_values(const float* p, const void* v, int64_t v_stride
 #pragma GCC unroll 4
     for (int i = 0; i < kVecs; ++i) sum[r][i] = S::mul(S::load(sums + r * padded + i * S::kLanes), S::set1(fade[r]));
   for (int64_t j = begin; j < end; ++j) {
+    if (next) prefetch_row<kType>(next, next_stride, j, next_width);
     S::F x[kVecs];
 #pragma GCC unroll 4
     for (int i = 0; i < kVecs; ++i)

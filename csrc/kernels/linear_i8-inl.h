@@ -21,6 +21,7 @@ struct TileArgs {
   const float* x_scale;  // [blocks, tile]
   const int32_t *minus, *apart;  // [segments, tile]
   const uint32_t* apart_rows;  // [segments]
+  const float* params;  // [segments, passes, 4 vectors], see SegmentEnd; null: made on the way
   float* y;  // [rows, 32] partial sums, read and written
   int64_t k_begin, k_end, group, tile;
   Zeros form;
@@ -66,17 +67,48 @@ inline void clear_start(uint32_t rows, int32_t* start) {
   }
 }
 
+// SegmentEnd::params of pass h of a group.
+template <Codes kCodes>
+inline void group_params(const TileArgs& a, int64_t group, int h, float* out) {
+  using S = Simd;
+  constexpr int L = S::kLanes;
+  constexpr int kSymmetricZero = kCodes == Codes::u8 ? S::kBias8 : 8;
+  const int64_t c0 = group * kPanel + h * L, c1 = c0 + 16;
+  if (a.form == Zeros::minimum) {
+    const uint16_t* minima = static_cast<const uint16_t*>(a.zeros);
+    S::store(out, load_scale(minima + c0, a.scale_type));
+    S::store(out + L, load_scale(minima + c1, a.scale_type));
+  } else {
+    const uint8_t* zeros = static_cast<const uint8_t*>(a.zeros);
+    auto* to = reinterpret_cast<int32_t*>(out);
+    S::store_i32(to, zeros ? S::load_u8_as_i32(zeros + c0) : S::iset1(kSymmetricZero));
+    S::store_i32(to + L, zeros ? S::load_u8_as_i32(zeros + c1) : S::iset1(kSymmetricZero));
+  }
+  S::store(out + 2 * L, load_scale(a.scales + c0, a.scale_type));
+  S::store(out + 3 * L, load_scale(a.scales + c1, a.scale_type));
+}
+
+// The same for all segments of [a.k_begin, a.k_end): many tiles share them.
+template <Codes kCodes>
+inline void block_params(const TileArgs& a, float* out) {
+  constexpr int H = Simd::kHalves, L = Simd::kLanes;
+  for (int64_t k = a.k_begin; k < a.k_end; out += H * 4 * L) {
+    for (int h = 0; h < H; ++h) group_params<kCodes>(a, k / a.group, h, out + h * 4 * L);
+    k = min_of((k / a.group + 1) * a.group, min_of((k / kActBlock + 1) * kActBlock, a.k_end));
+  }
+}
+
 template <int R, Codes kCodes>
 void tile_i8(const TileArgs& a) {
   using S = Simd;
   constexpr int H = S::kHalves, L = S::kLanes;
   constexpr int64_t kBlockBytes = kCodes == Codes::packed4 ? 64 : 128;
-  constexpr int kSymmetricZero = kCodes == Codes::u8 ? S::kBias8 : 8;
   alignas(64) float params[4 * L];
   alignas(64) float block[R * kPanel];
   alignas(64) int32_t start[R * 2 * L];
   float sums[R];
   bool start_is_zero = false;
+  const float* ready = a.params;
   const uint8_t* codes = a.codes;
   const int8_t* q = a.q;
   const int64_t q_step = a.tile * kStep;
@@ -100,19 +132,12 @@ void tile_i8(const TileArgs& a) {
       }
       e.start = rows ? start : nullptr;
       for (int h = 0; h < H; ++h) {
-        const int64_t c0 = group * kPanel + h * L, c1 = c0 + 16;
-        if (a.form == Zeros::minimum) {
-          const uint16_t* minima = static_cast<const uint16_t*>(a.zeros);
-          S::store(params, load_scale(minima + c0, a.scale_type));
-          S::store(params + L, load_scale(minima + c1, a.scale_type));
+        if (a.params) {
+          e.params = ready;
+          ready += 4 * L;
         } else {
-          const uint8_t* zeros = static_cast<const uint8_t*>(a.zeros);
-          auto* to = reinterpret_cast<int32_t*>(params);
-          S::store_i32(to, zeros ? S::load_u8_as_i32(zeros + c0) : S::iset1(kSymmetricZero));
-          S::store_i32(to + L, zeros ? S::load_u8_as_i32(zeros + c1) : S::iset1(kSymmetricZero));
+          group_params<kCodes>(a, group, h, params);
         }
-        S::store(params + 2 * L, load_scale(a.scales + c0, a.scale_type));
-        S::store(params + 3 * L, load_scale(a.scales + c1, a.scale_type));
         if (rows) start_apart<kCodes>(rows, apart, codes, h, start);
         S::template segment<R, kCodes>(codes, h, q, q_step, (end - k) / kStep, e);
       }
@@ -176,8 +201,10 @@ inline int64_t rows_per_block(const QuantizedRows& x) {
                                 void* scratch) {
   const bool unpack = w.bits == 4 && x.m > Simd::kPackedRows;
   uint8_t* bytes = static_cast<uint8_t*>(scratch);
+  float* params = reinterpret_cast<float*>(bytes + 32 * kBlockK);
   float* partial = reinterpret_cast<float*>(bytes + 64 * 1024);
   const int64_t block_bytes = 16 * w.bits;
+  const bool many = x.m > 2 * x.tile;
   const int64_t block_rows = rows_per_block(x);
   const int64_t block_k = x.m <= x.tile ? w.k_padded : kBlockK;  // one tile: the stream of codes must not pause
   TileArgs a;
@@ -204,6 +231,8 @@ inline int64_t rows_per_block(const QuantizedRows& x) {
           unpack_block(a.codes, a.k_end - k0, bytes);
           a.codes = bytes;
         }
+        a.params = many ? params : nullptr;
+        if (many) w.bits == 8 ? block_params<Codes::u8>(a, params) : block_params<Codes::packed4>(a, params);
         for (int64_t r = row0; r < row_end; r += x.tile) {
           a.q = x.q + r * x.k_padded + k0 * x.tile;
           a.x_scale = x.scale + r * x.blocks + k0 / kActBlock * x.tile;

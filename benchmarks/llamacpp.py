@@ -1,0 +1,126 @@
+"""The peer llama.cpp through llama-cpp-python's bindings of its C interface, run by the peers' interpreter.
+
+At its best: weights repacked and in huge pages (no file mapping; glibc's tunable is set by bench_models), and each of
+prompt and generation with flash attention on or off, whichever is faster. Tokens are random and nothing is sampled, as
+in llama-bench.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import llama_cpp as llama
+
+FLASH = {"on": llama.LLAMA_FLASH_ATTN_TYPE_ENABLED, "off": llama.LLAMA_FLASH_ATTN_TYPE_DISABLED}
+BATCH = 2048
+
+
+@llama.llama_log_callback
+def _quiet(level: int, text: bytes, _: Any) -> None:
+    if level == 4:  # an error
+        print(text.decode(errors="replace"), end="")
+
+
+def start() -> None:
+    """Initialise the library; only its errors are printed."""
+    llama.llama_log_set(_quiet, ctypes.c_void_p(0))
+    llama.llama_backend_init()
+
+
+def quantize(source: str, form: str, target: str, threads: int) -> None:
+    """Quantise a GGUF file of any type to ``form``, Q4_0 or Q4_K_M, as llama-quantize does."""
+    start()
+    params = llama.llama_model_quantize_default_params()
+    params.nthread = threads
+    params.ftype = getattr(llama, f"LLAMA_FTYPE_MOSTLY_{form}")
+    params.allow_requantize = True
+    if llama.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params)):
+        raise RuntimeError(f"llama.cpp cannot quantise {source} to {form}")
+
+
+class Engine:
+    """A loaded GGUF file."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        start()
+        params = llama.llama_model_default_params()
+        params.n_gpu_layers = 0
+        params.load_mode = llama.LLAMA_LOAD_MODE_NONE
+        self.model = llama.llama_model_load_from_file(str(path).encode(), params)
+        if not self.model:
+            raise RuntimeError(f"llama.cpp cannot load {path}")
+        self.threads = threads
+        self.vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self.model))
+        self.version = f"llama-cpp-python {llama.__version__}"
+        self.weight_bytes, self.weights = streamed(path)
+
+    def run(self, request: dict[str, Any]) -> dict[str, Any]:
+        """ttft_s and step_s, of the faster of flash attention on and off each, and which that was."""
+        found = {name: self._run(request, flash) for name, flash in FLASH.items()}
+        prompt = min(found, key=lambda name: found[name][0])
+        steps = min(found, key=lambda name: statistics.median(found[name][1]))
+        return {"ttft_s": found[prompt][0], "step_s": found[steps][1], "flash": f"pp {prompt}, tg {steps}"}
+
+    def _run(self, request: dict[str, Any], flash: int) -> tuple[float, list[float]]:
+        depth, pp, tg, batch = (request[key] for key in ("depth", "pp", "tg", "batch"))
+        params = llama.llama_context_default_params()
+        params.n_ctx = batch * ((depth + pp + tg + 255) // 256 * 256)
+        params.n_batch = BATCH
+        params.n_ubatch = 512
+        params.n_seq_max = batch
+        params.n_threads = params.n_threads_batch = self.threads
+        params.flash_attn_type = flash
+        params.no_perf = True
+        context = llama.llama_init_from_model(self.model, params)
+        if not context:
+            raise RuntimeError("llama.cpp cannot make a context of this size")
+        buffer = llama.llama_batch_init(BATCH, 0, 1)
+        rng = random.Random(request["seed"])
+        try:
+            self._decode(context, buffer, rng, range(depth or min(pp, 512)), batch)  # also touches all buffers
+            if not depth:
+                llama.llama_memory_clear(llama.llama_get_memory(context), False)
+            start_s = time.perf_counter()
+            self._decode(context, buffer, rng, range(depth, depth + pp), batch)
+            times = [time.perf_counter()]
+            for position in range(depth + pp, depth + pp + tg - 1):
+                self._decode(context, buffer, rng, range(position, position + 1), batch)
+                times.append(time.perf_counter())
+        finally:
+            llama.llama_batch_free(buffer)
+            llama.llama_free(context)
+        return times[0] - start_s, [b - a for a, b in itertools.pairwise(times)]
+
+    def _decode(self, context: Any, buffer: Any, rng: random.Random, positions: range, batch: int) -> None:
+        """Random tokens at ``positions`` of every sequence; logits of each one's last."""
+        todo = [(sequence, position) for sequence in range(batch) for position in positions]
+        if len(positions) == 1:
+            todo.sort(key=lambda pair: pair[1])
+        for first in range(0, len(todo), BATCH):
+            part = todo[first : first + BATCH]
+            buffer.n_tokens = len(part)
+            for index, (sequence, position) in enumerate(part):
+                buffer.token[index] = rng.randrange(self.vocab)
+                buffer.pos[index] = position
+                buffer.n_seq_id[index] = 1
+                buffer.seq_id[index][0] = sequence
+                buffer.logits[index] = position == positions[-1]
+            if llama.llama_decode(context, buffer):
+                raise RuntimeError("llama_decode failed")
+        llama.llama_synchronize(context)
+
+
+def streamed(path: Path) -> tuple[int, int]:
+    """Bytes and number of the weights that every token reads: all matrices but an embedding that is not the head."""
+    import gguf
+
+    tensors = gguf.GGUFReader(path).tensors
+    untied = any(tensor.name == "output.weight" for tensor in tensors)
+    read = [t for t in tensors if len(t.shape) > 1 and not (untied and t.name == "token_embd.weight")]
+    return sum(int(t.n_bytes) for t in read), sum(int(t.n_elements) for t in read)

@@ -1,0 +1,221 @@
+"""Whole-model benchmarks: arguments, engines that are not there, rows. No peer is needed and no timing is asserted."""
+
+import json
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # `pytest` alone does not add it, `python -m pytest` does
+
+from benchmarks import bench_models, gguf_shapes, machine, peers, report, shapes  # noqa: E402
+
+TINY = {
+    "model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 256,
+}  # fmt: skip
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """A shape that loads at once; nothing is installed and nothing is written outside tmp_path."""
+    monkeypatch.setitem(shapes.SHAPES, "tinyllama-1.1b", TINY)
+    monkeypatch.setattr(peers, "PEERS", tmp_path)
+    monkeypatch.setattr(peers, "TORCHAO", tmp_path / "torchao")
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+
+
+def labels(text, *argv):
+    args, _ = bench_models.parse(["--threads", "2", *argv])
+    return [choice.label for choice in bench_models.choices(text, args)]
+
+
+# ---- arguments ------------------------------------------------------------------------------------------------------
+
+
+def test_engines_carry_settings():
+    assert labels("cpullm,llama.cpp,openvino,hf-bf16,torchao") == [
+        "cpullm g32 zero point int8", "llama.cpp g32 Q4_0", "llama.cpp Q4_K_M", "openvino g128 sym", "hf-bf16",
+        "torchao g32",
+    ]  # fmt: skip
+    assert labels("cpullm:g32:sym,cpullm:g128:fp32,llama.cpp:q4_0,torchao:g64,cpullm:g32:sym") == [
+        "cpullm g32 sym int8", "cpullm g128 zero point fp32", "llama.cpp g32 Q4_0", "torchao g64",
+    ]  # fmt: skip
+    assert labels("cpullm,cpullm:zero", "--sym", "--group", "64") == [
+        "cpullm g64 sym int8",
+        "cpullm g64 zero point int8",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--engines", "vllm"], "'vllm' is not one of cpullm, llama.cpp, openvino, hf-bf16, torchao"),
+        (["--engines", "hf-bf16:g32"], "hf-bf16 has no setting 'g32'"),
+        (["--engines", "cpullm:q4_0"], "cpullm has no setting 'q4_0'"),
+        (["--engines", "openvino:g48"], "openvino has no setting 'g48'"),
+        (["--pp", "0"], "--pp must be at least 1, got 0"),
+        (["--tg", "1"], "--tg must be at least 2, got 1"),
+        (["--depth", "-1"], "--depth must be at least 0, got -1"),
+        (["--batch", "0"], "--batch must be at least 1, got 0"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--model", "/nowhere/model"], "no such file or directory"),
+    ],
+)
+def test_wrong_arguments_end_with_a_message(argv, says, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench_models.parse(argv)
+    assert says in capsys.readouterr().err
+
+
+def test_every_shape_of_the_issue_is_known():
+    billions = {name: round(shapes.parameters(name) / 1e9, 1) for name in shapes.SHAPES}
+    assert billions == {"tinyllama-1.1b": 1.1, "llama-2-7b": 6.7, "gpt-j-6b": 6.1, "gpt-neox-20b": 20.6}
+
+
+# ---- engines that cannot run ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["llama.cpp:q4_0", "llama.cpp:q4_k_m", "openvino", "torchao"])
+def test_an_engine_that_is_not_installed_is_a_dash(engine, tiny, capsys):
+    assert bench_models.main(["--engines", engine, "--threads", "1"]) == 1
+    captured = capsys.readouterr()
+    (only,) = captured.out.splitlines()
+    assert only.startswith(engine.partition(":")[0])
+    assert only.split()[-5:] == ["-", "(not", "installed:", "make", "peers)"]
+    assert captured.err == ""
+
+
+def test_a_model_beyond_memory_is_a_dash(monkeypatch, capsys):
+    monkeypatch.setattr(machine, "available_bytes", lambda: 1 << 30)
+    assert bench_models.main(["--model", "gpt-neox-20b", "--engines", "hf-bf16", "--threads", "1"]) == 1
+    assert "(needs about 44 GiB of memory)" in capsys.readouterr().out
+
+
+def test_a_conversion_beyond_memory_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(peers, "MODELS", tmp_path)
+    with pytest.raises(peers.Missing, match="its conversion needs about 17 GiB of memory"):
+        peers.prepare(
+            "openvino", "llama-2-7b", form="sym", group=128, threads=1,
+            weights=bench_models.weights_of("llama-2-7b"), available=16 << 30,
+        )  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_engine_that_fails_is_a_dash(monkeypatch, capfd):
+    monkeypatch.setitem(shapes.SHAPES, "not-there", TINY)  # the engine's process does not know it
+    assert bench_models.main(["--model", "not-there", "--engines", "hf-bf16", "--threads", "1"]) == 1
+    out, err = capfd.readouterr()
+    assert out.startswith("hf-bf16")
+    assert "(ValueError: --model not-there: no such file or directory)" in out
+    assert "Traceback" not in err
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_prints_and_appends_rows(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(shapes.SHAPES, "t", TINY)
+    folder = tmp_path / "my-model"
+    shapes.random_model("t", torch.bfloat16).save_pretrained(folder)
+    file = tmp_path / "new" / "models.jsonl"
+    argv = ["--model", str(folder), "--engines", "cpullm:g32:sym,hf-bf16", "--pp", "8", "--tg", "3", "--threads", "1"]
+    assert bench_models.main([*argv, "--rounds", "2", "--depth", "4", "--batch", "2", "--json", str(file)]) == 0
+    ours, theirs = (json.loads(line) for line in file.read_text().splitlines())
+    wanted = "engine model bits pp_tps tg_tps ttft_s ms_per_token gbps pct_bw rss_peak_gib threads foreign_cpu"
+    assert set(wanted.split()) <= ours.keys()
+    assert (ours["engine"], ours["group"], ours["form"], theirs["engine"]) == ("cpullm", 32, "sym", "hf-bf16")
+    assert (ours["model"], ours["depth"], ours["batch"], ours["rounds"]) == ("my-model", 4, 2, 2)
+    assert 4.5 <= ours["bits"] < 8
+    assert theirs["bits"] == 16
+    assert ours["tg_tps"] == pytest.approx(2000 / ours["ms_per_token"])
+    out = capsys.readouterr().out
+    assert "pp8 tg3 after 4 tokens, batch 2" in out
+    assert max(map(len, out.splitlines()[2:])) <= 120
+    assert "pp8, tg3, depth 4, batch 2" in report.table("models", file.parent)
+
+
+@pytest.mark.parametrize(
+    ("together", "wanted"),
+    [
+        (True, "start a, start b, run a 0, run b 0, run a 1, run b 1"),
+        (False, "start a, run a 0, close a, start b, run b 0, close b, start a, run a 1, close a, start b"),
+    ],
+)
+def test_rounds_are_interleaved_and_a_failing_engine_goes(together, wanted, monkeypatch, capsys):
+    log = []
+
+    class Fake:
+        choice = bench_models.Choice("cpullm")
+
+        def __init__(self, name):
+            self.name, self.results = name, []
+
+        def start(self, args):
+            log.append(f"start {self.name}")
+            if log.count("start b") == 2:
+                raise peers.Missing("ended with status -9")
+
+        def run(self, args, seed):
+            log.append(f"run {self.name} {seed}")
+
+        def close(self):
+            log.append(f"close {self.name}")
+
+    monkeypatch.setattr(machine, "l3_bytes", lambda: 1 << 17)
+    args, _ = bench_models.parse(["--rounds", "2", "--threads", "1"])
+    running = [Fake("a"), Fake("b")]
+    assert len(bench_models.measure(running, args, together)) == 3
+    assert ", ".join(log) == wanted
+    assert [fake.name for fake in running] == (["a", "b"] if together else ["a"])
+    assert capsys.readouterr().out.endswith("-  (ended with status -9)\n" if not together else "")
+
+
+def test_depth_is_shown_and_does_not_hide_another(tmp_path):
+    row = {
+        "machine": "Some CPU", "commit": "0123", "date": "2030-01-02", "model": "tiny", "engine": "llama.cpp",
+        "group": 32, "form": "Q4_0", "compute": None, "threads": 2, "pp": 512, "tg": 64, "pp_tps": 700.0,
+        "tg_tps": 88.8, "ttft_s": 0.73, "ms_per_token": 11.26, "rss_peak_gib": 0.9, "foreign_cpu": 0.0,
+    }  # fmt: skip
+    both = [row, {**row, "depth": 1024, "batch": 1}]
+    (tmp_path / "models.jsonl").write_text("".join(json.dumps(r) + "\n" for r in both))
+    table = report.table("models", tmp_path)
+    assert "llama.cpp (g32, Q4_0)" in table
+    assert table.count("pp512, tg64 ") == table.count("pp512, tg64, depth 1024 ") == 1
+
+
+# ---- GGUF files of a shape ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("form", "bits"), [("Q4_0", 4.5), ("Q4_K_M", 4.5)])
+def test_a_shapes_gguf_file_is_whole(form, bits, tmp_path, monkeypatch):
+    monkeypatch.setitem(shapes.SHAPES, "t", TINY)
+    path = tmp_path / "t.gguf"
+    gguf_shapes.write("t", form, path)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    assert len(tensors) == 2 * (7 + 2) + 3
+    assert list(tensors["blk.1.ffn_down.weight"].shape) == [512, 256]
+    for tensor in tensors.values():
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        assert values.shape == tuple(reversed(tensor.shape))
+        assert np.isfinite(values).all()
+        assert 0 < np.abs(values).max() <= 1
+    query = tensors["blk.0.attn_q.weight"]
+    assert 8 * query.n_bytes / query.n_elements == bits
+    assert tensors["output.weight"].tensor_type == gguf.GGMLQuantizationType.Q6_K
+
+
+def test_types_follow_llama_quantize():
+    kinds = [gguf_shapes.kind_of("Q4_K_M", "ffn_down", layer, 22).name for layer in range(22)]
+    assert [layer for layer, kind in enumerate(kinds) if kind == "Q6_K"] == [0, 1, 4, 7, 10, 13, 16, 19, 20, 21]
+    assert gguf_shapes.kind_of("Q4_K_M", "attn_qkv").name == "Q5_K"
+
+
+def test_a_shape_that_llamacpp_has_not_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"llama\.cpp has no gptj models"):
+        gguf_shapes.write("gpt-j-6b", "Q4_0", tmp_path / "x.gguf")
+    assert not list(tmp_path.iterdir())
