@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .config import SCALE_DTYPES, Settings
 from .linear import STORED, PackedEmbedding, PackedLinear
-from .packing import PackedWeight, check_bits, check_group_size, from_stored, pack, resolve_group, stored_width
+from .packing import PackedWeight, check_bits, check_group_size, pack_stored, resolve_group, stored_width
 
 FORMAT_VERSION = 1
 INSTALL = "pip install torch_cpullm"
@@ -82,7 +82,7 @@ class Form:
         codes, scales, zeros = (None if value is None else value.detach() for value in values)
         assert codes is not None
         assert scales is not None
-        return pack(from_stored(codes, scales, zeros, n, k, self.bits, self.group_size))
+        return pack_stored(codes, scales, zeros, n, k, self.bits, self.group_size)
 
 
 # ---- the description ------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .packing import PackedWeight, dequantize, from_stored, pack, stored_form, unpack
+from .packing import PackedWeight, dequantize, pack_stored, stored_form, unpack
 
 STORED = ("weight_codes", "weight_scales", "weight_zeros")  # names of packing.stored_form() in a state dict
 
@@ -76,7 +76,7 @@ class PackedModule(nn.Module):
         else:
             try:
                 p = self.packed
-                _copy_into(p, pack(from_stored(codes, scales, zeros, p.n, p.k, p.bits, p.group_size)))
+                _copy_into(p, pack_stored(codes, scales, zeros, p.n, p.k, p.bits, p.group_size))
             except ValueError as error:
                 errors.append(f"{prefix.rstrip('.')}: {error}")
         rest = {name: value for name, value in state_dict.items() if name not in names}
