@@ -259,13 +259,18 @@ class CpuLlmQuantizer(HfQuantizer):
         finish(model, settings, skipped, frozen)
         return model
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        if isinstance(dtype, str):  # as transformers leaves it in a config that was saved
+            dtype = cast("torch.dtype", getattr(torch, dtype))
         quantizer = model.__dict__.get("hf_quantizer")
         restore(model)
         if quantizer is not None:
             model.hf_quantizer = quantizer  # transformers removes it next
         model.is_quantized = False
-        return model if dtype is None else model.to(dtype)
+        if dtype is not None:  # of parameters alone: rotary frequencies are float32 whatever the model is
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(dtype)
+        return model
 
     def remove_quantization_config(self, model: Any) -> None:
         """Make the model a float one in transformers' eyes."""
