@@ -453,17 +453,6 @@ def test_copies_and_pickles_generate_the_same():
         assert (other.dtype, model.dtype) == (torch.bfloat16, torch.float32)
 
 
-def test_save_pretrained_says_what_to_do(tmp_path):
-    model = torch_cpullm.optimize(LLAMA.build())
-    with pytest.raises(RuntimeError, match=r"save_pretrained .* not supported .* save the float model before"):
-        model.save_pretrained(tmp_path / "m")
-    assert not (tmp_path / "m").exists()
-    restored = torch_cpullm.restore(model)
-    restored.save_pretrained(tmp_path / "m")
-    again = type(restored).from_pretrained(tmp_path / "m")
-    assert torch.equal(generate(again, prompt()), generate(restored, prompt()))
-
-
 def test_forward_outside_of_no_grad():
     ids = prompt()
     got = torch_cpullm.optimize(LLAMA.build())(ids).logits

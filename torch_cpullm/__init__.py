@@ -6,10 +6,12 @@ torch, the compiled operators and transformers come with the first use of a name
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import launch as _launch  # noqa: F401  (records torch's thread count before anybody changes it)
+# What torch was set to when this package was imported, None before torch: see launch.
+_torch_threads: int | None = getattr(sys.modules.get("torch"), "get_num_threads", lambda: None)()
 
 if TYPE_CHECKING:
     from .coverage import Report, report

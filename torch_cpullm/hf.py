@@ -1,19 +1,41 @@
-"""HuggingFace side: the quantisation config. Loaded only when asked for, since it imports transformers."""
+"""HuggingFace side: the quantisation config, and the quantizer by which from_pretrained makes and loads packed models.
+
+Loaded only when asked for, since it imports transformers; importing it registers ``quant_method: cpullm`` there.
+
+    float checkpoint    each weight is quantised and packed when transformers reads it; a placeholder of one element
+                        stands for it until all are there, so transformers ties and initialises what it always does
+    ours                the stored tensors take the place of the weight's; packed when all are there
+
+Either way the modules are then swapped and finished as :func:`torch_cpullm.optimize` does it.
+"""
 
 from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from . import ops
+from .checkpoint import MARKER, Form, check_files, check_version, form_of, read_forms
 from .config import Settings
+from .launch import apply_default_threads
+from .linear import STORED
+from .packing import PackedWeight
+from .plan import Target, check_strict, find_targets, stored_targets
+from .swap import finish, freeze, put_in_place, restore, swap_module
 
 
 class CpuLlmConfig(Settings, QuantizationConfigMixin):
     """Settings of torch_cpullm with the conventions of transformers' quantisation configs.
 
-    Arguments as :class:`torch_cpullm.config.Settings`. Unknown keyword arguments are accepted and ignored, as in
-    transformers, so that a newer config loads. Raises ValueError naming the field that is wrong.
+    Arguments as :class:`torch_cpullm.config.Settings`. strict: raise instead of leaving a weight matrix in float; it is
+    not saved. Unknown keyword arguments are accepted and ignored, as in transformers, so that a newer config loads; a
+    ``format_version`` beyond what this package reads does not. Raises ValueError naming the field that is wrong.
     """
 
     def __init__(
@@ -26,13 +48,284 @@ class CpuLlmConfig(Settings, QuantizationConfigMixin):
         scale_dtype: str = "float16",
         modules_to_not_convert: list[str] | None = None,
         kv_cache: str = "auto",
+        strict: bool = False,
         **kwargs: Any,
     ) -> None:
         self.quant_method = cast("Any", "cpullm")  # transformers types only the methods of its own
+        self.strict = strict
+        if "format_version" in kwargs:  # of a checkpoint
+            check_version(kwargs["format_version"])
+            for name in ("format_version", "modules", "tensors", "hint"):
+                setattr(self, name, kwargs.get(name))
         Settings.__init__(
             self, bits, group_size, sym, compute, head_bits, scale_dtype, modules_to_not_convert, kv_cache
         )
 
     def to_dict(self) -> dict[str, Any]:
         """The serialised fields."""
-        return dict(vars(self))
+        return {name: value for name, value in vars(self).items() if name != "strict"}
+
+
+class CpuLlmQuantizer(HfQuantizer):
+    """What transformers calls while it loads a model with a CpuLlmConfig; one per model."""
+
+    requires_calibration = False
+    quantization_config: Any
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._targets: list[Target] = []
+        self._skipped: dict[str, str] = {}
+        self._frozen: set[str] = set()
+        self._forms: dict[int, Form] = {}  # by id of the target
+        self._saved: dict[str, Any] = {}  # what the model had of its own
+        # A float checkpoint: parameter name -> target, names tied to it, the placeholder's weight; the first error.
+        self._by_name: dict[str, Target] = {}
+        self._tied: dict[str, set[str]] = {}
+        self._packed: dict[str, PackedWeight] = {}
+        self._error: ValueError | None = None
+
+    # ---- transformers' protocol: before ----
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """ValueError for a device map that names anything but the CPU, and what the package refuses in any case."""
+        self.quantization_config.validate()
+        ops.isa()
+        places = kwargs.get("device_map")
+        places = set(places.values()) if isinstance(places, dict) else {places}
+        wrong = [place for place in places if not _is_cpu(place)]
+        if wrong:
+            raise ValueError(f"torch_cpullm computes on the CPU: device_map must not name {wrong[0]}")
+        if self.pre_quantized:
+            check_version(getattr(self.quantization_config, "format_version", None))
+
+    def update_device_map(self, device_map: Any) -> dict[str, Any]:
+        """The CPU, whatever accelerators the machine has."""
+        return {"": torch.device("cpu")}
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        """Decide what becomes of every module of ``model``, which is on the meta device."""
+        settings = self.quantization_config
+        self._clear()
+        with torch.device("cpu"):  # here it is meta
+            self._targets, self._skipped = find_targets(model, settings)
+        self._frozen = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if self.pre_quantized:
+            self._expect_stored(model, kwargs.get("checkpoint_files"))
+        else:
+            self._by_name = {f"{name}.weight": target for target in self._targets for name in target.names}
+            for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+                self._tied.setdefault(source, {source}).add(target)
+            self._tied.update({name: names for names in list(self._tied.values()) for name in names})
+        if settings.strict:
+            check_strict(model, self._targets, self._skipped)
+        apply_default_threads()
+        return model
+
+    # ---- a float checkpoint ----
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether :class:`_Quantize` takes this parameter."""
+        return not self.pre_quantized and param_name in self._by_name
+
+    @property
+    def quantized_element_size(self) -> float:
+        """Bytes per weight, for transformers' estimates."""
+        return self.quantization_config.bits / 8
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """The operation that takes a loaded float weight."""
+        return _Quantize(self)
+
+    def take(self, name: str, value: Tensor) -> Tensor:
+        """Quantise and pack the weight of this name; returns what the module holds until all weights are there."""
+        target = self._by_name[name]
+        if tuple(value.shape) != tuple(target.stored.shape):
+            self._error = self._error or ValueError(
+                f"{name} is {list(value.shape)} in the checkpoint, and must be {list(target.stored.shape)}"
+            )
+        tied = self._tied.get(name, {name})
+        if self._error is None:
+            try:
+                self._packed[name] = target.packed(value, self.quantization_config)
+            except ValueError as error:
+                self._error = error
+        if self._error is not None:  # raised when transformers is through: it would only log it here
+            value = torch.zeros((), dtype=value.dtype).expand(target.stored.shape)
+        elif tied <= self._by_name.keys():
+            # transformers ties two weights of a checkpoint only if they are equal.
+            others = [other for other in tied - {name} if other in self._packed]
+            same = all(_equal(self._packed[other], self._packed[name]) for other in others)
+            value = torch.full((), 0 if same else 1, dtype=value.dtype).expand(value.shape)
+        return value  # a weight that also serves a module which stays in float is kept as it is
+
+    # ---- our own checkpoint ----
+
+    def _expect_stored(self, model: Any, files: Any) -> None:
+        """Let the modules that the checkpoint has in packed form hold the stored tensors instead of a weight."""
+        description = self.quantization_config
+        forms = read_forms(getattr(description, "modules", None))
+        if files:
+            check_files(files, getattr(description, "tensors", None))
+        prefix = getattr(model, "base_model_prefix", "")
+        by_name = {name: form_of(name, forms, prefix) for name, _ in model.named_modules(remove_duplicate=False)}
+        ours = stored_targets(model, lambda name: getattr(by_name[name], "bits", None))
+        packed = {name for target in ours for name in target.names}
+        planned = [name for target in self._targets for name in target.names]
+        self._skipped.update({name: "float in the checkpoint" for name in planned if name not in packed})
+        for target in ours:
+            self._forms[id(target)] = form = cast("Form", by_name[target.name])
+            weight, shape = target.stored, target.shape
+            del target.module._parameters["weight"]
+            weight._is_hf_initialized = True  # type: ignore[attr-defined]
+            target.module.__dict__["weight"] = weight  # for code that looks at it
+            for name, (size, dtype) in form.tensors(*shape).items():
+                empty = torch.empty(size, dtype=dtype, device="meta")
+                target.module.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+        self._targets = ours
+        self._set_aside(model)
+
+    def _set_aside(self, model: Any) -> None:
+        """Tie stored tensors where transformers would tie weights, and expect the markers."""
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        forms = {f"{name}.weight": self._forms[id(target)] for target in self._targets for name in target.names}
+        now = {}
+        for target, source in tied.items():
+            if forms.get(target) != forms.get(source):
+                continue  # two weights of their own in the checkpoint
+            tensors = forms[target].tensors(1, 1) if target in forms else ()
+            names = [f"_{name.removeprefix('weight_')}" for name in tensors] or [""]
+            now.update({target + name: source + name for name in names})
+        markers = {rf"^{MARKER}$", *(rf"^{name}$".replace(".", r"\.") for name in forms)}
+        ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()) | markers
+        for name, value in (("all_tied_weights_keys", now), ("_keys_to_ignore_on_load_unexpected", ignored)):
+            if name in model.__dict__:
+                self._saved[name] = model.__dict__[name]
+            setattr(model, name, value)
+
+    def _pack_stored(self, model: Any) -> None:
+        """Swap in the packed form of every stored weight."""
+        for name in ("all_tied_weights_keys", "_keys_to_ignore_on_load_unexpected"):
+            model.__dict__.pop(name, None)
+        model.__dict__.update(self._saved)
+        missing = [
+            f"{target.name}.{name}"
+            for target in self._targets
+            for name in STORED
+            if name in target.module._parameters
+            and not getattr(target.module._parameters[name], "_is_hf_initialized", False)
+        ]
+        if missing:
+            more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+            raise ValueError(f"this checkpoint lacks, or has in another shape: {', '.join(missing[:4])}{more}")
+        packed: dict[tuple[int, Form], PackedWeight] = {}
+        for target in self._targets:
+            module, form = target.module, self._forms[id(target)]
+            weight = module.__dict__.pop("weight")
+            tensors = {name: module._parameters.pop(name) for name in STORED if name in module._parameters}
+            module._parameters["weight"] = None
+            key = id(tensors[STORED[0]]), form
+            if key not in packed:
+                n, k = weight.shape if target.kind != "conv1d" else weight.shape[::-1]
+                try:
+                    packed[key] = form.packed(cast("dict[str, Tensor]", tensors), n, k)
+                except ValueError as error:
+                    raise ValueError(f"this checkpoint is damaged: {target.name}: {error}") from error
+            compute = self.quantization_config.compute
+            put_in_place(model, target, target.replacement(packed[key], weight.dtype, compute))
+
+    # ---- transformers' protocol: after ----
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        """Swap the modules and finish the model, as optimize() does."""
+        settings = self.quantization_config
+        if self._error is not None:
+            raise self._error
+        with torch.no_grad():
+            if self.pre_quantized:
+                self._pack_stored(model)
+                freeze(model)
+            else:
+                parameters = {name: target.stored for name, target in self._by_name.items()}
+                packed = {id(parameters[name]): weight for name, weight in self._packed.items()}
+                freeze(model)
+                for target in self._targets:
+                    swap_module(model, target, settings, packed)
+        skipped, frozen = self._skipped, self._frozen
+        self._clear()
+        finish(model, settings, skipped, frozen)
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        if isinstance(dtype, str):  # as transformers leaves it in a config that was saved
+            dtype = cast("torch.dtype", getattr(torch, dtype))
+        quantizer = model.__dict__.get("hf_quantizer")
+        restore(model)
+        if quantizer is not None:
+            model.hf_quantizer = quantizer  # transformers removes it next
+        model.is_quantized = False
+        if dtype is not None:  # of parameters alone: rotary frequencies are float32 whatever the model is
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(dtype)
+        return model
+
+    def remove_quantization_config(self, model: Any) -> None:
+        """Make the model a float one in transformers' eyes."""
+        super().remove_quantization_config(model)
+        for module in model.modules():
+            getattr(getattr(module, "config", None), "__dict__", {}).pop("_is_quantized", None)
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """True: see :mod:`torch_cpullm.saving`."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """False: packed weights have no gradient."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """True."""
+        return True
+
+
+class _Quantize(ConversionOps):
+    """Takes the float weights of a :class:`CpuLlmQuantizer` and lets all other tensors pass."""
+
+    def __init__(self, quantizer: CpuLlmQuantizer) -> None:
+        self._quantizer = quantizer
+
+    @torch.no_grad()
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Name -> tensor, or a list of one, as the model gets it."""
+        result = {}
+        for name, value in input_dict.items():
+            tensor = value[0] if isinstance(value, list) else value
+            wanted = self._quantizer.param_needs_quantization(None, name)
+            result[name] = self._quantizer.take(name, tensor) if wanted else tensor
+        return result
+
+
+def _is_cpu(place: Any) -> bool:
+    """Whether this entry of a device map may mean the CPU; names of strategies do."""
+    if place is None or place in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return True
+    return place == "cpu" or getattr(place, "type", None) == "cpu"
+
+
+def _equal(a: PackedWeight, b: PackedWeight) -> bool:
+    pairs = ((a.codes, b.codes), (a.scales, b.scales), (a.zeros, b.zeros))
+    return all((x is None and y is None) or (x is not None and y is not None and torch.equal(x, y)) for x, y in pairs)
+
+
+def _register() -> None:
+    """Once per process; another registration of this name is ours from an earlier import."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING["cpullm"] = CpuLlmConfig
+    AUTO_QUANTIZER_MAPPING["cpullm"] = CpuLlmQuantizer
+
+
+_register()

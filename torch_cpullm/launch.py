@@ -20,6 +20,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+from . import _torch_threads
+
 logger = logging.getLogger("torch_cpullm")
 
 #: OpenMP settings that only the user can have made; any of them means that torch's thread count is left alone.
@@ -37,14 +39,8 @@ USER_VARIABLES = (
 _NO_MEMORY_LIMIT_BYTES = 1 << 60
 
 
-def _torch_threads_if_loaded() -> int | None:
-    """Threads torch is set to, or None when the process has not imported torch (completely) yet."""
-    get_num_threads = getattr(sys.modules.get("torch"), "get_num_threads", None)
-    return get_num_threads() if get_num_threads is not None else None
-
-
 # What torch said when this package was imported: another value later means that somebody called torch.set_num_threads.
-_torch_threads_at_import = _torch_threads_if_loaded()
+_torch_threads_at_import = _torch_threads
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .packing import PackedWeight, QuantizedWeight, dequantize, pack, unpack
+from .packing import PackedWeight, dequantize, pack_stored, stored_form, unpack
+
+STORED = ("weight_codes", "weight_scales", "weight_zeros")  # names of packing.stored_form() in a state dict
 
 
 class PackedModule(nn.Module):
@@ -62,25 +64,19 @@ class PackedModule(nn.Module):
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        weight = unpack(self.packed)
-        codes = weight.codes
-        if weight.bits == 4:
-            if weight.k % 2:
-                codes = torch.cat([codes, codes.new_zeros(weight.n, 1)], 1)
-            codes = codes[:, ::2] | codes[:, 1::2] << 4
-        destination[prefix + "weight_codes"] = codes
-        destination[prefix + "weight_scales"] = weight.scales
-        if weight.zeros is not None:
-            destination[prefix + "weight_zeros"] = weight.zeros
+        for name, value in zip(STORED, stored_form(unpack(self.packed)), strict=True):
+            if value is not None:
+                destination[prefix + name] = value
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
-        names = [prefix + name for name in ("weight_codes", "weight_scales", "weight_zeros")]
+        names = [prefix + name for name in STORED]
         codes, scales, zeros = (state_dict.get(name) for name in names)
         if codes is None or scales is None:
             missing.extend(name for name, value in zip(names, (codes, scales), strict=False) if value is None)
         else:
             try:
-                _copy_into(self.packed, pack(_canonical(codes, scales, zeros, self.packed)))
+                p = self.packed
+                _copy_into(p, pack_stored(codes, scales, zeros, p.n, p.k, p.bits, p.group_size))
             except ValueError as error:
                 errors.append(f"{prefix.rstrip('.')}: {error}")
         rest = {name: value for name, value in state_dict.items() if name not in names}
@@ -93,16 +89,6 @@ class PackedModule(nn.Module):
         p = self.packed
         zeros = "symmetric" if p.zeros is None else "zero point" if p.zeros.dtype == torch.uint8 else "minimum"
         return f"bits={p.bits}, group_size={p.group_size}, {zeros}, dtype={str(self.dtype).removeprefix('torch.')}"
-
-
-def _canonical(codes: Tensor, scales: Tensor, zeros: Tensor | None, like: PackedWeight) -> QuantizedWeight:
-    """A saved weight checked against the module that loads it."""
-    width = -(-like.k // 2) if like.bits == 4 else like.k
-    if codes.dtype != torch.uint8 or list(codes.shape) != [like.n, width]:
-        raise ValueError(f"weight_codes must be uint8 {[like.n, width]}, got {codes.dtype} {list(codes.shape)}")
-    if like.bits == 4:
-        codes = torch.stack([codes & 15, codes >> 4], -1).view(like.n, -1)[:, : like.k]
-    return QuantizedWeight(codes, scales, zeros, like.bits, like.group_size)
 
 
 def _copy_into(packed: PackedWeight, new: PackedWeight) -> None:

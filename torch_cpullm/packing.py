@@ -5,8 +5,10 @@ Letters: n output columns, k inputs. ``groups = ceil(k / group_size)``; the last
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import math
+import mmap
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +49,35 @@ def resolve_group(group_size: int, k: int) -> int:
     return whole if group_size == -1 else min(group_size, whole)
 
 
+def _check_scales(scales: Tensor, zeros: Tensor | None, n: int, k: int, bits: int, group_size: int) -> None:
+    """ValueError for scales or zeros that no weight [n, k] of this form has; see :class:`QuantizedWeight`."""
+    shape = [n, -(-k // resolve_group(group_size, k))]
+    if scales.dtype not in SCALE_DTYPES or list(scales.shape) != shape:
+        raise ValueError(
+            f"scales must be float16 or bfloat16 {shape}, got {scales.dtype} {list(scales.shape)} "
+            f"(codes {[n, k]}, group_size {group_size})"
+        )
+    if not _all_finite(scales):
+        raise ValueError("scales must be finite")
+    if zeros is None:
+        return
+    if bits != 4:
+        raise ValueError("zeros are supported for bits=4 only; 8-bit weights are symmetric")
+    if zeros.dtype not in (torch.uint8, scales.dtype) or list(zeros.shape) != shape:
+        raise ValueError(f"zeros must be uint8 or {scales.dtype} {shape}, got {zeros.dtype} {list(zeros.shape)}")
+    if zeros.dtype == torch.uint8:
+        if int(zeros.max()) > 15:
+            raise ValueError(f"zero points must lie in 0..15, got {int(zeros.max())}")
+    elif not _all_finite(zeros):
+        raise ValueError("minima must be finite")
+
+
+def _all_finite(x: Tensor) -> bool:
+    """isfinite(x).all() of float16 or bfloat16, by the exponent's bits: torch converts 16-bit floats one by one."""
+    exponent = 0x7C00 if x.dtype == torch.float16 else 0x7F80
+    return int((x.contiguous().view(torch.int16) & 0x7FFF).max()) < exponent
+
+
 @dataclass(frozen=True)
 class QuantizedWeight:
     """A weight matrix W [n, k] in canonical row-major form, the same on every instruction set.
@@ -70,29 +101,12 @@ class QuantizedWeight:
     def __post_init__(self) -> None:
         check_bits(self.bits)
         check_group_size(self.group_size)
-        codes, scales, zeros = self.codes, self.scales, self.zeros
+        codes = self.codes
         if codes.dtype != torch.uint8 or codes.dim() != 2 or 0 in codes.shape:
             raise ValueError(f"codes must be uint8 [n, k], got {codes.dtype} {list(codes.shape)}")
-        if self.bits == 4 and bool((codes > 15).any()):
+        if self.bits == 4 and int(codes.max()) > 15:
             raise ValueError(f"codes must lie in 0..15 for bits=4, got {int(codes.max())}")
-        shape = [codes.shape[0], self.groups]
-        if scales.dtype not in SCALE_DTYPES or list(scales.shape) != shape:
-            raise ValueError(
-                f"scales must be float16 or bfloat16 {shape}, got {scales.dtype} {list(scales.shape)} "
-                f"(codes {list(codes.shape)}, group_size {self.group_size})"
-            )
-        if not bool(torch.isfinite(scales).all()):
-            raise ValueError("scales must be finite")
-        if zeros is None:
-            return
-        if self.bits != 4:
-            raise ValueError("zeros are supported for bits=4 only; 8-bit weights are symmetric")
-        if zeros.dtype not in (torch.uint8, scales.dtype) or list(zeros.shape) != shape:
-            raise ValueError(f"zeros must be uint8 or {scales.dtype} {shape}, got {zeros.dtype} {list(zeros.shape)}")
-        if zeros.dtype == torch.uint8 and bool((zeros > 15).any()):
-            raise ValueError(f"zero points must lie in 0..15, got {int(zeros.max())}")
-        if zeros.dtype != torch.uint8 and not bool(torch.isfinite(zeros).all()):
-            raise ValueError("minima must be finite")
+        _check_scales(self.scales, self.zeros, self.n, self.k, self.bits, self.group_size)
 
     @property
     def n(self) -> int:
@@ -152,46 +166,60 @@ def _panels(x: Tensor, pad_value: float = 0) -> Tensor:
 
 
 _HUGE_PAGE = 1 << 21
-_MADV_HUGEPAGE = 14  # Linux
+_CACHED = 1 << 19  # codes at a time that fit into a core's cache with their temporaries
 
 
 def _aligned_empty(shape: tuple[int, ...]) -> Tensor:
     """Uninitialised uint8 tensor at a 64-byte boundary; from 2 MiB on at a huge page's, and advised to use huge pages.
 
-    The advice is a hint: nothing depends on it, and systems without huge pages ignore it.
+    Large ones have a mapping of their own: malloc would take them from a heap that quantisation's temporary memory has
+    torn, in pages that are small already. The advice is a hint; systems without huge pages ignore it.
     """
     count = math.prod(shape)
-    alignment = _HUGE_PAGE if count >= _HUGE_PAGE else 64
-    raw = torch.empty(count + alignment - 1, dtype=torch.uint8)
-    start = -raw.data_ptr() % alignment
-    madvise = getattr(ctypes.CDLL(None), "madvise", None)
-    if alignment == _HUGE_PAGE and madvise is not None:
-        madvise(
-            ctypes.c_void_p(raw.data_ptr() + start), ctypes.c_size_t(count // _HUGE_PAGE * _HUGE_PAGE), _MADV_HUGEPAGE
-        )
+    if count < _HUGE_PAGE:
+        raw = torch.empty(count + 63, dtype=torch.uint8)
+        start = -raw.data_ptr() % 64
+    else:
+        mapping = mmap.mmap(-1, count + _HUGE_PAGE - 1, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        raw = torch.frombuffer(mapping, dtype=torch.uint8)
+        start = -raw.data_ptr() % _HUGE_PAGE
+        whole = count // _HUGE_PAGE * _HUGE_PAGE
+        with contextlib.suppress(AttributeError, OSError):  # Linux only; page-aligned, as a mapping is
+            mapping.madvise(mmap.MADV_HUGEPAGE, start, whole)
     return raw[start : start + count].view(shape)
 
 
 def pack(weight: QuantizedWeight) -> PackedWeight:
     """The packed form of ``weight``; :func:`unpack` gives back the same codes, scales and zeros."""
-    n, k = weight.n, weight.k
-    kp, panels = round_up(k, CHUNK), -(-n // PANEL)
     bits = weight.bits
+
+    def blocks(rows: Tensor) -> Tensor:
+        words = rows.view(torch.int32)  # four inputs of one column
+        return words[:, :16] | (words[:, 16:] << 4) if bits == 4 else words
+
+    out = _packed_codes(weight.codes, weight.k, bits, 8, blocks)
+    zeros = None if weight.zeros is None else _panels(weight.zeros)
+    return PackedWeight(out, _panels(weight.scales), zeros, weight.n, weight.k, bits, weight.group_size)
+
+
+def _packed_codes(codes: Tensor, k: int, bits: int, stored: int, blocks: Callable[[Tensor], Tensor]) -> Tensor:
+    """PackedWeight.codes from rows of codes of ``stored`` bits each. blocks: uint8 [panels, 32, w] -> int32 [panels, 16 | 32, k'/4], a byte per
+    byte of the blocks; w is the row's width at k' inputs. Panels go in runs, which bounds the temporary memory.
+    """
+    n, kp, panels = codes.shape[0], round_up(k, CHUNK), -(-codes.shape[0] // PANEL)
+    width = kp if stored == 8 else kp // 2
     out = _aligned_empty((panels, kp // STEP, 16 * bits))
-    step = max(1, (1 << 24) // (PANEL * kp))  # panels at a time: bounds the temporary memory
+    step = max(1, _CACHED // (PANEL * kp))
     for first in range(0, panels, step):
         last = min(first + step, panels)
-        rows = weight.codes[first * PANEL : last * PANEL]
-        if rows.shape != ((last - first) * PANEL, kp):
-            padded = rows.new_zeros((last - first) * PANEL, kp)
-            padded[: rows.shape[0], :k] = rows
+        rows = codes[first * PANEL : min(last * PANEL, n)]
+        if rows.shape != ((last - first) * PANEL, width):
+            padded = rows.new_zeros((last - first) * PANEL, width)
+            padded[: rows.shape[0], : rows.shape[1]] = rows
             rows = padded
-        blocks = rows.view(last - first, PANEL, kp // STEP, STEP).transpose(1, 2)  # [panels, k/4, 32, 4]
-        if bits == 4:
-            blocks = blocks[:, :, :16] | (blocks[:, :, 16:] << 4)
-        out[first:last] = blocks.reshape(last - first, kp // STEP, 16 * bits)
-    zeros = None if weight.zeros is None else _panels(weight.zeros)
-    return PackedWeight(out, _panels(weight.scales), zeros, n, k, bits, weight.group_size)
+        words = blocks(rows.contiguous().view(last - first, PANEL, width))
+        out[first:last].view(torch.int32).copy_(words.transpose(1, 2))
+    return out
 
 
 def unpack(packed: PackedWeight) -> QuantizedWeight:
@@ -223,3 +251,45 @@ def dequantize(weight: QuantizedWeight | PackedWeight) -> Tensor:
     if w.zeros.dtype == torch.uint8:
         return (codes - zeros) * scales
     return codes * scales + zeros
+
+
+def stored_form(weight: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(codes, scales, zeros) as checkpoints have them: two 4-bit codes to a byte, the one of even input low."""
+    codes = weight.codes
+    if weight.bits == 4:
+        if weight.k % 2:
+            codes = torch.cat([codes, codes.new_zeros(weight.n, 1)], 1)
+        codes = codes[:, ::2] | codes[:, 1::2] << 4
+    return codes, weight.scales, weight.zeros
+
+
+def stored_width(k: int, bits: int) -> int:
+    """Bytes of a row of k codes in :func:`stored_form`."""
+    return -(-k // 2) if bits == 4 else k
+
+
+def pack_stored(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, n: int, k: int, bits: int, group_size: int
+) -> PackedWeight:
+    """The packed weight [n, k] of :func:`stored_form`, checked; ValueError says what does not fit."""
+    check_bits(bits)
+    check_group_size(group_size)
+    if codes.dtype != torch.uint8 or list(codes.shape) != [n, stored_width(k, bits)]:
+        raise ValueError(
+            f"weight_codes must be uint8 {[n, stored_width(k, bits)]}, got {codes.dtype} {list(codes.shape)}"
+        )
+    if bits == 8:
+        return pack(QuantizedWeight(codes, scales, zeros, bits, group_size))
+    _check_scales(scales, zeros, n, k, bits, group_size)
+    if k % 2 and int(codes[:, -1].max()) > 15:
+        raise ValueError("weight_codes: the unused half of a row's last byte must be zero")
+
+    def blocks(rows: Tensor) -> Tensor:
+        wide = rows.to(torch.int16)
+        odd = wide & 240
+        wide.bitwise_and_(15).bitwise_or_(odd.bitwise_left_shift_(4))  # input 2j low, 2j + 1 in the high byte
+        high = wide[:, 16:] << 4
+        return high.bitwise_or_(wide[:, :16]).view(torch.int32)
+
+    out = _packed_codes(codes, k, bits, 4, blocks)
+    return PackedWeight(out, _panels(scales), None if zeros is None else _panels(zeros), n, k, bits, group_size)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import logging
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,40 +15,16 @@ from tqdm.auto import tqdm
 
 from . import ops
 from .attention import restore_attention, use_attention
-from .config import SCALE_DTYPES, Settings
-from .coverage import EXCLUDED, report, report_with
+from .config import Settings
+from .coverage import report
 from .launch import apply_default_threads
 from .layer import install_programs, remove_programs
 from .linear import PackedEmbedding, PackedLinear
-from .packing import PackedWeight, pack
-from .quant import quantize_rtn
+from .packing import PackedWeight
+from .plan import Target, check_strict, check_weight, find_targets
+from .saving import SavePretrained
 
 log = logging.getLogger("torch_cpullm")
-
-
-@dataclass
-class _Target:
-    """A module to replace. weight is [n, k] whatever the module stores."""
-
-    names: list[str]  # every place the module is registered at
-    module: nn.Module
-    kind: str  # linear, conv1d or embedding
-    bits: int
-    multiplier: float | None = None  # of an embedding that scales its rows
-
-    @property
-    def name(self) -> str:
-        return self.names[0]
-
-    @property
-    def stored(self) -> nn.Parameter:
-        """The weight as the module has it."""
-        return cast("nn.Parameter", self.module.weight)
-
-    @property
-    def weight(self) -> Tensor:
-        weight = self.stored.detach()
-        return weight.T if self.kind == "conv1d" else weight
 
 
 def optimize(model: nn.Module, config: Settings | None = None, *, strict: bool = False) -> nn.Module:
@@ -75,21 +49,41 @@ def optimize(model: nn.Module, config: Settings | None = None, *, strict: bool =
     settings.validate()
     _check_model(model, settings)
     ops.isa()
-    targets, skipped = _plan(model, settings)
-    _check_weights(targets)
-    if strict:
-        planned = {name for target in targets for name in target.names}
-        left = [row for row in report_with(model, skipped).left_in_float if row.name not in planned]
-        if left:
-            lines = "\n".join(f"  {row.name}: {row.reason}" for row in left[:8])
-            more = f"\n  and {len(left) - 8} more" if len(left) > 8 else ""
-            raise ValueError(f"strict=True, but these weights would stay in float:\n{lines}{more}")
+    targets, skipped = find_targets(model, settings)
+    for target in targets:
+        check_weight(target.name, target.stored)
+    if strict or getattr(settings, "strict", False):
+        check_strict(model, targets, skipped)
     apply_default_threads()
     model.eval()
-    _set_attributes(model, _cpullm_settings=settings, _cpullm_skipped=skipped, _cpullm_frozen=_freeze(model))
+    frozen = freeze(model)
     packed: dict[int, PackedWeight] = {}
     for target in tqdm(targets, desc="torch_cpullm", unit="module", disable=not targets or _progress_disabled()):
-        _swap(model, target, settings, packed)
+        swap_module(model, target, settings, packed)
+    finish(model, settings, skipped, frozen)
+    return model
+
+
+def swap_module(model: nn.Module, target: Target, settings: Settings, packed: dict[int, PackedWeight]) -> None:
+    """Replace one module. packed: id of a float weight -> its packed form, so that tied weights stay one copy."""
+    dtype, key = target.stored.dtype, id(target.stored)
+    if key not in packed:
+        packed[key] = target.packed(target.stored, settings)
+    put_in_place(model, target, target.replacement(packed[key], dtype, settings.compute))
+
+
+def put_in_place(model: nn.Module, target: Target, new: nn.Module) -> None:
+    """Register ``new`` wherever the target's module was."""
+    for name in target.names:
+        _set_module(model, name, new)
+
+
+def finish(model: nn.Module, settings: Settings, skipped: dict[str, str], frozen: set[str]) -> None:
+    """All that follows the swap: attention, cache, layer programs, the guard, and a warning about what stays in float.
+
+    skipped: name -> reason for modules that stay. frozen: parameters that restore() makes trainable again.
+    """
+    _set_attributes(model, _cpullm_settings=settings, _cpullm_skipped=skipped, _cpullm_frozen=frozen)
     use_attention(model)
     if "transformers" in sys.modules:  # else the model cannot be one of its models
         _kv_cache().use_cache_class(model, settings.kv_cache)
@@ -104,7 +98,6 @@ def optimize(model: nn.Module, config: Settings | None = None, *, strict: bool =
             left[0].name,
             left[0].reason,
         )
-    return model
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -135,6 +128,9 @@ def restore(model: nn.Module) -> nn.Module:
         _kv_cache().restore_cache_class(model)
     if getattr(model, "hf_device_map", None) == _CPU_MAP:
         del model.hf_device_map
+    quantizer: Any = model.__dict__.get("hf_quantizer")
+    if getattr(getattr(quantizer, "quantization_config", None), "quant_method", None) == "cpullm":
+        quantizer.remove_quantization_config(model)  # from_pretrained put it there
     return model
 
 
@@ -172,166 +168,7 @@ def _check_model(model: nn.Module, settings: Settings) -> None:
             raise ValueError(f"model must be on the CPU, but {name} is on {tensor.device}; call model.cpu() first")
 
 
-def _check_weights(targets: list[_Target]) -> None:
-    for target in targets:
-        low, high = torch.aminmax(target.stored.detach())
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
-            raise ValueError(f"the weight of {target.name} holds NaN or inf")
-        if float(torch.maximum(-low, high)) > 65504:
-            raise ValueError(f"the weight of {target.name} holds values beyond 65504, too large for 16-bit scales")
-
-
-# ---- plan -----------------------------------------------------------------------------------------------------------
-
-
-def _plan(model: nn.Module, settings: Settings) -> tuple[list[_Target], dict[str, str]]:
-    """Modules to replace, and name -> reason for those that stay."""
-    head, embedding = (_method_result(model, name) for name in ("get_output_embeddings", "get_input_embeddings"))
-    targets: dict[nn.Module, _Target] = {}
-    skipped: dict[str, str] = {}
-    closed: list[str] = []  # prefixes of modules that read their children's weights themselves
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, _READS_CHILDREN):
-            closed.append(name + "." if name else "")
-        kind = _kind(module, module is embedding)
-        if kind is None:
-            continue
-        if module in targets:
-            targets[module].names.append(name)
-            continue
-        bits = settings.head_bits if module is head or module is embedding else settings.bits
-        if not settings.converts(name) or bits is None:
-            skipped[name] = EXCLUDED
-        elif any(name.startswith(prefix) for prefix in closed):
-            skipped[name] = "its parent reads the weight without calling it"
-        else:
-            target = _Target([name], module, kind, bits)
-            reason = _unsuitable(target)
-            if reason:
-                skipped[name] = reason
-            else:
-                targets[module] = target
-    return list(targets.values()), skipped
-
-
-_READS_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-
-
-def _method_result(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return getattr(model, name)()
-    except (AttributeError, NotImplementedError):
-        return None
-
-
-def _kind(module: nn.Module, is_embedding: bool) -> str | None:
-    if isinstance(module, (PackedLinear, PackedEmbedding)):
-        return None
-    if isinstance(module, nn.Linear):
-        return "linear"
-    hf = sys.modules.get("transformers.pytorch_utils")
-    if hf is not None and isinstance(module, hf.Conv1D):
-        return "conv1d"
-    return "embedding" if is_embedding and isinstance(module, nn.Embedding) else None
-
-
-def _unsuitable(target: _Target) -> str:
-    """Why this module must stay in float, or an empty text. A forward that is not torch's own is tried out."""
-    module = target.module
-    weight = target.stored
-    if not weight.is_floating_point() or weight.dim() != 2 or weight.dtype.itemsize not in (2, 4):
-        return f"its weight is {str(weight.dtype).removeprefix('torch.')} {list(weight.shape)}"
-    if 0 in weight.shape:
-        return f"its weight is empty: {list(weight.shape)}"
-    if torch.nn.utils.parametrize.is_parametrized(module):
-        return "its weight is parametrised"
-    if "forward" in module.__dict__:
-        return "its forward was replaced on the instance"
-    if module._forward_hooks or module._forward_pre_hooks:
-        return "it has forward hooks"
-    if isinstance(module, nn.Embedding):
-        if module.max_norm is not None:
-            return "it renormalises its rows (max_norm)"
-        if type(module).forward is nn.Embedding.forward:
-            return ""
-        target.multiplier = _embedding_multiplier(module)
-        return (
-            "" if target.multiplier is not None else f"{type(module).__name__} does not compute what nn.Embedding does"
-        )
-    if target.kind == "conv1d" or type(module).forward is nn.Linear.forward:
-        return ""
-    if _is_linear_in_effect(cast("nn.Linear", module)):
-        return ""
-    return f"{type(module).__name__} does not compute what nn.Linear does"
-
-
-def _is_linear_in_effect(module: nn.Linear) -> bool:
-    """Whether a subclass gives x W^T + b in fp32 for small and for large x."""
-    try:
-        with torch.no_grad():
-            probe = copy.deepcopy(module).float()
-            x = torch.randn(4, module.in_features, generator=torch.Generator().manual_seed(0))
-            x = torch.cat([x, 100 * x])
-            want, got = nn.functional.linear(x, probe.weight, probe.bias), probe(x)
-            return (
-                isinstance(got, Tensor) and got.shape == want.shape and torch.allclose(got, want, rtol=1e-4, atol=1e-4)
-            )
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
-        return False
-
-
-def _embedding_multiplier(module: nn.Embedding) -> float | None:
-    """The factor by which a subclass scales its rows, None if it does something else; tried on rows of 1 and 2."""
-    probe = copy.copy(module)
-    rows = torch.ones(2, module.embedding_dim)
-    rows[1] = 2
-    probe.__dict__["_parameters"] = {"weight": nn.Parameter(rows, requires_grad=False)}
-    try:
-        with torch.no_grad():
-            got = probe(torch.tensor([[0, 1]]))
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
-        return None
-    if not isinstance(got, Tensor) or got.shape != (1, 2, module.embedding_dim):
-        return None
-    factor = float(got[0, 0, 0])
-    return factor if torch.equal(got[0].float(), rows * factor) else None
-
-
-# ---- swap -----------------------------------------------------------------------------------------------------------
-
-
-def _swap(model: nn.Module, target: _Target, settings: Settings, packed: dict[int, PackedWeight]) -> None:
-    """Replace one module. packed: id of a float weight -> its packed form, so that tied weights stay one copy."""
-    module = target.module
-    dtype = target.stored.dtype
-    key = id(target.stored)
-    if key not in packed:
-        packed[key] = pack(
-            quantize_rtn(
-                target.weight,
-                target.bits,
-                settings.group_size if target.bits == 4 or settings.bits == 8 else 32,
-                settings.sym,
-                SCALE_DTYPES[settings.scale_dtype],
-            )
-        )
-    new: PackedLinear | PackedEmbedding
-    if target.kind == "embedding":
-        padding_idx = cast("nn.Embedding", module).padding_idx
-        new = PackedEmbedding(packed[key], dtype=dtype, padding_idx=padding_idx, multiplier=target.multiplier)
-    else:
-        bias = cast("nn.Parameter | None", module.bias)
-        new = PackedLinear(packed[key], bias, dtype=dtype, compute=settings.compute)
-    new.train(module.training)
-    keep_original(new, module)
-    for name in target.names:
-        _set_module(model, name, new)
-
-
-def keep_original(packed: PackedLinear | PackedEmbedding, module: nn.Module) -> None:
-    """Remember the module that ``packed`` replaces, without its weight: :func:`restore` puts it back."""
-    module.__dict__.get("_parameters", {})["weight"] = None
-    packed.__dict__["_original"] = module
+# ---- swap ----------------------------------------------------------------------------------------------------------
 
 
 def _original(module: PackedLinear | PackedEmbedding, weight: nn.Parameter) -> nn.Module:
@@ -360,7 +197,7 @@ def _set_attributes(module: nn.Module, **attributes: object) -> None:
         setattr(module, name, value)
 
 
-def _freeze(model: nn.Module) -> set[str]:
+def freeze(model: nn.Module) -> set[str]:
     """Turn gradients off where they are on, and say where: nothing of an optimised model can be trained."""
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     model.requires_grad_(False)
@@ -378,13 +215,13 @@ _CPU_MAP = {"": torch.device("cpu")}
 
 
 def _guard(model: nn.Module) -> None:
-    """Keep the model on the CPU, whole, and save_pretrained from writing what cannot be loaded."""
+    """Keep the model on the CPU, whole, and let save_pretrained write packed weights."""
     _set_attributes(model, _apply=_GuardedApply(model))
     if not hasattr(model, "save_pretrained"):
         return
     if torch.accelerator.is_available() and not hasattr(model, "hf_device_map"):
         _set_attributes(model, hf_device_map=dict(_CPU_MAP))  # pipelines look here before they move a model to a GPU
-    _set_attributes(model, save_pretrained=_refuse_to_save)
+    _set_attributes(model, save_pretrained=SavePretrained(model))
 
 
 class _GuardedApply:
@@ -409,13 +246,6 @@ class _GuardedApply:
 
     def __reduce__(self) -> tuple:
         return _GuardedApply, (self._model(),)
-
-
-def _refuse_to_save(*args: object, **kwargs: object) -> None:
-    raise RuntimeError(
-        "save_pretrained of an optimised model is not supported by this version of torch_cpullm; "
-        "save the float model before torch_cpullm.optimize(model)"
-    )
 
 
 def _progress_disabled() -> bool | None:

@@ -26,8 +26,9 @@ from torch import nn
 from ..config import SCALE_DTYPES, Settings
 from ..linear import PackedEmbedding, PackedLinear
 from ..packing import PackedWeight, pack
+from ..plan import keep_original
 from ..quant import quantize_rtn
-from ..swap import keep_original, optimize
+from ..swap import optimize
 from .gguf_blocks import EXACT_TYPES, GROUP, quantized_weight
 from .gguf_hf import empty_model, hf_config, hf_tokenizer
 from .gguf_plan import Matrix, Plan, embedding_multiplier, make_plan

@@ -1,0 +1,208 @@
+"""What a saved model consists of: tensors in canonical form, and the quantization_config that describes them.
+
+    X.weight_codes    uint8 [n, ceil(k/2)] (4 bits: even input low) or [n, k] (8 bits: int8 value + 128)
+    X.weight_scales   float16 | bfloat16 [n, groups]
+    X.weight_zeros    uint8 or the scales' dtype [n, groups], or absent: see packing.QuantizedWeight
+
+    quantization_config   quant_method "cpullm", format_version, the settings, and
+        modules   pattern -> form {bits, group_size, zeros, scales}; "*" in a pattern stands for any layer number
+        tensors   how many tensors the files hold in all
+        hint      for people who do not have this package
+
+Reading checks everything that a kernel relies on. Two tensors are markers, see :data:`MARKER`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import SCALE_DTYPES, Settings
+from .linear import STORED, PackedEmbedding, PackedLinear
+from .packing import PackedWeight, check_bits, check_group_size, pack_stored, resolve_group, stored_width
+
+FORMAT_VERSION = 1
+INSTALL = "pip install torch_cpullm"
+HINT = f"INT4 weights for x86 CPUs. Loading them needs the Python package torch_cpullm: {INSTALL}"
+# Without this package transformers finds no weights, draws random ones and goes on. So the files hold an empty tensor
+# under the name of a real weight, which is an error there, and one whose name says in that error's table what to do.
+MARKER = INSTALL
+
+_ZEROS = ("none", "point", "minimum")
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one weight is stored. zeros: "none", "point" (integers) or "minimum" (floats). scales: a dtype's name.
+
+    Raises ValueError naming the field that is wrong.
+    """
+
+    bits: int
+    group_size: int
+    zeros: str
+    scales: str
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        check_group_size(self.group_size)
+        if self.zeros not in _ZEROS or (self.bits == 8 and self.zeros != "none"):
+            raise ValueError(f"zeros must be one of {', '.join(_ZEROS)}, and none for bits=8, got {self.zeros!r}")
+        if not isinstance(self.scales, str) or self.scales not in SCALE_DTYPES:
+            raise ValueError(f"scales must be one of {', '.join(SCALE_DTYPES)}, got {self.scales!r}")
+
+    @staticmethod
+    def of(packed: PackedWeight) -> Form:
+        """The form of a packed weight."""
+        zeros = "none" if packed.zeros is None else "point" if packed.zeros.dtype == torch.uint8 else "minimum"
+        return Form(packed.bits, packed.group_size, zeros, str(packed.scales.dtype).removeprefix("torch."))
+
+    def tensors(self, n: int, k: int) -> dict[str, tuple[list[int], torch.dtype]]:
+        """Name -> (shape, dtype) of what is stored for a weight [n, k]."""
+        scales = SCALE_DTYPES[self.scales]
+        groups = [n, -(-k // resolve_group(self.group_size, k))]
+        found = {STORED[0]: ([n, stored_width(k, self.bits)], torch.uint8), STORED[1]: (groups, scales)}
+        if self.zeros != "none":
+            found[STORED[2]] = (groups, torch.uint8 if self.zeros == "point" else scales)
+        return found
+
+    def packed(self, tensors: dict[str, Tensor], n: int, k: int) -> PackedWeight:
+        """The packed weight [n, k] of stored tensors; ValueError says which of them does not fit."""
+        for name, (shape, dtype) in self.tensors(n, k).items():
+            got = tensors[name]
+            if list(got.shape) != shape or got.dtype != dtype:
+                raise ValueError(f"{name} must be {dtype} {shape}, got {got.dtype} {list(got.shape)}")
+        values = (tensors.get(name) for name in STORED)
+        codes, scales, zeros = (None if value is None else value.detach() for value in values)
+        assert codes is not None
+        assert scales is not None
+        return pack_stored(codes, scales, zeros, n, k, self.bits, self.group_size)
+
+
+# ---- the description ------------------------------------------------------------------------------------------------
+
+
+def describe(model: nn.Module, settings: Settings, tensors: int) -> dict[str, Any]:
+    """The quantization_config of ``model`` as JSON has it. tensors: how many the files hold."""
+    values = {field.name: getattr(settings, field.name) for field in fields(Settings)}
+    return {
+        "quant_method": "cpullm",
+        "format_version": FORMAT_VERSION,
+        **values,
+        "modules": _patterns(model),
+        "tensors": tensors,
+        "hint": HINT,
+    }
+
+
+def _starred(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def _patterns(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Name -> form of every packed module; names that differ in layer numbers alone are one where all are alike."""
+    groups: dict[str, dict[str, Form | None]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        packed = isinstance(module, (PackedLinear, PackedEmbedding))
+        groups.setdefault(_starred(name), {})[name] = Form.of(module.packed) if packed else None
+    found: dict[str, dict[str, Any]] = {}
+    for pattern, names in groups.items():
+        forms = set(names.values())
+        alike = {pattern: next(iter(forms))} if len(forms) == 1 else names
+        found.update({name: asdict(form) for name, form in alike.items() if form is not None})
+    return found
+
+
+def read_forms(description: Any) -> dict[str, Form]:
+    """The ``modules`` of a quantization_config; ValueError names the entry that is wrong."""
+    if not isinstance(description, dict) or not description:
+        raise ValueError("quantization_config of this checkpoint has no `modules`: it does not say what is packed")
+    forms = {}
+    for name, value in description.items():
+        try:
+            forms[name] = Form(**value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"quantization_config: modules: {name!r}: {error}") from error
+    return forms
+
+
+def form_of(name: str, forms: dict[str, Form], prefix: str) -> Form | None:
+    """The form of the module of this name; a model may be loaded without its head, and then lacks ``prefix``."""
+    names = [name, f"{prefix}.{name}", name.removeprefix(prefix + ".")] if prefix else [name]
+    return next((forms[key] for each in names for key in (each, _starred(each)) if key in forms), None)
+
+
+def check_version(version: Any) -> None:
+    """ValueError for a format that this version of the package cannot read."""
+    if type(version) is not int or version < 1:
+        raise ValueError(f"format_version must be a positive integer, got {version!r}")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"this checkpoint has format_version {version}, and this torch_cpullm reads versions up to "
+            f"{FORMAT_VERSION}: upgrade it with `{INSTALL} --upgrade`"
+        )
+
+
+# ---- the files ------------------------------------------------------------------------------------------------------
+
+_FLOATS = {"F16", "BF16"}
+_STORED_DTYPES = {STORED[0]: {"U8"}, STORED[1]: _FLOATS, STORED[2]: {"U8", *_FLOATS}}
+
+
+def check_files(files: Iterable[str | os.PathLike[str]], tensors: Any) -> None:
+    """ValueError for files that are no whole safetensors, hold another number of tensors, or codes of a wrong dtype."""
+    from safetensors import SafetensorError, safe_open
+
+    found = 0
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                names = list(opened.keys())
+                found += len(names)
+                for name in names:
+                    dtypes = _STORED_DTYPES.get(name.rpartition(".")[2])
+                    dtype = opened.get_slice(name).get_dtype() if dtypes else ""
+                    if dtypes and dtype not in dtypes:
+                        raise ValueError(f"{file}: {name} is {dtype}, and must be {' or '.join(sorted(dtypes))}")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: no whole safetensors file: {error}") from error
+    if type(tensors) is not int or found != tensors:
+        raise ValueError(
+            f"this checkpoint is not whole: config.json speaks of {tensors!r} tensors, and its files hold {found}"
+        )
+
+
+def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict to save: packed weights that transformers ties once, and the markers."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    again = {
+        target.removesuffix(".weight") + "."
+        for target, source in tied.items()
+        if target.endswith(".weight") and source.endswith(".weight") and _share(model, target, source)
+    }
+    state = {
+        name: value
+        for name, value in model.state_dict().items()
+        if not (name.rpartition(".")[2] in STORED and name[: name.rindex(".") + 1] in again)
+    }
+    real = next((name.removesuffix("_codes") for name in state if name.endswith(".weight_codes")), None)
+    for name in (MARKER, real):
+        if name is not None:
+            state[name] = torch.empty(0, dtype=torch.uint8)
+    return state
+
+
+def _share(model: nn.Module, target: str, source: str) -> bool:
+    """Whether the modules of two weights share one packed weight."""
+    try:
+        modules = [model.get_submodule(name.rpartition(".")[0]) for name in (target, source)]
+    except AttributeError:
+        return False
+    first, second = (getattr(module, "packed", None) for module in modules)
+    return first is not None and first is second
