@@ -23,6 +23,7 @@ from torch import Tensor
 
 import torch_cpullm
 from torch_cpullm.linear import PackedEmbedding, PackedLinear
+from torch_cpullm.plan import head_compute
 from torch_cpullm.runner import find_model
 
 from . import machine
@@ -71,10 +72,11 @@ def bits_per_weight(model: Any) -> float:
 def measure(name: str, model: Any, ids: Tensor, reference: Tensor) -> dict[str, Any]:
     """One row: perplexity under fp32 and int8 compute, and KL of int8 against the float model."""
     row: dict[str, Any] = {"bench": "quality", "weights": name, "bits per weight": round(bits_per_weight(model), 2)}
+    head = model.get_output_embeddings()
     for compute in ("fp32", "int8"):
         for module in model.modules():
             if isinstance(module, PackedLinear):
-                module.compute = compute
+                module.compute = head_compute(compute) if module is head else compute
         logits = logits_of(model, ids)
         row[f"perplexity, {compute} compute"] = round(perplexity(logits, ids), 3)
         row[f"KL, {compute} compute"] = round(divergence(logits, reference), 4)

@@ -26,7 +26,7 @@ from torch import nn
 from ..config import SCALE_DTYPES, Settings
 from ..linear import PackedEmbedding, PackedLinear
 from ..packing import PackedWeight, pack
-from ..plan import keep_original
+from ..plan import head_compute, keep_original
 from ..quant import quantize_rtn
 from ..swap import optimize
 from .gguf_blocks import EXACT_TYPES, GROUP, quantized_weight
@@ -237,7 +237,9 @@ def _swap(model: Any, name: str, packed: PackedWeight, settings: Settings, dtype
         factor = None if type(module) is nn.Embedding else embedding_multiplier(module)
         new = PackedEmbedding(packed, dtype=dtype, padding_idx=module.padding_idx, multiplier=factor)
     else:
-        new = PackedLinear(packed, module.bias, dtype=dtype, compute=settings.compute)
+        head = module is model.get_output_embeddings()
+        compute = head_compute(settings.compute) if head else settings.compute
+        new = PackedLinear(packed, module.bias, dtype=dtype, compute=compute)
     keep_original(new, module)
     model.set_submodule(name, new.eval())
 
