@@ -6,7 +6,8 @@ namespace cpullm {
 namespace {
 
 constexpr int64_t kMlpRows = 1024;          // rows of an MLP at a time: bounds its memory
-constexpr int64_t kPrivateInputs = 12 * 1024;  // up to here every thread quantises all rows itself: cheaper than a barrier
+constexpr int64_t kPrivateInputs =
+    12 * 1024;  // up to here every thread quantises all rows itself: cheaper than a barrier
 
 int64_t round_up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
 
@@ -121,9 +122,9 @@ struct LayerRun {
     fresh_v = arena.take<float>(fresh);
     // The largest input of each slot: a holds the layer's input, b whatever comes later.
     const int64_t a_bytes = input_bytes(m, p.hidden, p.qkv[0].w.group);
-    const int64_t b_bytes = std::max({input_bytes(m, p.heads * p.head_dim, p.o.w.group),
-                                      input_bytes(rows, p.hidden, p.up[0].w.group),
-                                      input_bytes(rows, p.intermediate, p.down.w.group)});
+    const int64_t b_bytes =
+        std::max({input_bytes(m, p.heads * p.head_dim, p.o.w.group), input_bytes(rows, p.hidden, p.up[0].w.group),
+                  input_bytes(rows, p.intermediate, p.down.w.group)});
     input_a = arena.take<char>(a_bytes);
     input_b = arena.take<char>(b_bytes);
     const int64_t narrowest = std::min({p.hidden, p.heads * p.head_dim, p.intermediate});
@@ -192,7 +193,8 @@ struct LayerRun {
     const Input in = make_input(arena, rows.m, rows.k, group);
     const int64_t tile = in.tile;
     const int64_t tiles = (rows.m + tile - 1) / tile;
-    const bool split_k = in.kind == Compute::int8 && !alone && tiles == 1;  // few rows: every thread takes some inputs of all of them
+    const bool split_k =
+        in.kind == Compute::int8 && !alone && tiles == 1;  // few rows: every thread takes some inputs of all of them
     const Range part = alone || split_k ? Range{0, tiles} : mine(tiles);
     int64_t k0 = 0, k1 = round_up(rows.k, kChunk);
     if (split_k) {
@@ -280,8 +282,8 @@ struct LayerRun {
       if (p.k_norm.present) kernels.norm_heads(p.k_norm.norm, k, k_items);
     }
     if (p.rotary_dim) {
-      const Rope rope{c.cos,        c.sin,    c.rope_type, p.rope_style,
-                      p.rotary_dim, c.tokens, {c.rope_stride[0], c.rope_stride[1]}};
+      const Rope rope{
+          c.cos, c.sin, c.rope_type, p.rope_style, p.rotary_dim, c.tokens, {c.rope_stride[0], c.rope_stride[1]}};
       kernels.rope(rope, q, q_items);
       kernels.rope(rope, k, k_items);
     }
@@ -358,9 +360,18 @@ struct LayerRun {
   void add(const void* x, Float x_type, int64_t x_stride, const float* a, const float* b, void* out, Float out_type,
            int64_t out_stride, Range rows, int64_t c0, int64_t c1) {
     if (c0 >= c1 || rows.begin >= rows.end) return;
-    const Sum s{row_of(x, c0, x_type), a + c0, b ? b + c0 : nullptr,
-                const_cast<void*>(row_of(out, c0, out_type)), p.residual_scale, x_type, out_type,
-                c1 - c0, x_stride, p.hidden, p.hidden, out_stride};
+    const Sum s{row_of(x, c0, x_type),
+                a + c0,
+                b ? b + c0 : nullptr,
+                const_cast<void*>(row_of(out, c0, out_type)),
+                p.residual_scale,
+                x_type,
+                out_type,
+                c1 - c0,
+                x_stride,
+                p.hidden,
+                p.hidden,
+                out_stride};
     kernels.sum(s, rows);
   }
 
@@ -435,8 +446,7 @@ struct LayerRun {
     const Rows attended_rows{attended, m, p.heads * p.head_dim, p.heads * p.head_dim, Float::f32, nullptr};
     const Input a = input(input_b, private_b, {}, attended_rows, p.o.w.group);
     products(&p.o, 1, a, o_out, p.hidden);
-    if (!p.parallel)
-      finish(p.post_attention_norm, o_out, m, c.x, c.type, c.x_stride, residual, Float::f32, p.hidden);
+    if (!p.parallel) finish(p.post_attention_norm, o_out, m, c.x, c.type, c.x_stride, residual, Float::f32, p.hidden);
     sync();  // the residual is whole, and nobody reads input b any more
     const bool reuse = p.parallel && !p.mlp_norm.present;
     if (reuse && m <= kMlpRows) return mlp(&h, x, 0);

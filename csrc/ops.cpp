@@ -244,19 +244,20 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const 
   const int64_t tile = bf16.tile ? bf16.tile : table.tile_f32(rows.m);
   const int64_t tiles = (rows.m + tile - 1) / tile;
   const auto load = [&](const auto& kernel, const auto& to) {
-    parallel(tiles, tile * w.k_padded, [&](int64_t begin, int64_t end) {
-      kernel(rows, to, {begin * tile, std::min(end * tile, rows.m)});
-    });
+    parallel(tiles, tile * w.k_padded,
+             [&](int64_t begin, int64_t end) { kernel(rows, to, {begin * tile, std::min(end * tile, rows.m)}); });
   };
   if (bf16.tile) {
     const Bf16Rows b{rows_buffer.get<uint16_t>(tiles * tile * w.k_padded), rows.m, w.k_padded, tile, bf16.unit};
     std::fill_n(b.x + (tiles - 1) * tile * w.k_padded, tile * w.k_padded, uint16_t(0));  // rows that do not exist
     load(table.load_rows_bf16, b);
-    parallel(panels, 2 * work, [&](int64_t begin, int64_t end) { table.linear_bf16(w, b, out, {begin, end}, scratch()); });
+    parallel(panels, 2 * work,
+             [&](int64_t begin, int64_t end) { table.linear_bf16(w, b, out, {begin, end}, scratch()); });
   } else {
     const FloatRows f{rows_buffer.get<float>(tiles * tile * w.k_padded), rows.m, w.k_padded, tile};
     load(table.load_rows, f);
-    parallel(panels, 4 * work, [&](int64_t begin, int64_t end) { table.linear_f32(w, f, out, {begin, end}, scratch()); });
+    parallel(panels, 4 * work,
+             [&](int64_t begin, int64_t end) { table.linear_f32(w, f, out, {begin, end}, scratch()); });
   }
   return y;
 }
@@ -380,9 +381,8 @@ int64_t read_memory(const Tensor& x) {
   const int64_t units = x.numel() / kUnit;
   const Kernels& table = kernels();
   std::atomic<int32_t> sink{0};
-  parallel(units, kUnit, [&](int64_t begin, int64_t end) {
-    sink += table.read_memory(data + begin * kUnit, (end - begin) * kUnit);
-  });
+  parallel(units, kUnit,
+           [&](int64_t begin, int64_t end) { sink += table.read_memory(data + begin * kUnit, (end - begin) * kUnit); });
   return units * kUnit;
 }
 

@@ -226,8 +226,8 @@ float* check_cache_scale(const OptionalTensor& t, const char* name, const Tensor
   return static_cast<float*>(t->mutable_data_ptr());
 }
 
-void check_caches(const LayerProgram& p, const OptionalTensor& k, const OptionalTensor& v, const OptionalTensor& k_scale,
-                  const OptionalTensor& v_scale, LayerCall& c) {
+void check_caches(const LayerProgram& p, const OptionalTensor& k, const OptionalTensor& v,
+                  const OptionalTensor& k_scale, const OptionalTensor& v_scale, LayerCall& c) {
   STD_TORCH_CHECK(bool(k) == bool(v), kForward, ": k_cache and v_cache come together");
   if (!k) {
     STD_TORCH_CHECK(c.length == 0, kForward, ": length must be 0 without a cache, got ", c.length);

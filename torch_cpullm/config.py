@@ -25,9 +25,9 @@ class Settings:
 
     bits: 4 or 8, of the linears. group_size: weights that share a scale along the input: a positive multiple of 32, or
     -1 for one group per output. sym: symmetric levels; otherwise an integer zero point per group (8 bits: always
-    symmetric). compute: ``"int8"`` quantises activations per row and 128 inputs, ``"fp32"`` leaves them exact, ``"bf16"``
-    rounds them and the weights to bf16 where the CPU multiplies that, and is ``"fp32"`` elsewhere and for few rows. The output head computes
-    in ``"fp32"`` where the others do in ``"int8"``.
+    symmetric). compute: ``"int8"`` quantises activations per row and 128 inputs (not those of the output
+    head, which computes in fp32 then); ``"fp32"`` leaves them exact; ``"bf16"`` rounds them and the weights to bf16
+    where the CPU multiplies that, and is ``"fp32"`` elsewhere and for few rows.
     head_bits: 8 or 4 for the output head and the input embedding, None leaves both as they are. scale_dtype:
     ``"float16"`` or ``"bfloat16"``. modules_to_not_convert: names, suffixes after a dot, or regular expressions
     (matched from the start) of modules that stay as they are. kv_cache: how keys and values are stored: ``"auto"`` in

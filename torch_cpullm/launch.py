@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import re
-import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath

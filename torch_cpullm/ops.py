@@ -69,8 +69,8 @@ def linear(
     x: float32 | bfloat16 | float16 [.., k], any strides. weight: W [n, k]. bias: [n], any of these dtypes.
     perm: int32 [k], input j of W is ``x[.., perm[j]]``. compute: ``"int8"`` quantises x to int8 per row and 128 inputs;
     ``"fp32"`` is exact up to rounding; ``"bf16"`` rounds x and the weights to bfloat16 where the level multiplies that
-    and x has many rows, and is ``"fp32"`` otherwise. Returns [.., n] of x's dtype. Raises RuntimeError naming the argument that is
-    wrong.
+    and x has many rows, and is ``"fp32"`` otherwise. Returns [.., n] of x's dtype. Raises RuntimeError naming the
+    argument that is wrong.
     """
     check_compute(compute)
     return torch.ops.cpullm.linear.default(

@@ -135,6 +135,7 @@ def find_targets(model: nn.Module, settings: Settings) -> tuple[list[Target], di
 
 def stored_targets(model: nn.Module, bits: Callable[[str], int | None]) -> list[Target]:
     """What a checkpoint has in packed form. bits: of the module of this name, None where the checkpoint has floats."""
+    head = _method_result(model, "get_output_embeddings")
     targets: dict[nn.Module, Target] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         kind, stored = _kind(module, isinstance(module, nn.Embedding)), bits(name)

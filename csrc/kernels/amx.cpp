@@ -233,7 +233,7 @@ void linear_i8_amx(const Weight& w, const QuantizedRows& x, const Output& out, R
 
 // ---- bf16 ----------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kBf16K = 32;       // inputs of a tile
+constexpr int64_t kBf16K = 32;  // inputs of a tile
 constexpr int64_t kBf16Least = 16;  // fewer rows are faster in fp32
 
 TileShape tile_rows_bf16(int64_t m) { return m < kBf16Least ? TileShape{0, 0} : TileShape{kTile, kBf16K}; }

@@ -24,9 +24,7 @@ namespace {
 
 constexpr int64_t kBf16Tile = 14, kBf16Least = 8;  // rows of a tile; fewer rows are faster in fp32
 
-TileShape tile_rows_bf16(int64_t m) {
-  return m < kBf16Least ? TileShape{0, 0} : TileShape{even_tile(m, kBf16Tile), 2};
-}
+TileShape tile_rows_bf16(int64_t m) { return m < kBf16Least ? TileShape{0, 0} : TileShape{even_tile(m, kBf16Tile), 2}; }
 
 void bf16_tile(int64_t rows, const uint16_t* w, const uint16_t* x, int64_t x_step, int64_t pairs, float* y) {
   switch (rows) {

@@ -56,7 +56,8 @@ inline void dequantize_pairs(const Weight& w, int64_t panel, int64_t k0, int64_t
 // Runs `block(pairs, k0, k1, row0, row_end, partial)` over all blocks of inputs of all panels, and stores the sums that
 // it leaves in partial [rows, 32].
 template <class F>
-void for_bf16_blocks(const Weight& w, const Bf16Rows& x, const Output& out, Range panels, void* scratch, const F& block) {
+void for_bf16_blocks(const Weight& w, const Bf16Rows& x, const Output& out, Range panels, void* scratch,
+                     const F& block) {
   auto* pairs = static_cast<uint16_t*>(scratch);
   float* partial = reinterpret_cast<float*>(static_cast<char*>(scratch) + 64 * 1024);
   const int64_t block_rows = kBlockRows / x.tile * x.tile;

@@ -200,7 +200,9 @@ void run_direct_f32(int64_t rows, const Weight& w, const float* x, int64_t tile,
 
 constexpr int64_t kDirectFloatRows = 2;
 
-[[maybe_unused]] int64_t tile_rows_f32(int64_t m) { return even_tile(m, m <= kDirectFloatRows ? kDirectFloatRows : Simd::kFloatRows); }
+[[maybe_unused]] int64_t tile_rows_f32(int64_t m) {
+  return even_tile(m, m <= kDirectFloatRows ? kDirectFloatRows : Simd::kFloatRows);
+}
 
 [[maybe_unused]] void linear_f32(const Weight& w, const FloatRows& x, const Output& out, Range panels, void* scratch) {
   float* weights = static_cast<float*>(scratch);
