@@ -82,6 +82,7 @@ def choices(text: str, args: argparse.Namespace) -> list[Choice]:
         "zero": ("cpullm", "form", "zero point"),
         "int8": ("cpullm", "compute", "int8"),
         "fp32": ("cpullm", "compute", "fp32"),
+        "bf16": ("cpullm", "compute", "bf16"),
         "q4_0": ("llama.cpp", "form", "Q4_0"),
         "q4_k_m": ("llama.cpp", "form", "Q4_K_M"),
     }
@@ -283,7 +284,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Choice]]
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--group", type=int, default=32, help="of cpullm and torchao, unless said per engine")
     parser.add_argument("--sym", action="store_true", help="cpullm without zero points")
-    parser.add_argument("--compute", choices=["int8", "fp32"], default="int8", help="of cpullm")
+    parser.add_argument("--compute", choices=["int8", "bf16", "fp32"], default="int8", help="of cpullm")
     parser.add_argument("--json", type=Path, help="append rows to this file")
     args = parser.parse_args(argv)
     for name, least in (("pp", 1), ("tg", 2), ("depth", 0), ("batch", 1), ("rounds", 1), ("threads", 1)):

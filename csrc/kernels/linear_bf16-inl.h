@@ -8,6 +8,7 @@ namespace cpullm {
 namespace {
 
 constexpr int64_t kBf16BlockK = 512;  // 32 KiB of pairs
+constexpr int64_t kLeastBlockRows = 128;
 
 // Words: lane c = bf16 of lo[c], then of hi[c]; round to nearest even, subnormals are zero.
 inline __m512i pack_bf16(__m512 lo, __m512 hi) {
@@ -60,7 +61,9 @@ void for_bf16_blocks(const Weight& w, const Bf16Rows& x, const Output& out, Rang
                      const F& block) {
   auto* pairs = static_cast<uint16_t*>(scratch);
   float* partial = reinterpret_cast<float*>(static_cast<char*>(scratch) + 64 * 1024);
-  const int64_t block_rows = kBlockRows / x.tile * x.tile;
+  // Activations that stay in L2 while the panels pass by, but enough rows to make up for unpacking the panels again.
+  const int64_t fit = min_of(l2_bytes / 4 / w.k_padded, kBlockRows);
+  const int64_t block_rows = (fit < kLeastBlockRows ? kLeastBlockRows : fit) / x.tile * x.tile;
   for (int64_t row0 = 0; row0 < x.m; row0 += block_rows) {
     const int64_t row_end = min_of(row0 + block_rows, x.m);
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
