@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -204,16 +206,31 @@ def test_saving_changes_nothing_about_the_model(tmp_path):
         twin.save_pretrained(tmp_path / "c", state_dict={})
 
 
-def test_pipeline(saved, tmp_path, installed):
-    """With no import of ours; the tokenizer is a small one made here."""
+def with_tokenizer(path: Path, target: Path) -> Path:
+    """A copy with a small tokenizer made here: token i is the word w<i>."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = {f"w{index}": index for index in range(VOCAB)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    path = copied(saved("llama"), tmp_path / "m")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0").save_pretrained(path)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", bos_token="w1", eos_token="w1")
+    fast.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    copied(path, target)
+    fast.save_pretrained(target)
+    return target
+
+
+def words_after(model, ids: list[int], new: int) -> str:
+    """What the model says, without spaces."""
+    prompt = torch.tensor([ids])
+    tokens = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False)
+    return "".join(f"w{index}" for index in tokens[0, len(ids) :].tolist())
+
+
+def test_pipeline(saved, tmp_path, installed):
+    """With no import of ours."""
+    path = with_tokenizer(saved("llama"), tmp_path / "m")
     code = """
 import sys
 from transformers import pipeline
@@ -222,10 +239,53 @@ print(pipe("w3 w4 w5", max_new_tokens=4, do_sample=False)[0]["generated_text"])
 print(type(pipe.model.lm_head).__name__)
 """
     lines = fresh.run(code, installed, path).stdout.splitlines()
-    ids = torch.tensor([[3, 4, 5]])
-    want = optimised("llama").generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
-    assert lines[0].replace(" ", "") == "".join(f"w{index}" for index in want[0].tolist())
+    assert lines[0].replace(" ", "") == "w3w4w5" + words_after(optimised("llama"), [3, 4, 5], 4)
     assert lines[1] == "PackedLinear"
+
+
+SERVED = ("fastapi", "uvicorn", "openai", "pydantic")
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in SERVED),
+    reason=f"`transformers serve` and its client need {', '.join(SERVED)}: pip install torch_cpullm[test]",
+)
+def test_serve(saved, tmp_path, installed):
+    """`transformers serve DIR`, streamed to the openai client; `transformers chat` is such a client."""
+    path = with_tokenizer(saved("llama"), tmp_path / "m")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    client = """
+import sys, time, urllib.request
+from openai import OpenAI
+address, model = sys.argv[1:]
+for _ in range(600):
+    try:
+        urllib.request.urlopen(address + "/health")
+        break
+    except OSError:
+        time.sleep(0.1)
+client = OpenAI(base_url=address + "/v1", api_key="none")
+messages = [{"role": "user", "content": "w3 w4 w5"}]
+chunks = client.chat.completions.create(model=model, messages=messages, max_tokens=5, temperature=0, stream=True)
+print(*(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices))
+"""
+    command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()"]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            [*command, "serve", str(path), "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)],
+            env=fresh.environment(installed),
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            done = fresh.run(client, installed, f"http://127.0.0.1:{port}", path, check=False)
+        finally:
+            server.terminate()
+            server.wait(30)
+    assert done.returncode == 0, done.stderr + (tmp_path / "log").read_text()
+    assert done.stdout.replace(" ", "").strip() == words_after(optimised("llama"), [3, 4, 5], 5)
 
 
 # ---- without the package, and with another one ----------------------------------------------------------------------

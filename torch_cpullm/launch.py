@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import re
-import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
