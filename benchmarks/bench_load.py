@@ -142,9 +142,7 @@ def measure(step: str, float_folder: Path, folder: Path) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.bench_load", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_load", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", choices=list(SHAPES), default="tinyllama-1.1b")
     parser.add_argument("--shards", type=int, default=16)
     parser.add_argument("--folder", type=Path, required=True, help="for the checkpoints")
