@@ -5,8 +5,8 @@
 Writes a checkpoint of random bf16 weights in shards (kept for the next run; --remove deletes it), then measures each
 step in a process of its own. Columns: s time from the call to the model; first s to the first token of generate(), in
 that same process; peak MiB the largest anonymous memory above what the imports take, the file's mapped pages not
-counted; final MiB the same after loading; packed MiB what the packed weights take; largest MiB the largest float
-module.
+counted; final MiB the same after loading; packed MiB what the packed weights take; largest MiB the largest module's
+float weight.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def install_into(folder: Path) -> Path:
 
 def environment(installed: Path, **variables: str) -> dict[str, str]:
     """The environment of a process that has the package and its entry points."""
-    path = os.pathsep.join([str(installed), str(ROOT)])
+    path = os.pathsep.join([str(installed), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
 
 

@@ -205,8 +205,8 @@ def pack(weight: QuantizedWeight) -> PackedWeight:
 def _packed_codes(codes: Tensor, k: int, bits: int, stored: int, blocks: Callable[[Tensor], Tensor]) -> Tensor:
     """PackedWeight.codes from rows of codes of ``stored`` bits each.
 
-    blocks: uint8 [panels, 32, w] -> int32 [panels, 16 | 32, k'/4], a byte per byte of the blocks; w is the row's width
-    at k' inputs. Panels go in runs, which bounds the temporary memory.
+    blocks: uint8 [panels, 32, w] -> int32 [panels, 16 | 32, k'/4], byte for byte what the blocks hold; w is a row's
+    width at k' inputs. Panels go in runs, which bounds the temporary memory.
     """
     n, kp, panels = codes.shape[0], round_up(k, CHUNK), -(-codes.shape[0] // PANEL)
     width = kp if stored == 8 else kp // 2

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import re
 import shutil
 import tempfile
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -18,49 +18,50 @@ from torch import nn
 from .checkpoint import HINT, describe, saved_tensors
 
 
-class SavePretrained:
-    """``save_pretrained`` of one model.
+def teach_to_save(kind: type[nn.Module]) -> None:
+    """Let ``save_pretrained`` of this class save packed models, too; others it saves as before.
 
-    It holds no reference to its model, so that a deleted one is gone at once, and is copied and pickled with it.
+    On the class: a function on an instance would have to hold the model, or lose it in ``load(...).save_pretrained()``.
     """
+    original = cast("Any", kind).save_pretrained
+    if getattr(original, "_cpullm", False):
+        return
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)
+    @functools.wraps(original)
+    def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        if "_cpullm_settings" not in self.__dict__ or getattr(self, "_hf_peft_config_loaded", False):
+            return original(self, save_directory, *args, **kwargs)  # of an adapter transformers saves that alone
+        return _save(self, original, save_directory, *args, **kwargs)
 
-    def __call__(self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any) -> None:
-        """Write config.json, the weights and a model card into ``save_directory``; arguments as transformers has them.
+    cast("Any", save_pretrained)._cpullm = True
+    cast("Any", kind).save_pretrained = save_pretrained
 
-        What the directory holds is replaced when everything is written: an error, a full disk or a kill leaves it as it
-        was, other files in it stay. Raises ValueError for a ``state_dict`` of the caller's, FileExistsError where
-        ``save_directory`` is a file, and OSError or safetensors' error where writing fails.
-        """
-        model = cast("Any", self._model())
-        if getattr(model, "_hf_peft_config_loaded", False):  # transformers saves the adapter alone
-            type(model).save_pretrained(model, save_directory, is_main_process, **kwargs)
-            return
-        if kwargs.pop("state_dict", None) is not None:
-            raise ValueError("save_pretrained of an optimised model saves its own weights; it takes no state_dict")
-        if not is_main_process:
-            return
-        target = Path(os.path.realpath(save_directory))
-        if target.exists() and not target.is_dir():
-            raise FileExistsError(f"save_pretrained: {target} is a file, not a directory")
-        if kwargs.get("push_to_hub"):
-            kwargs.setdefault("repo_id", target.name)
-        kwargs["save_original_format"] = False  # canonical tensors belong to the modules as they are
-        variant = kwargs.get("variant")
-        with replaced(target, _weights_of(variant)) as temporary:
-            state = saved_tensors(model)
-            with _described(model, len(state)):
-                type(model).save_pretrained(model, temporary, state_dict=state, **kwargs)
-            if not (target / "README.md").exists() and not (temporary / "README.md").exists():
-                (temporary / "README.md").write_text(_CARD)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SavePretrained:
-        return SavePretrained(memo[id(self._model())])
+def _save(
+    model: Any, original: Any, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
+) -> None:
+    """Write config.json, the weights and a model card into ``save_directory``; arguments as transformers has them.
 
-    def __reduce__(self) -> tuple:
-        return SavePretrained, (self._model(),)
+    What the directory holds is replaced when everything is written: an error, a full disk or a kill leaves it as it
+    was, other files in it stay. Raises ValueError for a ``state_dict`` of the caller's, FileExistsError where
+    ``save_directory`` is a file, and OSError or safetensors' error where writing fails.
+    """
+    if kwargs.pop("state_dict", None) is not None:
+        raise ValueError("save_pretrained of an optimised model saves its own weights; it takes no state_dict")
+    if not is_main_process:
+        return
+    target = Path(os.path.realpath(save_directory))
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"save_pretrained: {target} is a file, not a directory")
+    if kwargs.get("push_to_hub"):
+        kwargs.setdefault("repo_id", target.name)
+    kwargs["save_original_format"] = False  # canonical tensors belong to the modules as they are
+    with replaced(target, _weights_of(kwargs.get("variant"))) as temporary:
+        state = saved_tensors(model)
+        with _described(model, len(state)):
+            original(model, temporary, state_dict=state, **kwargs)
+        if not (target / "README.md").exists() and not (temporary / "README.md").exists():
+            (temporary / "README.md").write_text(_CARD)
 
 
 _CARD = f"""---

@@ -22,7 +22,7 @@ from .layer import install_programs, remove_programs
 from .linear import PackedEmbedding, PackedLinear
 from .packing import PackedWeight
 from .plan import Target, check_strict, check_weight, find_targets
-from .saving import SavePretrained
+from .saving import teach_to_save
 
 log = logging.getLogger("torch_cpullm")
 
@@ -121,7 +121,7 @@ def restore(model: nn.Module) -> nn.Module:
     trained = model.__dict__.get("_cpullm_frozen")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained is None or name in trained)
-    for name in ("_cpullm_settings", "_cpullm_skipped", "_cpullm_frozen", "_apply", "save_pretrained"):
+    for name in ("_cpullm_settings", "_cpullm_skipped", "_cpullm_frozen", "_apply"):
         model.__dict__.pop(name, None)
     restore_attention(model)
     if "transformers" in sys.modules:
@@ -221,7 +221,7 @@ def _guard(model: nn.Module) -> None:
         return
     if torch.accelerator.is_available() and not hasattr(model, "hf_device_map"):
         _set_attributes(model, hf_device_map=dict(_CPU_MAP))  # pipelines look here before they move a model to a GPU
-    _set_attributes(model, save_pretrained=SavePretrained(model))
+    teach_to_save(type(model))
 
 
 class _GuardedApply:
