@@ -4,7 +4,6 @@
 
 #include <memory>
 #include <mutex>
-#include <shared_mutex>
 #include <unordered_map>
 #include <vector>
 
@@ -18,7 +17,7 @@ struct Program {
   std::vector<Tensor> tensors;  // keeps the memory alive that the program points to
 };
 
-std::shared_mutex programs_mutex;
+std::mutex programs_mutex;
 // Never destroyed: tensors must not be freed after torch is gone.
 auto& programs = *new std::unordered_map<int64_t, std::shared_ptr<const Program>>;
 int64_t next_program = 1;
@@ -160,14 +159,14 @@ int64_t layer_create(std::vector<Tensor> tensors, std::vector<int64_t> ints, std
   p.residual_scale = in.next_float("residual_scale");
   STD_TORCH_CHECK(in.at == ints.size() && in.float_at == floats.size(), kCreate, ": too many numbers");
   program->tensors = std::move(tensors);
-  std::unique_lock lock(programs_mutex);
+  std::lock_guard lock(programs_mutex);
   programs.emplace(next_program, std::move(program));
   return next_program++;
 }
 
 void layer_free(int64_t program) {
   std::shared_ptr<const Program> last;  // its memory is freed after the lock
-  std::unique_lock lock(programs_mutex);
+  std::lock_guard lock(programs_mutex);
   const auto it = programs.find(program);
   if (it == programs.end()) return;
   last = std::move(it->second);
@@ -257,7 +256,7 @@ Tensor layer_forward(int64_t handle, const Tensor& x, const OptionalTensor& cos,
                      const OptionalTensor& k_scale, const OptionalTensor& v_scale, int64_t length) {
   std::shared_ptr<const Program> program;
   {
-    std::shared_lock lock(programs_mutex);
+    std::lock_guard lock(programs_mutex);
     const auto it = programs.find(handle);
     STD_TORCH_CHECK(it != programs.end(), kForward, ": there is no program ", handle);
     program = it->second;

@@ -238,6 +238,15 @@ def test_copies_of_caches_are_their_own():
         assert (cache.get_seq_length(), copied.get_seq_length()) == (7, 8)
 
 
+def test_copies_of_models(graphs):
+    """Their programs are matched when they are first looked at: outside of what Dynamo traces."""
+    model = copy.deepcopy(optimised())
+    want = copy.deepcopy(model).generate(prompt(), max_new_tokens=5, **GREEDY)
+    model.compile(backend="cpullm")
+    assert torch.equal(model.generate(prompt(), max_new_tokens=5, **GREEDY), want)
+    assert graphs[0]["decoder_layer"] == 2
+
+
 def test_memory_goes_with_the_model_and_the_cache():
     model = optimised()
     model.compile(backend="cpullm")

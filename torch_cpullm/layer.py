@@ -163,7 +163,7 @@ class LayerProgram:
 
     def _traced(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What Dynamo sees: one operator, which calls this object again when it runs, or the class's forward."""
-        cache = kwargs.get(self._cache_name)
+        cache = None if self._run is None else kwargs.get(self._cache_name)
         number = getattr(cache, "number", None)  # of a CpuLlmCache
         if (
             self._run is None
@@ -221,6 +221,7 @@ class LayerProgram:
         """Whether the arguments that a program does not know are switched off."""
         return all(value is None or value is False or name in self._known for name, value in kwargs.items())
 
+    @torch._disable_dynamo  # the model may be compiled, with this layer outside of its graphs
     def _look_again(self) -> bool:
         """Whether the program may run after all: the layer has changed, or its modules have hooks."""
         layer, watch = self._layer(), self._watch
