@@ -248,31 +248,29 @@ void check_caches(const LayerProgram& p, const OptionalTensor& k, const Optional
   }
 }
 
-thread_local Buffer workspace;        // of the thread that calls the operator
+thread_local Buffer workspace, between;  // of the thread that calls the operator
 thread_local int64_t last_barriers = 0;
 
-Tensor layer_forward(int64_t handle, const Tensor& x, const OptionalTensor& cos, const OptionalTensor& sin,
+std::shared_ptr<const Program> find_program(int64_t handle) {
+  std::lock_guard lock(programs_mutex);
+  const auto it = programs.find(handle);
+  STD_TORCH_CHECK(it != programs.end(), kForward, ": there is no program ", handle);
+  return it->second;
+}
+
+// The arguments of one layer, but for where it reads and writes.
+LayerCall check_call(const LayerProgram& p, const Tensor& x, const OptionalTensor& cos, const OptionalTensor& sin,
                      const OptionalTensor& mask, const OptionalTensor& k_cache, const OptionalTensor& v_cache,
                      const OptionalTensor& k_scale, const OptionalTensor& v_scale, int64_t length) {
-  std::shared_ptr<const Program> program;
-  {
-    std::lock_guard lock(programs_mutex);
-    const auto it = programs.find(handle);
-    STD_TORCH_CHECK(it != programs.end(), kForward, ": there is no program ", handle);
-    program = it->second;
-  }
-  const LayerProgram& p = program->layer;
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 3 && x.size(2) == p.hidden, kForward, ": x must be a CPU tensor [b, s, ",
                   p.hidden, "], got ", shape_of(x));
   STD_TORCH_CHECK(length >= 0 && length < kMostSize, kForward, ": length must not be negative, got ", length);
-  const Tensor source = x.is_contiguous() ? x : torch::stable::contiguous(x);
   LayerCall c{};
   c.type = float_type(x, kForward, "x");
   c.batch = x.size(0);
   c.tokens = x.size(1);
   c.x_stride = p.hidden;
   c.length = length;
-  c.x = source.const_data_ptr();
   if (p.rotary_dim) {
     c.cos = check_rope(cos, "cos", p, c);
     const Float type = c.rope_type;
@@ -283,18 +281,41 @@ Tensor layer_forward(int64_t handle, const Tensor& x, const OptionalTensor& cos,
   }
   if (mask) check_mask(*mask, p, c);
   check_caches(p, k_cache, v_cache, k_scale, v_scale, c);
-  const int64_t sizes[] = {c.batch, c.tokens, p.hidden};
+  return c;
+}
+
+struct Step {
+  std::shared_ptr<const Program> program;
+  LayerCall call;
+};
+
+// All steps in one parallel region, each from the output of the one before; x [b, s, hidden] -> y.
+Tensor run_steps(std::vector<Step>& steps, const Tensor& x) {
+  const Tensor source = x.is_contiguous() ? x : torch::stable::contiguous(x);
+  const int64_t sizes[] = {x.size(0), x.size(1), x.size(2)};
   Tensor y = empty_cpu(sizes, 3, x.scalar_type());
-  if (c.batch * c.tokens == 0) return y;
-  c.y = y.mutable_data_ptr();
+  if (x.numel() == 0) return y;
   const Kernels& table = kernels();
   const int64_t threads = may_use_threads() ? torch::stable::get_num_threads() : 1;
-  char* memory = workspace.get<char>(layer_workspace(p, c, table, threads));
+  const int64_t bytes = (x.numel() * (steps[0].call.type == Float::f32 ? 4 : 2) + 63) / 64 * 64;
+  char* passed_on = between.get<char>(steps.size() > 1 ? 2 * bytes : 0);
+  int64_t needed = 0;
+  for (size_t i = 0; i < steps.size(); ++i) {
+    LayerCall& c = steps[i].call;
+    c.x = i ? passed_on + (i - 1) % 2 * size_t(bytes) : source.const_data_ptr();
+    c.y = i + 1 < steps.size() ? passed_on + i % 2 * size_t(bytes) : y.mutable_data_ptr();
+    needed = std::max(needed, layer_workspace(steps[i].program->layer, c, table, threads));
+  }
+  char* memory = workspace.get<char>(needed);
   Barrier barrier;
   std::atomic<int64_t> barriers{0};
   const auto part = [&](const Member& member) {
-    const int64_t passed = run_layer(p, c, table, member, threads, barrier, memory);
-    if (member.id == 0) barriers = passed;
+    int64_t count = 0;
+    for (size_t i = 0; i < steps.size(); ++i) {
+      if (i) barrier.wait(member.count);
+      count += run_layer(steps[i].program->layer, steps[i].call, table, member, threads, barrier, memory) + (i ? 1 : 0);
+    }
+    if (member.id == 0) barriers = count;
   };
   if (threads == 1) {
     part({0, 1});
@@ -303,6 +324,35 @@ Tensor layer_forward(int64_t handle, const Tensor& x, const OptionalTensor& cos,
   }
   last_barriers = barriers;
   return y;
+}
+
+Tensor layer_forward(int64_t handle, const Tensor& x, const OptionalTensor& cos, const OptionalTensor& sin,
+                     const OptionalTensor& mask, const OptionalTensor& k_cache, const OptionalTensor& v_cache,
+                     const OptionalTensor& k_scale, const OptionalTensor& v_scale, int64_t length) {
+  std::vector<Step> steps(1);
+  steps[0].program = find_program(handle);
+  steps[0].call = check_call(steps[0].program->layer, x, cos, sin, mask, k_cache, v_cache, k_scale, v_scale, length);
+  return run_steps(steps, x);
+}
+
+Tensor layers_forward(std::vector<int64_t> handles, const Tensor& x, const OptionalTensor& cos,
+                      const OptionalTensor& sin, const OptionalTensor& mask, std::vector<Tensor> caches,
+                      int64_t length) {
+  const size_t count = handles.size();
+  STD_TORCH_CHECK(count > 0 && (caches.size() == 2 * count || caches.size() == 4 * count),
+                  "cpullm::layers_forward: caches must be 2 or 4 tensors for each of the ", count, " programs, got ",
+                  caches.size());
+  const size_t per = caches.size() / count;
+  std::vector<Step> steps(count);
+  for (size_t i = 0; i < count; ++i) {
+    steps[i].program = find_program(handles[i]);
+    const Tensor* own = &caches[i * per];
+    const OptionalTensor k_scale = per == 4 ? OptionalTensor(own[2]) : OptionalTensor();
+    const OptionalTensor v_scale = per == 4 ? OptionalTensor(own[3]) : OptionalTensor();
+    steps[i].call = check_call(steps[i].program->layer, x, cos, sin, mask, OptionalTensor(own[0]),
+                               OptionalTensor(own[1]), k_scale, v_scale, length);
+  }
+  return run_steps(steps, x);
 }
 
 // Barriers that the last run started by this thread passed.
@@ -321,10 +371,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cpullm, m) {
   m.def(
       "layer_forward(int program, Tensor x, Tensor? cos, Tensor? sin, Tensor? mask, Tensor(a!)? k_cache, "
       "Tensor(b!)? v_cache, Tensor(c!)? k_scale, Tensor(d!)? v_scale, int length) -> Tensor");
+  // Several layers, each from the output of the one before, in one parallel region. caches: k and v of every layer, or k,
+  // v and their scales; all hold `length` tokens.
+  m.def(
+      "layers_forward(int[] programs, Tensor x, Tensor? cos, Tensor? sin, Tensor? mask, Tensor(a!)[] caches, int "
+      "length) "
+      "-> Tensor");
   m.def("layer_barriers() -> int");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(cpullm, CPU, m) { m.impl("layer_forward", TORCH_BOX(&cpullm::layer_forward)); }
+STABLE_TORCH_LIBRARY_IMPL(cpullm, CPU, m) {
+  m.impl("layer_forward", TORCH_BOX(&cpullm::layer_forward));
+  m.impl("layers_forward", TORCH_BOX(&cpullm::layers_forward));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(cpullm, CompositeExplicitAutograd, m) {
   m.impl("layer_create", TORCH_BOX(&cpullm::layer_create));

@@ -20,6 +20,8 @@ from .layer_execute import Run
 from .layer_graph import decoder_layer, number_layer
 from .layer_match import IRRELEVANT, Decoder, Match, decoders, match_layer
 from .layer_parts import own_state, rotary_from_table
+from .layer_program import Program
+from .layer_stack import LayerStack
 from .linear import PackedLinear, PackedModule
 
 ONE_OP, PER_LINEAR = "one op", "per-linear ops"
@@ -54,8 +56,25 @@ def install_programs(model: nn.Module) -> list[Match]:
             if match.spec is not None:
                 layer.__dict__["forward"] = None  # it is there when the layer is looked at
                 layer.__dict__["forward"] = LayerProgram(layer, decoder, index, match, rotaries)
+        _stack_up(decoder)
     model.__dict__["_cpullm_layers"] = {match.name: match.reason for match in matches}
     return matches
+
+
+def _stack_up(decoder: Decoder) -> None:
+    """Let the layers of a decoder run as one operator in decode steps, where they are all alike and programs."""
+    found = [layer.__dict__.get("forward") for layer in decoder.layers]
+    programs = [each for each in found if isinstance(each, LayerProgram) and each._run is not None]
+    alike = {(each.window, each._rotary is None, each._cache_name, each._needs_mask) for each in programs}
+    in_place = all(each._layer_idx == index for index, each in enumerate(programs))
+    if len(programs) != len(found) or len(programs) < 2 or len(alike) != 1 or not in_place:
+        return
+    if programs[0]._rotary is not None:  # tables of its own, by position
+        return
+    stack = LayerStack(decoder.owner, list(decoder.layers), [cast("Program", each._run) for each in programs])
+    for each in programs:
+        each._stack = stack
+    programs[0]._others = [weakref.ref(each) for each in programs]
 
 
 def remove_programs(model: nn.Module) -> None:
@@ -104,6 +123,8 @@ class LayerProgram:
         self._rotaries = [] if rotaries is None else rotaries
         self._run: Run | None = None
         self._watch: _Watch | None = None
+        self._stack: LayerStack | None = None
+        self._others: list[weakref.ref[LayerProgram]] = []  # of the first layer of a stack: all its programs
         self._reason = "not looked at yet"
         self._number = number_layer(self)
         if match is not None:
@@ -113,12 +134,13 @@ class LayerProgram:
         """Take over what matching found."""
         self._reason = match.reason
         self._watch = _Watch(layer, match.config)
-        self._run = match.run
+        self._run, self._stack = match.run, None
         self._outputs, self._cache_name, self._layer_idx = match.outputs, match.cache_name, match.layer_idx
         self._known = _FREE | {match.cache_name}
         capturing = sys.modules.get("transformers.utils.output_capturing")
         self._collector = None if capturing is None else capturing._active_collector
         self._rotates = match.spec is not None and match.spec.rotary_dim > 0
+        self.window = 0 if match.spec is None else match.spec.window
         self._needs_mask = getattr(match.config, "_attn_implementation", None) == "eager"
         self._rotary = None if match.table is None else _Rotary.of(match.table, self._rotaries)
 
@@ -126,6 +148,11 @@ class LayerProgram:
         """The layer's forward: arguments and result are those of its class."""
         if torch.compiler.is_compiling():
             return self._traced(args, kwargs)
+        stack = self._stack
+        if stack is not None and len(args) == 1:
+            done = self._with_others(stack, args[0], kwargs)
+            if done is not None:
+                return done if not self._outputs else (done, *[None] * (self._outputs - 1))
         watch, run = self._watch, self._run
         if (
             len(args) != 1
@@ -159,7 +186,38 @@ class LayerProgram:
         if not usable:
             return self._original(cast("nn.Module", self._layer()), *args, **kwargs)
         y = cast("Run", self._run)(x, cos, sin, mask, cache)
+        if stack is not None:
+            stack.look(self._index, x, y, self._shared(kwargs))
         return y if not self._outputs else (y, *[None] * (self._outputs - 1))
+
+    def _shared(self, kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
+        """What the layers of a stack are all called with."""
+        get = kwargs.get
+        return get("attention_mask"), get("position_embeddings"), get(self._cache_name)
+
+    def _with_others(self, stack: LayerStack, x: Any, kwargs: dict[str, Any]) -> Tensor | None:
+        """The output of the whole stack where this call is part of one; None: the layer has to be computed."""
+        shared = self._shared(kwargs)
+        if self._index:
+            return stack.resume(self._index, x, shared)
+        mask, rotary, _ = shared
+        if (
+            not (x.__class__ is Tensor and x.is_cpu and not (x.requires_grad and torch.is_grad_enabled()))
+            or (mask is not None and (mask.__class__ is not Tensor or mask.dim() != 4))
+            or (mask is None and self._needs_mask)
+            or (rotary is None and self._rotates)
+            or not (self._known.issuperset(kwargs) or self._harmless(kwargs))
+        ):
+            return None
+        return stack.begin(self._all_unchanged, x, rotary or (None, None), shared)
+
+    def _all_unchanged(self) -> bool:
+        """Whether every program of the stack is still that of its layer."""
+        for ref in self._others:
+            each = ref()
+            if each is None or each._stack is not self._stack or each._watch is None or not each._watch.unchanged():
+                return False
+        return True
 
     def _traced(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What Dynamo sees: one operator, which calls this object again when it runs, or the class's forward."""

@@ -31,11 +31,11 @@ class Program:
         if not _THREADS_CAN_WAIT:
             raise ValueError("torch was built without OpenMP, whose threads all run at once")
         try:
-            self._handle = torch.ops.cpullm.layer_create.default(*encode(spec))
+            self.handle = torch.ops.cpullm.layer_create.default(*encode(spec))
         except RuntimeError as error:
             text = str(error).split("\n")[0]
             raise ValueError(text.split("layer_create: ")[-1]) from None
-        weakref.finalize(self, torch.ops.cpullm.layer_free.default, self._handle).atexit = False
+        weakref.finalize(self, torch.ops.cpullm.layer_free.default, self.handle).atexit = False
         self._kv_heads, self._head_dim = spec.kv_heads, spec.head_dim
 
     def __call__(
@@ -43,12 +43,15 @@ class Program:
     ) -> Tensor:
         """Run the layer once; the cache takes the new tokens."""
         if cache is None:
-            return _forward(self._handle, x, cos, sin, mask, None, None, None, None, 0)
-        tokens = x.shape[1]
-        k, v, k_scale, v_scale, length = cache.reserve(x.shape[0], tokens, self._kv_heads, self._head_dim, x.dtype)
-        y = _forward(self._handle, x, cos, sin, mask, k, v, k_scale, v_scale, length)
-        cache.advance(tokens)
+            return _forward(self.handle, x, cos, sin, mask, None, None, None, None, 0)
+        k, v, k_scale, v_scale, length = self.reserve(cache, x)
+        y = _forward(self.handle, x, cos, sin, mask, k, v, k_scale, v_scale, length)
+        cache.advance(x.shape[1])
         return y
+
+    def reserve(self, cache: CacheLayer, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]:
+        """(k, v, k_scale, v_scale, length) of a cache that has room for x's tokens."""
+        return cache.reserve(x.shape[0], x.shape[1], self._kv_heads, self._head_dim, x.dtype)
 
 
 class _Writer:

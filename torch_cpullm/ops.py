@@ -208,6 +208,22 @@ def layer_forward(
     )
 
 
+def layers_forward(
+    programs: list[int],
+    x: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    mask: Tensor | None,
+    caches: list[Tensor],
+    length: int,
+) -> Tensor:
+    """Run the programs of several layers, each on the output of the one before; see :func:`layer_forward`.
+
+    caches: k and v of every layer, or k, v and their scales; all hold ``length`` tokens.
+    """
+    return torch.ops.cpullm.layers_forward.default(programs, x, cos, sin, mask, caches, length)
+
+
 def _check_one_device(op: str, **tensors: Tensor | None) -> None:
     """The dispatcher takes a fake kernel as soon as one tensor is on meta: refuse to invent a result for the others."""
     devices = {name: tensor.device.type for name, tensor in tensors.items() if tensor is not None}
@@ -295,6 +311,11 @@ def _layer_forward_fake(program, x, cos, sin, mask, k_cache, v_cache, k_scale, v
     return x.new_empty(x.shape)
 
 
+@torch.library.register_fake("cpullm::layers_forward")
+def _layers_forward_fake(programs, x, cos, sin, mask, caches, length):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 __all__ = [
     "COMPUTE",
     "PANEL",
@@ -309,6 +330,7 @@ __all__ = [
     "isa_levels",
     "layer_forward",
     "layer_norm",
+    "layers_forward",
     "linear",
     "quantize_activations",
     "quantize_weights",

@@ -1,0 +1,200 @@
+"""All layers of a decoder as one operator: the same bits as one by one, and only where nothing happens in between."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from layer_models import ALL
+from torch import nn
+
+import torch_cpullm
+from torch_cpullm import ops
+from torch_cpullm.kv_cache import CpuLlmCache
+from torch_cpullm.layer import LayerProgram
+
+
+def optimised(name="llama", **settings):
+    return torch_cpullm.optimize(ALL[name].build(), torch_cpullm.CpuLlmConfig(**settings))
+
+
+def ids_of(model, batch, tokens):
+    return torch.randint(1, model.config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(tokens))
+
+
+def programs(model):
+    found = [module.__dict__.get("forward") for module in model.modules()]
+    return [each for each in found if isinstance(each, LayerProgram)]
+
+
+def stack_of(model):
+    return programs(model)[0]._stack
+
+
+def without(model):
+    for program in programs(model):
+        program._stack = None
+    return model
+
+
+def counted(monkeypatch):
+    """The number of steps that ran as one operator, as a list of one."""
+    from torch_cpullm import layer_stack
+
+    count, real = [0], layer_stack._forward
+
+    def forward(*args):
+        count[0] += 1
+        return real(*args)
+
+    monkeypatch.setattr(layer_stack, "_forward", forward)
+    return count
+
+
+def generate(model, ids, **kwargs):
+    settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0} | kwargs
+    return model.generate(ids, output_logits=True, return_dict_in_generate=True, **settings)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral", "qwen2", "qwen3", "phi3", "gpt-neox", "granite", "olmo2", "smollm3"]
+)
+@pytest.mark.parametrize("kv_cache", ["auto", "int8"])
+def test_the_same_bits_as_one_by_one(name, kv_cache, monkeypatch):
+    model = optimised(name, kv_cache=kv_cache)
+    assert stack_of(model) is not None
+    steps = counted(monkeypatch)
+    ids = ids_of(model, 2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    together = generate(model, ids, attention_mask=mask)
+    assert steps[0] == 10  # of 12 tokens the first is the prompt's, the second is looked at
+    apart = generate(without(model), ids, attention_mask=mask)
+    assert steps[0] == 10
+    assert torch.equal(together.sequences, apart.sequences)
+    assert all(map(torch.equal, together.logits, apart.logits))
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"do_sample": True}],
+    ids=lambda kwargs: next(iter(kwargs)),
+)
+def test_generation_modes(kwargs):
+    model = optimised()
+    ids = ids_of(model, 1, 9)
+    torch.manual_seed(3)
+    together = generate(model, ids, **kwargs).sequences
+    torch.manual_seed(3)
+    assert torch.equal(together, generate(without(model), ids, **kwargs).sequences)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gpt-j"])
+def test_layers_that_are_not_alike_run_one_by_one(name):
+    assert all(program._stack is None for program in programs(optimised(name)))
+
+
+def step(model, cache, ids, **kwargs):
+    with torch.no_grad():
+        return model(ids, past_key_values=cache, use_cache=True, **kwargs)
+
+
+def warm(model):
+    """A cache after a prompt and two steps: the stack may run."""
+    cache = CpuLlmCache(model.config)
+    for tokens in (5, 1, 1):
+        step(model, cache, ids_of(model, 1, tokens))
+    assert stack_of(model)._may_run
+    return cache
+
+
+def test_recorded_states_and_hooks_are_right(monkeypatch):
+    model = optimised()
+    cache, steps = warm(model), counted(monkeypatch)
+    ids = ids_of(model, 1, 1)
+    states = step(model, cache, ids, output_hidden_states=True).hidden_states
+    assert steps[0] == 0
+    assert len({t.data_ptr() for t in states}) == len(states)
+    seen = []
+    handle = model.model.layers[1].register_forward_hook(lambda module, args, y: seen.append(y))
+    step(model, cache, ids)
+    assert steps[0] == 0
+    assert len(seen) == 1
+    handle.remove()
+
+
+def test_a_layer_called_by_itself_is_only_itself(monkeypatch):
+    model = optimised()
+    cache, steps = warm(model), counted(monkeypatch)
+    x = torch.randn(1, 1, model.config.hidden_size)
+    rotary = model.model.rotary_emb(x, torch.tensor([[cache.get_seq_length()]]))
+    with torch.no_grad():
+        y = model.model.layers[0](x, attention_mask=None, position_embeddings=rotary, past_key_values=cache)
+    assert steps[0] == 0
+    assert (cache.layers[0].length, cache.layers[1].length) == (8, 7)
+    assert y.shape == x.shape
+
+
+def test_a_replaced_module_is_seen(monkeypatch):
+    model = optimised()
+    cache, steps = warm(model), counted(monkeypatch)
+    model.model.layers[1].mlp.up_proj.packed.scales.zero_()  # in place: the program reads the same memory
+    ids = ids_of(model, 1, 1)
+    step(model, cache, ids)
+    assert steps[0] == 1
+    model.model.layers[1].set_submodule("mlp.act_fn", nn.Tanh())
+    step(model, cache, ids)
+    assert steps[0] == 1
+
+
+def test_a_decoder_that_interferes_is_an_error_once(monkeypatch):
+    """The model multiplies between its layers from some step on: no wrong result, and right ones afterwards."""
+    model = optimised()
+    ids = ids_of(model, 1, 1)
+    cache = warm(model)
+
+    real = type(model.model.layers[1]).__call__
+    second = model.model.layers[1]
+    monkeypatch.setattr(
+        type(second), "__call__", lambda self, x, *a, **k: real(self, x * 2 if self is second else x, *a, **k)
+    )
+    with pytest.raises(RuntimeError, match="changed what it passes from layer to layer at layer 1"):
+        step(model, cache, ids)
+    assert not stack_of(model)._may_run
+    fresh = CpuLlmCache(model.config)
+    twice = step(model, fresh, ids).logits
+    again = step(without(model), CpuLlmCache(model.config), ids).logits
+    assert torch.equal(twice, again)
+
+
+def test_a_deleted_model_is_gone_at_once():
+    model = optimised()
+    warm(model)
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_bad_arguments_of_the_operator():
+    model = optimised()
+    handles = [program._run.handle for program in programs(model)]
+    hidden, cache = model.config.hidden_size, warm(model)
+    x = torch.randn(1, 1, hidden)
+    cos, sin = model.model.rotary_emb(x, torch.tensor([[7]]))
+    buffers = [t for layer in cache.layers for t in (layer.k, layer.v)]
+    assert ops.layers_forward(handles, x, cos, sin, None, buffers, 7).shape == x.shape
+    for args, text in (
+        (([], x, cos, sin, None, [], 7), "caches must be 2 or 4 tensors for each of the 0 programs"),
+        ((handles, x, cos, sin, None, buffers[:-1], 7), "caches must be 2 or 4 tensors"),
+        (([*handles[:-1], 10**9], x, cos, sin, None, buffers, 7), "there is no program"),
+        ((handles, x[..., :-1], cos, sin, None, buffers, 7), "x must be a CPU tensor"),
+        ((handles, x, cos, sin, None, buffers, 10**6), "has room for"),
+        ((handles, x, None, sin, None, buffers, 7), "cos must be"),
+        ((handles, x, cos, sin, None, [buffers[0][..., :-1], *buffers[1:]], 7), "k_cache must be"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            ops.layers_forward(*args)

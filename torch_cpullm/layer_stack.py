@@ -1,0 +1,159 @@
+"""All layers of a decoder as one operator, for the few tokens of a decode step.
+
+The call of the first layer computes all of them; the calls of the others, which the decoder makes one after another,
+hand the result on. That is right only while the decoder does nothing between its layers but pass on what it got. So
+it begins after a step in which every layer was called on the very tensor that the layer before returned, with the same
+mask, position embeddings and cache; and every later call looks that this is still so.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import sys
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+
+from .layer_program import Program
+
+_forward = torch.ops.cpullm.layers_forward.default
+MOST_TOKENS = 8  # of a sequence in one step; beyond, the operators' own cost does not matter
+_DEPTH = 12  # frames between a layer's forward and its decoder's
+
+
+class _Step(threading.local):
+    """One thread's way through the layers."""
+
+    out: Tensor | None = None  # what the first layer's call has computed for all of them
+    frame: int = 0  # the decoder's call that it belongs to
+    shared: tuple[Any, ...] = ()  # mask, position embeddings and cache of that call
+    seen: Tensor | None = None  # while looking: what the layer before returned
+
+
+class LayerStack:
+    """The layers of one decoder, whose programs are ``programs``; see :func:`stack_of`."""
+
+    def __init__(self, owner: nn.Module, layers: list[nn.Module], programs: list[Program]) -> None:
+        self._owner = weakref.ref(owner)
+        self._layers = [weakref.ref(layer) for layer in layers]
+        self._programs = programs  # their handles are good as long as they live
+        self._handles = [program.handle for program in programs]
+        self._last = len(programs) - 1
+        self._code = inspect.unwrap(type(owner).forward).__code__
+        self._step = _Step()
+        self._may_run = False
+        self._caches: tuple[Any, int, list[Tensor], list[Tensor]] = (None, 0, [], [])
+
+    # ---- looking ----------------------------------------------------------------------------------------------------
+
+    def look(self, index: int, x: Tensor, y: Tensor, shared: tuple[Any, ...]) -> None:
+        """Layer ``index`` has just computed y from x on its own: allow the stack after a whole step like that."""
+        step = self._step
+        if index == 0:
+            step.frame, step.shared = self._frame(), shared
+            step.seen = y if step.frame and x.shape[1] <= MOST_TOKENS else None
+        elif step.seen is x and all(map(operator.is_, shared, step.shared)):
+            step.seen = y
+            if index == self._last:
+                self._may_run, step.seen, step.shared = True, None, ()
+        else:
+            step.seen = None
+
+    def _frame(self) -> int:
+        """The id of the decoder's call that this thread is in, 0 if a layer was called by somebody else."""
+        frame = sys._getframe(2)
+        for _ in range(_DEPTH):
+            if frame is None:
+                break
+            if frame.f_code is self._code:
+                return id(frame)
+            frame = frame.f_back  # type: ignore[assignment]
+        return 0
+
+    # ---- running ----------------------------------------------------------------------------------------------------
+
+    def begin(
+        self,
+        unchanged: Any,
+        x: Tensor,
+        rotary: tuple[Tensor | None, Tensor | None],
+        shared: tuple[Any, ...],
+    ) -> Tensor | None:
+        """The output of all layers, or None if each has to be called. shared: (mask, position embeddings, cache).
+
+        unchanged: a function that tells whether all programs are still those of their layers.
+        """
+        step = self._step
+        step.out = None
+        if not self._may_run or x.shape[1] > MOST_TOKENS or x.dim() != 3:
+            return None
+        mask, _, cache = shared
+        if self._hooked() or not unchanged():
+            return None
+        tokens = x.shape[1]
+        ready = self._reserve(cache, x, tokens)
+        frame = self._frame() if ready is not None else 0
+        if ready is None or not frame:
+            return None
+        held, buffers, length = ready
+        y = _forward(self._handles, x, rotary[0], rotary[1], mask, buffers, length)
+        for each in held:
+            each.advance(tokens)
+        step.out, step.frame, step.shared = y, frame, shared
+        return y
+
+    def resume(self, index: int, x: Any, shared: tuple[Any, ...]) -> Tensor | None:
+        """The output of all layers if the first one's call has computed them, else None.
+
+        RuntimeError if the decoder did something else between its layers than before.
+        """
+        step = self._step
+        y = step.out
+        if y is None:
+            return None
+        if x is y and all(map(operator.is_, shared, step.shared)):
+            if index == self._last:
+                step.out, step.shared = None, ()
+            return y
+        step.out = None
+        if self._frame() != step.frame:  # a step before this one was given up
+            return None
+        self._may_run = False
+        raise RuntimeError(
+            f"the model changed what it passes from layer to layer at layer {index}, after steps in which it did not; "
+            "this step's result would be wrong. Run it again: its layers are now called one by one"
+        )
+
+    def _hooked(self) -> bool:
+        """Whether somebody waits for the call of a layer."""
+        if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+            return True
+        for ref in self._layers:
+            layer = ref()
+            if layer is None or layer._forward_hooks or layer._forward_pre_hooks:
+                return True
+        return False
+
+    def _reserve(self, cache: Any, x: Tensor, tokens: int) -> tuple[list[Any], list[Tensor], int] | None:
+        """(layers of the cache, their buffers in the operator's order, length), or None if it cannot be written."""
+        held = getattr(cache, "layers", None)
+        if held is None or len(held) != len(self._programs):
+            return None
+        try:
+            length = held[0].length
+            if any(each.length != length for each in held):
+                return None
+            known, room, keys, buffers = self._caches
+            if known is not held or length + tokens > room or not all(map(operator.is_, [e.k for e in held], keys)):
+                made = [p.reserve(each, x) for p, each in zip(self._programs, held, strict=True)]
+                buffers = [t for each in made for t in each[:4] if t is not None]
+                keys = [each[0] for each in made]
+                self._caches = held, min(key.shape[2] for key in keys), keys, buffers
+        except AttributeError:  # a cache of another make
+            return None
+        return held, buffers, length
