@@ -118,7 +118,7 @@ def test_bad_arguments(small: bytes, tmp_path: Path) -> None:
         load_gguf(tmp_path / "none.gguf")
     with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16"):
         load_gguf(path, dtype=torch.int8)
-    with pytest.raises(ValueError, match="compute must be 'int8' or 'fp32', got 'fast'"):
+    with pytest.raises(ValueError, match="compute must be 'int8', 'bf16' or 'fp32', got 'fast'"):
         load_gguf(path, compute="fast")
     with pytest.raises(TypeError, match="config must be a CpuLlmConfig, got dict"):
         load_gguf(path, config={})  # type: ignore[arg-type]

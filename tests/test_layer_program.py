@@ -238,7 +238,7 @@ def test_memory_behind_the_last_token_is_not_read(kind, isa):
         position, parts = 0, []
         for tokens in (5, 1, 2, 40):
             x, cos, sin = call(layer, 2, tokens, position)
-            parts.append(torch.ops.cpullm.layer_forward(program._handle, x, cos, sin, None, k, v, None, None, position))
+            parts.append(torch.ops.cpullm.layer_forward(program.handle, x, cos, sin, None, k, v, None, None, position))
             position += tokens
         results.append(torch.cat(parts, 1))
     assert torch.equal(*results)
@@ -255,7 +255,7 @@ def test_no_write_beside_the_new_tokens(isa):
         k, v = (t[1:3, 1:3, 1:12, 3:35] for t in big)
         k_scale, v_scale = (None if t is None else t[1:3, 1:3, 1:12] for t in scales)
         x, cos, sin = call(layer, 2, 3, 4)
-        torch.ops.cpullm.layer_forward(program._handle, x, cos, sin, None, k, v, k_scale, v_scale, 4)
+        torch.ops.cpullm.layer_forward(program.handle, x, cos, sin, None, k, v, k_scale, v_scale, 4)
         for t in (k, v, k_scale, v_scale):
             if t is not None:
                 assert bool((t[:, :, 4:7] != fill).any())

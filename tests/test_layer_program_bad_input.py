@@ -37,7 +37,7 @@ def arguments(program, kind=torch.float32, batch=2, tokens=3, length=4, capacity
     """Arguments of a call that is right."""
     cache = [torch.zeros(batch, 2, capacity, 32, dtype=kind) for _ in range(2)]
     scales = [torch.zeros(batch, 2, capacity) if kind == torch.int8 else None for _ in range(2)]
-    values = (program._handle, *call(LAYER, batch, tokens), None, *cache, *scales, length)
+    values = (program.handle, *call(LAYER, batch, tokens), None, *cache, *scales, length)
     return dict(zip(NAMES, values, strict=True))
 
 
@@ -137,7 +137,7 @@ def test_tensors_of_other_kinds(name, program):
 def test_batches_that_no_memory_holds(program):
     x, angle = Z(1, 1, 1).expand(2**32, 2**23, 96), Z(1, 1, 32).expand(1, 2**23, 32)
     with pytest.raises(RuntimeError):
-        ops.layer_forward(program._handle, x, angle, angle)
+        ops.layer_forward(program.handle, x, angle, angle)
 
 
 # ---- programs -------------------------------------------------------------------------------------------------------
@@ -258,19 +258,19 @@ def test_freed_programs():
     program = Program(LAYER)
     given = arguments(program)
     forward(given)
-    free(program._handle)
-    free(program._handle)  # of no program: nothing happens
+    free(program.handle)
+    free(program.handle)  # of no program: nothing happens
     free(-5)
-    with pytest.raises(RuntimeError, match=f"there is no program {program._handle}"):
+    with pytest.raises(RuntimeError, match=f"there is no program {program.handle}"):
         forward(given)
-    assert Program(LAYER)._handle > program._handle  # no handle comes twice
+    assert Program(LAYER).handle > program.handle  # no handle comes twice
 
 
 def test_memory_goes_with_the_program():
     layer = spec(linears={"bias": True})
     codes = weakref.ref(layer.down.packed.codes.untyped_storage())
     program = Program(layer)
-    handle, given = program._handle, arguments(program)
+    handle, given = program.handle, arguments(program)
     forward(given)
     del layer
     gc.collect()

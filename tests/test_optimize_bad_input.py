@@ -30,7 +30,7 @@ from torch_cpullm.config import Settings
         ("group_size", 100, "group_size must be -1 .* multiple of 32, got 100"),
         ("group_size", None, "group_size must be an integer, got None"),
         ("sym", 1, "sym must be True or False, got 1"),
-        ("compute", "bf16", "compute must be 'int8' or 'fp32', got 'bf16'"),
+        ("compute", "int4", "compute must be 'int8', 'bf16' or 'fp32', got 'int4'"),
         ("compute", None, "compute must be .*, got None"),
         ("head_bits", 5, "head_bits must be 4, 8 or None, got 5"),
         ("head_bits", 8.0, "head_bits must be 4, 8 or None, got 8.0"),

@@ -13,6 +13,7 @@ import operator
 import sys
 import threading
 import weakref
+from types import FrameType
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .layer_program import Program
 
 _forward = torch.ops.cpullm.layers_forward.default
 MOST_TOKENS = 8  # of a sequence in one step; beyond, the operators' own cost does not matter
+_BUFFERS = "_stack_buffers"  # attribute of a cache: tokens it has room for, its keys, all its buffers in order
 _DEPTH = 12  # frames between a layer's forward and its decoder's
 
 
@@ -47,7 +49,6 @@ class LayerStack:
         self._code = inspect.unwrap(type(owner).forward).__code__
         self._step = _Step()
         self._may_run = False
-        self._caches: tuple[Any, int, list[Tensor], list[Tensor]] = (None, 0, [], [])
 
     # ---- looking ----------------------------------------------------------------------------------------------------
 
@@ -55,24 +56,24 @@ class LayerStack:
         """Layer ``index`` has just computed y from x on its own: allow the stack after a whole step like that."""
         step = self._step
         if index == 0:
-            step.frame, step.shared = self._frame(), shared
-            step.seen = y if step.frame and x.shape[1] <= MOST_TOKENS else None
+            step.frame = self._frame() if x.shape[1] <= MOST_TOKENS else 0
+            step.seen, step.shared = (y, shared) if step.frame else (None, ())
         elif step.seen is x and all(map(operator.is_, shared, step.shared)):
             step.seen = y
             if index == self._last:
                 self._may_run, step.seen, step.shared = True, None, ()
         else:
-            step.seen = None
+            step.seen, step.shared = None, ()
 
     def _frame(self) -> int:
         """The id of the decoder's call that this thread is in, 0 if a layer was called by somebody else."""
-        frame = sys._getframe(2)
+        frame: FrameType | None = sys._getframe(2)
         for _ in range(_DEPTH):
             if frame is None:
                 break
             if frame.f_code is self._code:
                 return id(frame)
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
         return 0
 
     # ---- running ----------------------------------------------------------------------------------------------------
@@ -89,7 +90,7 @@ class LayerStack:
         unchanged: a function that tells whether all programs are still those of their layers.
         """
         step = self._step
-        step.out = None
+        step.out, step.shared = None, ()
         if not self._may_run or x.shape[1] > MOST_TOKENS or x.dim() != 3:
             return None
         mask, _, cache = shared
@@ -120,7 +121,7 @@ class LayerStack:
             if index == self._last:
                 step.out, step.shared = None, ()
             return y
-        step.out = None
+        step.out, step.shared = None, ()
         if self._frame() != step.frame:  # a step before this one was given up
             return None
         self._may_run = False
@@ -148,12 +149,12 @@ class LayerStack:
             length = held[0].length
             if any(each.length != length for each in held):
                 return None
-            known, room, keys, buffers = self._caches
-            if known is not held or length + tokens > room or not all(map(operator.is_, [e.k for e in held], keys)):
+            room, keys, buffers = cache.__dict__.get(_BUFFERS, (0, [], []))
+            if length + tokens > room or not all(map(operator.is_, [each.k for each in held], keys)):
                 made = [p.reserve(each, x) for p, each in zip(self._programs, held, strict=True)]
                 buffers = [t for each in made for t in each[:4] if t is not None]
                 keys = [each[0] for each in made]
-                self._caches = held, min(key.shape[2] for key in keys), keys, buffers
+                cache.__dict__[_BUFFERS] = min(key.shape[2] for key in keys), keys, buffers
         except AttributeError:  # a cache of another make
             return None
         return held, buffers, length

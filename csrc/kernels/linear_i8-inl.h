@@ -196,7 +196,7 @@ void row_i8(const TileArgs& a) {
           for (int s = 0; s < 8; ++s) {
             I lo, hi;
             if (kCodes == Codes::packed4) {
-              if (h == 0) _mm_prefetch(reinterpret_cast<const char*>(w) + 4096 + 64 * s, _MM_HINT_T0);
+              if (h == 0) _mm_prefetch(reinterpret_cast<const char*>(w) + 8192 + 64 * s, _MM_HINT_T0);
               S::load_packed4(w + 64 * s, h, lo, hi);
             } else {
               _mm_prefetch(reinterpret_cast<const char*>(w) + 4096 + 128 * s + 64 * h, _MM_HINT_T0);
