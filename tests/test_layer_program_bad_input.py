@@ -186,7 +186,7 @@ def test_numbers_that_end_early_or_late():
         ({2: 5}, r"kv_heads must lie in \[1, 4\]"),
         ({1: 65536, 3: 65536}, "heads x head_dim is too large"),
         ({4: -(2**63)}, "intermediate must lie in"),
-        ({5: 2}, r"int8 must lie in \[0, 1\], got 2"),
+        ({5: 3}, r"compute must lie in \[0, 2\], got 3"),
         ({7: 3}, "q_per_group must be"),
         ({9: 2**20}, "the layout leaves"),
         ({11: 2**24}, "the layout leaves"),

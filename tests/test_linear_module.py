@@ -106,7 +106,7 @@ def test_wrong_dtype(dtype):
 
 
 def test_wrong_compute():
-    with pytest.raises(ValueError, match="compute must be one of 'int8', 'fp32', got 'int4'"):
+    with pytest.raises(ValueError, match="compute must be one of 'int8', 'fp32', 'bf16', got 'int4'"):
         a_linear(compute="int4")
 
 

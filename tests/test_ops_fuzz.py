@@ -255,7 +255,7 @@ def test_every_mutation_alone_on_every_tensor():
         ("n", 2**62, "n must be positive|codes"),
         ("group_size", 48, "group_size must be a positive multiple of 32, got 48"),
         ("group_size", -1, "group_size must be a positive multiple of 32, got -1"),
-        ("compute", 2, r"compute must be 0 \(int8\) or 1 \(fp32\), got 2"),
+        ("compute", 3, r"compute must be 0 \(int8\), 1 \(fp32\) or 2 \(bf16\), got 3"),
         ("bias", torch.zeros(46), r"bias must be .* of shape \[45\], got \[46\]"),
         ("bias", torch.zeros(45, dtype=torch.int32), "bias must be float32"),
         ("perm", torch.full((172,), 172, dtype=torch.int32), r"perm\[0\] = 172 is outside \[0, 172\)"),
@@ -326,8 +326,8 @@ def test_other_layouts(layout):
 
 def test_wrong_types_and_unknown_compute():
     weight = pack(quantized(32, 64, 32))
-    with pytest.raises(ValueError, match="compute must be one of 'int8', 'fp32', got 'bf16'"):
-        ops.linear(torch.zeros(1, 64), weight, compute="bf16")
+    with pytest.raises(ValueError, match="compute must be one of 'int8', 'fp32', 'bf16', got 'int4'"):
+        ops.linear(torch.zeros(1, 64), weight, compute="int4")
     for bad in (3, [1.0], "x"):
         with pytest.raises((RuntimeError, TypeError), match="cpullm::linear"):
             ops.linear(bad, weight)

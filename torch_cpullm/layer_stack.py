@@ -24,7 +24,7 @@ from .layer_program import Program
 
 _forward = torch.ops.cpullm.layers_forward.default
 MOST_TOKENS = 8  # of a sequence in one step; beyond, the operators' own cost does not matter
-_BUFFERS = "_stack_buffers"  # attribute of a cache: tokens it has room for, its keys, all its buffers in order
+_BUFFERS = "_stack_buffers"  # attribute of a cache: whose, tokens it has room for, its keys, all its buffers in order
 _DEPTH = 12  # frames between a layer's forward and its decoder's
 
 
@@ -149,12 +149,17 @@ class LayerStack:
             length = held[0].length
             if any(each.length != length for each in held):
                 return None
-            room, keys, buffers = cache.__dict__.get(_BUFFERS, (0, [], []))
-            if length + tokens > room or not all(map(operator.is_, [each.k for each in held], keys)):
+            mine, room, keys, buffers = cache.__dict__.get(_BUFFERS, (None, 0, [], []))
+            if (
+                mine is not self._handles
+                or length + tokens > room
+                or x.shape[0] != keys[0].shape[0]
+                or not all(map(operator.is_, [each.k for each in held], keys))
+            ):
                 made = [p.reserve(each, x) for p, each in zip(self._programs, held, strict=True)]
                 buffers = [t for each in made for t in each[:4] if t is not None]
                 keys = [each[0] for each in made]
-                cache.__dict__[_BUFFERS] = min(key.shape[2] for key in keys), keys, buffers
+                cache.__dict__[_BUFFERS] = self._handles, min(key.shape[2] for key in keys), keys, buffers
         except AttributeError:  # a cache of another make
             return None
         return held, buffers, length
