@@ -79,7 +79,7 @@ def measure(name: str, model: Any, ids: Tensor, reference: Tensor) -> dict[str, 
                 module.compute = head_compute(compute) if module is head else compute
         logits = logits_of(model, ids)
         row[f"perplexity, {compute} compute"] = round(perplexity(logits, ids), 3)
-        row[f"KL, {compute} compute"] = round(divergence(logits, reference), 4)
+        row[f"KL, {compute} compute"] = round(max(0.0, divergence(logits, reference)), 4)
     return row
 
 
