@@ -46,7 +46,7 @@ void configure(int64_t step) {
 }
 
 TileShape tile_rows(int64_t m, int64_t group) {
-  const int64_t least = group % kTileK || kActBlock % kTileK ? kHalfTileRows : kFullTileRows;
+  const int64_t least = group % kTileK ? kHalfTileRows : kFullTileRows;
   return m < least ? tile_rows_i8(m, group) : TileShape{kTile, kTileK};
 }
 
@@ -191,7 +191,7 @@ void linear_i8_amx(const Weight& w, const QuantizedRows& x, const Output& out, R
                    : w.group % kActBlock == 0 ? tile_block<true, false>
                                               : tile_block<false, false>;
   const int64_t block_bytes = 16 * w.bits;
-  const int64_t step = w.group % kTileK || kActBlock % kTileK ? kChunk : kTileK;
+  const int64_t step = w.group % kTileK ? kChunk : kTileK;
   const int64_t row_stride = (w.k_padded + kTileK - 1) / kTileK * kTileK;  // bytes of one row of q
   configure(step);
   const int64_t block_rows = rows_per_block(x);
