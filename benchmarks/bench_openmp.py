@@ -68,7 +68,7 @@ def serve(args: argparse.Namespace) -> None:
     runtimes = launch.openmp_in_use(launch.openmp_runtimes(), os.environ.get("LD_PRELOAD", ""))
     say({"runtimes": [Path(path).name for path in runtimes], "threads": torch.get_num_threads()})
     vocab = model.config.get_text_config().vocab_size
-    settings = {"do_sample": False, "pad_token_id": 0, "min_new_tokens": args.tg, "max_new_tokens": args.tg}
+    settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": vocab, "max_new_tokens": args.tg}
     for line in sys.stdin:
         ids = torch.randint(3, vocab, (1, args.pp), generator=torch.Generator().manual_seed(int(line)))
         clock, used, start = Clock(), os.times(), time.perf_counter()

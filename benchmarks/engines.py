@@ -49,7 +49,8 @@ class HuggingFace:
         vocab = self.model.config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(request["seed"])
         ids = torch.randint(3, vocab, (batch, depth + pp), generator=generator)
-        settings: dict[str, Any] = {"do_sample": False, "min_new_tokens": tg, "max_new_tokens": tg, "pad_token_id": 0}
+        # No token ends the text. min_new_tokens would: by a search of the whole vocabulary in every step.
+        settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": tg, "pad_token_id": 0, "eos_token_id": vocab}
         if depth:
             earlier = self.model(ids[:, :depth], use_cache=True, logits_to_keep=1)
             settings["past_key_values"] = earlier.past_key_values

@@ -83,7 +83,7 @@ def _tokens_s(loaded: Loaded, ids: torch.Tensor, length: int) -> float:
 
     watch = Stopwatch()
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    generate(loaded, inputs, max_new_tokens=length + 1, min_new_tokens=length + 1, watch=watch)
+    generate(loaded, inputs, max_new_tokens=length + 1, to_the_end=True, watch=watch)
     return watch.arrivals[-1] - watch.arrivals[0]
 
 

@@ -214,7 +214,7 @@ def generate(
         plain = runner.load_bf16(path, loaded)
         again = runner.Stopwatch()
         tokens = min(max(len(watch.arrivals), 2), 24)
-        runner.generate(plain, inputs, max_new_tokens=tokens, min_new_tokens=tokens, watch=again)
+        runner.generate(plain, inputs, max_new_tokens=tokens, to_the_end=True, watch=again)
         typer.echo(_comparison(*before, plain, again.token_s))
 
 

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .layer_decoder import DecoderStep
 from .layer_execute import Run
 from .layer_graph import decoder_layer, number_layer
 from .layer_match import IRRELEVANT, Decoder, Match, decoders, match_layer
@@ -71,16 +72,20 @@ def _stack_up(decoder: Decoder) -> None:
         return
     if programs[0]._rotary is not None:  # tables of its own, by position
         return
-    stack = LayerStack(decoder.owner, list(decoder.layers), [cast("Program", each._run) for each in programs])
+    layers, owner = list(decoder.layers), decoder.owner
+    stack = LayerStack(owner, layers, [cast("Program", each._run) for each in programs])
     for each in programs:
         each._stack = stack
-    programs[0]._others = [weakref.ref(each) for each in programs]
+    first = programs[0]
+    first._others, first._together = [weakref.ref(each) for each in programs], _Watch(layers, owner.config)
+    if "forward" not in owner.__dict__:
+        owner.__dict__["forward"] = DecoderStep(owner, stack, first._all_unchanged, first.window)
 
 
 def remove_programs(model: nn.Module) -> None:
     """Undo :func:`install_programs`: every layer computes by its class's forward again."""
     for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), LayerProgram):
+        if isinstance(module.__dict__.get("forward"), (LayerProgram, DecoderStep)):
             del module.__dict__["forward"]
     model.__dict__.pop("_cpullm_layers", None)
 
@@ -124,7 +129,9 @@ class LayerProgram:
         self._run: Run | None = None
         self._watch: _Watch | None = None
         self._stack: LayerStack | None = None
-        self._others: list[weakref.ref[LayerProgram]] = []  # of the first layer of a stack: all its programs
+        # Of the first layer of a stack: all its programs, and whether their layers are what they were.
+        self._others: list[weakref.ref[LayerProgram]] = []
+        self._together: _Watch | None = None
         self._reason = "not looked at yet"
         self._number = number_layer(self)
         if match is not None:
@@ -133,7 +140,7 @@ class LayerProgram:
     def _set(self, layer: nn.Module, match: Match) -> None:
         """Take over what matching found."""
         self._reason = match.reason
-        self._watch = _Watch(layer, match.config)
+        self._watch = _Watch([layer], match.config)
         self._run, self._stack = match.run, None
         self._outputs, self._cache_name, self._layer_idx = match.outputs, match.cache_name, match.layer_idx
         self._known = _FREE | {match.cache_name}
@@ -213,11 +220,11 @@ class LayerProgram:
 
     def _all_unchanged(self) -> bool:
         """Whether every program of the stack is still that of its layer."""
-        for ref in self._others:
-            each = ref()
-            if each is None or each._stack is not self._stack or each._watch is None or not each._watch.unchanged():
-                return False
-        return True
+        together, stack = self._together, self._stack
+        found = [ref() for ref in self._others]
+        return all(each is not None and each._stack is stack for each in found) and (
+            together is not None and together.unchanged()
+        )
 
     def _traced(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What Dynamo sees: one operator, which calls this object again when it runs, or the class's forward."""
@@ -337,18 +344,21 @@ def _revive(layer: nn.Module, owner: nn.Module | None, path: str, name: str, ind
 
 
 class _Watch:
-    """Tells whether anything that a match was made from has changed: objects by identity, settings by value.
+    """Tells whether anything that the matches of layers were made from has changed: objects by identity, settings by
+    value. ``config`` is that of all the layers.
 
-    Holds no reference to the layer itself, whose attributes hold the program.
+    Holds no reference to the layers themselves, whose attributes hold the programs.
     """
 
-    def __init__(self, layer: nn.Module, config: Any) -> None:
-        inner = [module for path, module in layer.named_modules() if path]
+    def __init__(self, layers: list[nn.Module], config: Any) -> None:
+        inner = [module for layer in layers for path, module in layer.named_modules() if path]
         others = [module for module in inner if not isinstance(module, PackedLinear)]
-        self._layer = weakref.ref(layer)
         self._hooks = [hooks for module in inner for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self._own = operator.itemgetter("training", *(name for name in own_state(layer) if name != "forward"))
-        self._dicts = [d for m in (layer, *others) for d in (m._modules, m._parameters, m._buffers) if d]
+        self._own = [
+            (weakref.ref(layer), _getter(["training", *(name for name in own_state(layer) if name != "forward")]))
+            for layer in layers
+        ]
+        self._dicts = [d for m in (*layers, *others) for d in (m._modules, m._parameters, m._buffers) if d]
         self._copies = [dict(each) for each in self._dicts]
         self._states = [(module.__dict__, _getter(own_state(module))) for module in others if own_state(module)]
         self._all = [module.__dict__ for module in others]
@@ -363,10 +373,10 @@ class _Watch:
 
     def _look(self) -> list[Any]:
         """What every call compares."""
-        state = cast("nn.Module", self._layer()).__dict__
+        own = [(cast("nn.Module", ref()).__dict__, get) for ref, get in self._own]
         return [
-            self._own(state),
-            len(state),
+            [get(state) for state, get in own],
+            [len(state) for state, _ in own],
             [*map(len, self._all)],
             [get(each) for each, get in self._states],
             [t._version for t in self._versioned],

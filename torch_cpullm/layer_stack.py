@@ -35,6 +35,7 @@ class _Step(threading.local):
     frame: int = 0  # the decoder's call that it belongs to
     shared: tuple[Any, ...] = ()  # mask, position embeddings and cache of that call
     seen: Tensor | None = None  # while looking: what the layer before returned
+    last: tuple[Tensor, Any, Any, Tensor] | None = None  # of the last run: x, mask, position embeddings, output
 
 
 class LayerStack:
@@ -42,7 +43,7 @@ class LayerStack:
 
     def __init__(self, owner: nn.Module, layers: list[nn.Module], programs: list[Program]) -> None:
         self._owner = weakref.ref(owner)
-        self._layers = [weakref.ref(layer) for layer in layers]
+        self._waiting = [each for layer in layers for each in (layer._forward_hooks, layer._forward_pre_hooks)]
         self._programs = programs  # their handles are good as long as they live
         self._handles = [program.handle for program in programs]
         self._last = len(programs) - 1
@@ -93,20 +94,42 @@ class LayerStack:
         step.out, step.shared = None, ()
         if not self._may_run or x.shape[1] > MOST_TOKENS or x.dim() != 3:
             return None
-        mask, _, cache = shared
+        mask, embeddings, cache = shared
+        frame = self._frame()
+        y = self.run(unchanged, x, rotary, mask, cache) if frame else None
+        if y is not None:
+            step.out, step.frame, step.shared, step.last = y, frame, shared, (x, mask, embeddings, y)
+        return y
+
+    def run(
+        self,
+        unchanged: Any,
+        x: Tensor,
+        rotary: tuple[Tensor | None, Tensor | None],
+        mask: Tensor | None,
+        cache: Any,
+    ) -> Tensor | None:
+        """The output of all layers, or None if each has to be called; ``unchanged`` as in :meth:`begin`."""
         if self._hooked() or not unchanged():
             return None
-        tokens = x.shape[1]
-        ready = self._reserve(cache, x, tokens)
-        frame = self._frame() if ready is not None else 0
-        if ready is None or not frame:
+        ready = self._reserve(cache, x, x.shape[1])
+        if ready is None:
             return None
         held, buffers, length = ready
         y = _forward(self._handles, x, rotary[0], rotary[1], mask, buffers, length)
         for each in held:
-            each.advance(tokens)
-        step.out, step.frame, step.shared = y, frame, shared
+            each.advance(x.shape[1])
         return y
+
+    def take_last(self) -> tuple[Tensor, Any, Any, Tensor] | None:
+        """(x, mask, position embeddings, output) of this thread's last run by :meth:`begin`, once."""
+        last, self._step.last = self._step.last, None
+        return last
+
+    def length_of(self, cache: Any) -> int:
+        """Tokens in a cache that this stack can write; -1 for any other."""
+        held = getattr(cache, "layers", None)
+        return getattr(held[0], "length", -1) if held and len(held) == len(self._programs) else -1
 
     def resume(self, index: int, x: Any, shared: tuple[Any, ...]) -> Tensor | None:
         """The output of all layers if the first one's call has computed them, else None.
@@ -132,13 +155,7 @@ class LayerStack:
 
     def _hooked(self) -> bool:
         """Whether somebody waits for the call of a layer."""
-        if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
-            return True
-        for ref in self._layers:
-            layer = ref()
-            if layer is None or layer._forward_hooks or layer._forward_pre_hooks:
-                return True
-        return False
+        return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks or any(self._waiting))
 
     def _reserve(self, cache: Any, x: Tensor, tokens: int) -> tuple[list[Any], list[Tensor], int] | None:
         """(layers of the cache, their buffers in the operator's order, length), or None if it cannot be written."""

@@ -377,12 +377,16 @@ def generate(
     *,
     max_new_tokens: int,
     watch: Stopwatch,
-    min_new_tokens: int | None = None,
+    to_the_end: bool = False,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
 ) -> torch.Tensor:
-    """Plain ``model.generate()`` with ``watch`` as its streamer; greedy at temperature 0. Returns ids [1, s + new]."""
+    """Plain ``model.generate()`` with ``watch`` as its streamer; greedy at temperature 0. Returns ids [1, s + new].
+
+    to_the_end: no token ends the text before max_new_tokens. (min_new_tokens does that with a search of the vocabulary
+    in every step.)
+    """
     import torch
 
     model = loaded.model
@@ -393,8 +397,8 @@ def generate(
     if pad is None:
         pad = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
     options: dict[str, Any] = {"temperature": temperature, "top_p": top_p} if sampling else {}
-    if min_new_tokens is not None:
-        options["min_new_tokens"] = min_new_tokens
+    if to_the_end:
+        options["eos_token_id"] = model.config.get_text_config().vocab_size
     watch.start = time.perf_counter()
     return model.generate(
         **inputs,

@@ -1,0 +1,157 @@
+"""A decode step of a whole decoder: embedding, positions, all layers and the last norm, without the code in between.
+
+transformers' own code between the embedding and the last norm (masks, recorded outputs, a call per layer) takes longer
+than the weights of a small model. It is left out after a step in which it was seen to do nothing else: the first layer
+got the embedding of the tokens, its position embeddings were those of the decoder's module, no mask was made, and the
+result was the last norm of what the layers returned, all bit for bit. Any other call goes through the class's forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layer_parts import own_state
+from .layer_stack import LayerStack
+from .linear import PackedEmbedding
+
+_TAKEN = {"input_ids", "attention_mask", "position_ids", "past_key_values"}
+# Arguments that may have these values: they change nothing in a decode step.
+_HARMLESS = {"use_cache": (None, True), "return_dict": (None, True)}
+# Settings of a config that change what a decoder returns, not what its layers compute.
+_SETTINGS = ("output_hidden_states", "_output_attentions", "output_attentions", "return_dict", "use_cache", "is_causal")
+
+
+class DecoderStep:
+    """``forward`` of one decoder instance. Holds no strong reference to it, so that a deleted model is gone at once."""
+
+    def __init__(self, owner: nn.Module, stack: LayerStack | None, unchanged: Callable[[], bool], window: int) -> None:
+        self._owner = weakref.ref(owner)
+        self._original = type(owner).forward
+        self._names = list(inspect.signature(self._original).parameters)[1:]
+        self._stack = stack  # None: of a copied decoder, which computes by its class's forward
+        self._unchanged = unchanged  # whether the programs of the stack are still those of the layers
+        self._window = window
+        self._learnt: tuple[nn.Module, nn.Module | None, nn.Module, type] | None = None
+        self._state: list[Any] = []
+        self._tries = 8
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The decoder's forward: arguments and result are those of its class."""
+        owner = self._owner()
+        stack = self._stack
+        if stack is None or torch.compiler.is_compiling():
+            return self._original(owner, *args, **kwargs)
+        named = dict(zip(self._names, args, strict=False)) | kwargs
+        if len(named) != len(args) + len(kwargs) or not self._plain(named):
+            return self._original(owner, *args, **kwargs)
+        return self._decode(owner, stack, named)
+
+    def _decode(self, owner: Any, stack: LayerStack, kwargs: dict[str, Any]) -> Any:
+        """A plain decode step, the short way or, where that is not learnt yet, the class's."""
+        if self._learnt is not None:
+            out = self._run(owner, stack, kwargs)
+            return self._original(owner, **kwargs) if out is None else out
+        if not self._tries:
+            return self._original(owner, **kwargs)
+        stack.take_last()
+        out = self._original(owner, **kwargs)
+        seen = stack.take_last()
+        if seen is not None:
+            self._tries -= 1
+            self._learn(owner, seen, kwargs, out)
+        return out
+
+    def _plain(self, kwargs: dict[str, Any]) -> bool:
+        """Whether this is a decode step that needs no mask: one token per sequence, and padding nowhere."""
+        for name, value in kwargs.items():
+            if name not in _TAKEN and value is not None and value is not False:
+                allowed = _HARMLESS.get(name)
+                if allowed is None or value not in allowed:
+                    return False
+        get = kwargs.get
+        ids, mask, positions = get("input_ids"), get("attention_mask"), get("position_ids")
+        if ids.__class__ is not Tensor or ids.dim() != 2 or ids.shape[1] != 1 or positions.__class__ is not Tensor:
+            return False
+        if get("past_key_values") is None or (mask is not None and (mask.__class__ is not Tensor or mask.dim() != 2)):
+            return False
+        capturing = sys.modules.get("transformers.utils.output_capturing")
+        return capturing is None or not capturing._active_collector.get()
+
+    # ---- learning ---------------------------------------------------------------------------------------------------
+
+    def _learn(self, owner: Any, seen: tuple[Tensor, Any, Any, Tensor], kwargs: dict[str, Any], out: Any) -> None:
+        """Take the short way from now on if ``out`` is what it would have given."""
+        x, mask, rotary, y = seen
+        if mask is not None or getattr(out, "past_key_values", None) is not kwargs["past_key_values"]:
+            return
+        if {name for name, value in vars(out).items() if value is not None} != {"last_hidden_state", "past_key_values"}:
+            return
+        ids, positions = kwargs["input_ids"], kwargs["position_ids"]
+        embeddings = [m for m in _children(owner) if isinstance(m, (nn.Embedding, PackedEmbedding))]
+        embedding = next((m for m in embeddings if _gives(m, x, ids)), None)
+        norm = next((m for m in _children(owner) if _gives(m, out.last_hidden_state, y)), None)
+        position = None
+        if rotary is not None:
+            position = next((m for m in _children(owner) if _gives(m, rotary, x, positions)), None)
+        if embedding is None or norm is None or (rotary is not None and position is None):
+            return
+        self._learnt, self._state = (embedding, position, norm, type(out)), self._look(owner)
+
+    def _look(self, owner: nn.Module) -> list[Any]:
+        """What decides what the decoder's own code does, arguments aside."""
+        config = vars(owner.config)
+        state = {name: value for name, value in own_state(owner).items() if name != "forward"}
+        return [owner.training, state, dict(owner._modules), [config.get(name) for name in _SETTINGS]]
+
+    # ---- running ----------------------------------------------------------------------------------------------------
+
+    def _run(self, owner: Any, stack: LayerStack, kwargs: dict[str, Any]) -> Any:
+        """The result of a decode step, or None if the class's forward has to compute it."""
+        embedding, position, norm, kind = self._learnt  # type: ignore[misc]
+        cache, mask = kwargs["past_key_values"], kwargs.get("attention_mask")
+        if self._look(owner) != self._state:
+            return None
+        length = stack.length_of(cache)
+        if length < 0 or (self._window and length + 1 > self._window):
+            return None
+        if mask is not None and (mask.shape[1] != length + 1 or not bool(mask.all())):
+            return None
+        x = embedding(kwargs["input_ids"])
+        rotary = (None, None) if position is None else position(x, kwargs["position_ids"])
+        y = stack.run(self._unchanged, x, rotary, None, cache)
+        return None if y is None else kind(last_hidden_state=norm(y), past_key_values=cache)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DecoderStep:
+        return DecoderStep(memo[id(self._owner())], None, bool, 0)
+
+    def __reduce__(self) -> tuple:
+        return _inert, (self._owner(),)
+
+
+def _inert(owner: nn.Module) -> DecoderStep:
+    """What a copied decoder has in the place of its DecoderStep: the class's forward."""
+    return DecoderStep(owner, None, bool, 0)
+
+
+def _children(owner: nn.Module) -> Iterator[nn.Module]:
+    """The modules beside the list of layers."""
+    return (module for module in owner.children() if not isinstance(module, nn.ModuleList))
+
+
+def _gives(module: nn.Module, result: Any, *args: Any) -> bool:
+    """Whether ``module(*args)`` is ``result``, bit for bit."""
+    try:
+        made = module(*args)
+    except (TypeError, ValueError, RuntimeError, IndexError):  # it is for other arguments
+        return False
+    made, result = (each if isinstance(each, tuple) else (each,) for each in (made, result))
+    return len(made) == len(result) and all(
+        isinstance(a, Tensor) and a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(made, result, strict=True)
+    )
