@@ -74,7 +74,7 @@ def test_the_same_bits_as_the_classs_forward(name, kv_cache, monkeypatch):
     window = model.config.to_dict().get("sliding_window") or 100
     ids = ids_of(model, 2, min(9, window // 2))
     short = generate(model, ids, attention_mask=torch.ones_like(ids))
-    # Of 12: not the prompt, a step for the stack (a prompt of up to 8 serves) and one to learn from; windows end it early.
+    # Of 12: not the prompt, one for the stack (a prompt of up to 8 serves), one to learn from; windows end it early.
     assert steps[0] == min(9, window - ids.shape[1] - 1)
     count = steps[0]
     plain = generate(without(model), ids, attention_mask=torch.ones_like(ids))
