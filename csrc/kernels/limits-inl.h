@@ -36,10 +36,9 @@ int32_t read_memory(const void* data, int64_t bytes) {
   S::I sum[4];
   for (auto& s : sum) s = S::izero();
   for (int64_t i = 0; i < bytes / 4; i += 128) {
-    _mm_prefetch(reinterpret_cast<const char*>(p + i) + 4096, _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(p + i) + 4096 + 128, _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(p + i) + 4096 + 256, _MM_HINT_T0);
-    _mm_prefetch(reinterpret_cast<const char*>(p + i) + 4096 + 384, _MM_HINT_T0);
+#pragma GCC unroll 8
+    for (int64_t line = 0; line < 512; line += 64)
+      _mm_prefetch(reinterpret_cast<const char*>(p + i) + 4096 + line, _MM_HINT_T0);
 #pragma GCC unroll 16
     for (int64_t j = 0; j < 512 / kVec; ++j) sum[j % 4] = S::iadd(sum[j % 4], S::load_i32(p + i + j * S::kLanes));
   }
