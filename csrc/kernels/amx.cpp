@@ -1,11 +1,13 @@
 // The amx level: int8 tiles for many rows; few rows stay with the avx512 kernels.
 //
-// One tile product: C (16 rows x 16 columns, int32) += A (16 rows x 64 inputs, s8) B (64 inputs x 16 columns, u8
-// codes; a row of B is one k-step of the unpacked panel). Segments of less than 64 inputs use half tiles of 32
-// inputs. Two sets of tiles (C 0 1, A 4 5, B 6 7) take turns: after every segment C goes through a 1 KiB buffer to
-// the fp32 chain of linear_i8-inl.h. Registers: 16 sums y, scale, zero, and temporaries. Bound per segment of 16 x 16
-// outputs: 16 vectors x 4 operations on two ports = 32 cycles against tile products of 16 cycles per 64 inputs: half of
-// the tile peak for groups of 128, a third for 64, a fifth for 32, if nothing overlaps.
+// One tile product: C (16 rows x 16 columns, int32) += A (16 rows x 64 inputs, s8) B (64 inputs x 16 columns, s8; a row of
+// B is one k-step of the unpacked panel). Codes are unpacked as code - zero, -15..15 or -128..127, so that C needs no
+// correction: |C| <= 128 * (127 * 127 + 16256) < 2^23, as at the top of linear_i8-inl.h. Segments of less than 64 inputs use
+// half tiles of 32 inputs.
+// A unit is 16 rows x 32 columns x one activation block of at most four segments: its tile products go to a buffer
+// ([segment, column half, 16, 16] int32, at most 8 KiB), and while the fp32 chain of one unit runs, the tiles of the next
+// one multiply. Per unit: tile products of 16 cycles per 64 inputs and half, 64 cycles for group 128, 128 for group 32 (half
+// tiles take as long); chain 3 + 2 (segments - 1) operations per vector on two ports, 48 or 144 cycles.
 #define CPULLM_TILE_ROWS 14
 #include "simd_avx512.h"
 //
@@ -53,77 +55,119 @@ TileShape tile_rows(int64_t m, int64_t group) {
 // One segment of inputs of a panel, the same for every row.
 struct Segment {
   int64_t begin, end;  // inputs, from the start of the K block
-  Simd::I zero[2];  // zero points
   Simd::F scale[2], minimum[2];
-  bool first, last;  // of its activation block
 };
 
 constexpr int64_t kMostSegments = kBlockK / kChunk;
+constexpr int64_t kUnitSegments = kActBlock / kChunk;
+constexpr int64_t kSegmentSums = 2 * kTile * kTile;  // int32 of one segment of a unit
 
-// The segments of inputs [k0, k1) of a panel; returns how many.
-int64_t make_segments(const Weight& w, int64_t panel, int64_t k0, int64_t k1, Segment* out) {
+// Inputs [k0, k1) of a panel: their segments and, in `bytes`, code - zero (the code in the minimum form) as signed bytes
+// [k/4, 32, 4]. first[b]: the first segment of activation block b. Returns the number of segments.
+int64_t unpack_signed(const Weight& w, int64_t panel, int64_t k0, int64_t k1, Segment* segments, int64_t* first,
+                      uint8_t* bytes) {
   using S = Simd;
-  Segment* g = out;
+  const int64_t block_bytes = 16 * w.bits;
+  const uint8_t* codes = w.codes + (panel * w.k_padded + k0) / kStep * block_bytes;
+  const S::I spread = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);  // byte 0 of each lane, four times
+  Segment* g = segments;
   for (int64_t k = k0; k < k1; ++g) {
-    const int64_t block_end = min_of((k / kActBlock + 1) * kActBlock, k1);
-    const int64_t end = min_of((k / w.group + 1) * w.group, block_end);
+    if (k % kActBlock == 0) *first++ = g - segments;
+    const int64_t end = min_of((k / w.group + 1) * w.group, min_of((k / kActBlock + 1) * kActBlock, k1));
     const int64_t at = (panel * w.groups + k / w.group) * kPanel;
     g->begin = k - k0;
     g->end = end - k0;
-    g->first = k % kActBlock == 0;
-    g->last = end == block_end;
+    S::I zero[2];
     for (int i = 0; i < 2; ++i) {
-      g->minimum[i] = S::zero();
-      g->zero[i] = S::izero();
+      g->scale[i] = load_scale(w.scales + at + 16 * i, w.scale_type);
+      zero[i] = _mm512_set1_epi8(char(w.bits == 8 ? 128 : 8));
       if (w.form == Zeros::integer) {
-        g->zero[i] = S::load_u8_as_i32(static_cast<const uint8_t*>(w.zeros) + at + 16 * i);
+        zero[i] = _mm512_shuffle_epi8(S::load_u8_as_i32(static_cast<const uint8_t*>(w.zeros) + at + 16 * i), spread);
       } else if (w.form == Zeros::minimum) {
         g->minimum[i] = load_scale(static_cast<const uint16_t*>(w.zeros) + at + 16 * i, w.scale_type);
-      } else {
-        g->zero[i] = S::iset1(w.bits == 8 ? 128 : 8);
+        zero[i] = S::izero();
       }
-      g->scale[i] = load_scale(w.scales + at + 16 * i, w.scale_type);
     }
-    k = end;
+    for (; k < end; k += kStep, codes += block_bytes, bytes += 128) {
+      S::I lo, hi;
+      w.bits == 4 ? S::load_packed4(codes, 0, lo, hi) : S::load_u8(codes, 0, lo, hi);
+      _mm512_storeu_si512(bytes, _mm512_sub_epi8(lo, zero[0]));
+      _mm512_storeu_si512(bytes + 64, _mm512_sub_epi8(hi, zero[1]));
+    }
   }
-  return g - out;
+  if ((k1 - k0) % kTileK) memset(bytes, 0, kChunk / kStep * 128);  // a full tile reads on
+  *first = g - segments;
+  return g - segments;
 }
 
-// C = A B over the inputs of one segment, then to `acc` [16, 16]. Tile numbers must be literals: a function
-// per set.
-void multiply_0(const int8_t* a, const uint8_t* b, int64_t k, int64_t end, int64_t step, int32_t* acc) {
-  _tile_zero(0);
-  for (; k < end; k += step) {
-    _tile_loadd(4, a + k / kTileK * kTile * kTileK + k % kTileK, kTileK);
-    _tile_loadd(6, b + k / kStep * 128, 128);
-    _tile_dpbsud(0, 4, 6);
+// C = A B over the inputs of one segment, both halves of its columns, then to `acc` [2, 16, 16]. Tile numbers must be
+// literals: a function per set.
+#define CPULLM_PRODUCT(name, c0, c1)                                                                        \
+  inline void name(const int8_t* a, const uint8_t* b, int64_t k, int64_t end, int64_t step, int32_t* acc) { \
+    _tile_zero(c0);                                                                                         \
+    _tile_zero(c1);                                                                                         \
+    for (; k < end; k += step) {                                                                            \
+      _tile_loadd(4, a + k / kTileK * kTile * kTileK + k % kTileK, kTileK);                                 \
+      _tile_loadd(6, b + k / kStep * 128, 128);                                                             \
+      _tile_dpbssd(c0, 4, 6);                                                                               \
+      _tile_loadd(7, b + k / kStep * 128 + 64, 128);                                                        \
+      _tile_dpbssd(c1, 4, 7);                                                                               \
+    }                                                                                                       \
+    _tile_stored(c0, acc, kTile * 4);                                                                       \
+    _tile_stored(c1, acc + kTile * kTile, kTile * 4);                                                       \
   }
-  _tile_stored(0, acc, kTile * 4);
-}
+CPULLM_PRODUCT(multiply_even, 0, 1)
+CPULLM_PRODUCT(multiply_odd, 2, 3)
+#undef CPULLM_PRODUCT
 
-void multiply_1(const int8_t* a, const uint8_t* b, int64_t k, int64_t end, int64_t step, int32_t* acc) {
-  _tile_zero(1);
-  for (; k < end; k += step) {
-    _tile_loadd(5, a + k / kTileK * kTile * kTileK + k % kTileK, kTileK);
-    _tile_loadd(7, b + k / kStep * 128, 128);
-    _tile_dpbsud(1, 5, 7);
-  }
-  _tile_stored(1, acc, kTile * 4);
-}
-
-// acc [16, 16] += the inputs kept apart times their codes; codes: half i of the segment's unpacked blocks.
-void add_apart_rows(uint32_t rows, const int32_t* apart, const uint8_t* codes, int32_t* acc) {
-  using S = Simd;
+// acc [2, 16, 16] += the inputs kept apart times their weights; bytes: the segment's.
+void add_apart_rows(uint32_t rows, const int32_t* apart, const uint8_t* bytes, int32_t* acc) {
   for (; rows; rows &= rows - 1) {
     const int r = __builtin_ctz(rows);
     const int j = apart[r] & 255;
-    const S::I v = S::shift_right(_mm512_loadu_si512(codes + j / kStep * 128), 8 * int(j % kStep));
-    const S::I product = S::imul16(S::iand(v, S::iset1(255)), apart[r] >> 8);
-    S::store_i32(acc + r * kTile, S::iadd(S::load_i32(acc + r * kTile), product));
+    const __m128i up = _mm_cvtsi32_si128(24 - 8 * (j % int(kStep)));
+    const Simd::I value = _mm512_set1_epi32((apart[r] >> 8) & 0xffff);
+    for (int i = 0; i < 2; ++i) {
+      const Simd::I w = _mm512_sll_epi32(_mm512_loadu_si512(bytes + j / kStep * 128 + 64 * i), up);
+      int32_t* sum = acc + i * kTile * kTile + r * kTile;
+      Simd::store_i32(sum, _mm512_dpwssd_epi32(Simd::load_i32(sum), _mm512_srai_epi32(w, 24), value));
+    }
   }
 }
 
-// What a block of 16 rows brings along, at its first segment and block of inputs.
+// The fp32 chain of a unit of N segments: y [16, 32] += x_scale * sum of scale * acc (+ minimum * sum of the inputs).
+template <int N, bool kMinimum>
+void chain(const Segment* g, const int32_t* acc, const int32_t* minus, const float* x_scale, float* y) {
+  using S = Simd;
+  for (int r = 0; r < kTile; ++r) {
+    const S::F xs = S::set1(x_scale[r]);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const int32_t* from = acc + i * kTile * kTile + r * kTile;
+      S::F sum = S::mul(S::to_float(S::load_i32(from)), g[0].scale[i]);
+      if (kMinimum) sum = S::fma(g[0].minimum[i], S::set1(-float(minus[r])), sum);
+#pragma GCC unroll 4
+      for (int s = 1; s < N; ++s) {
+        sum = S::fma(S::to_float(S::load_i32(from + s * kSegmentSums)), g[s].scale[i], sum);
+        if (kMinimum) sum = S::fma(g[s].minimum[i], S::set1(-float(minus[s * kTile + r])), sum);
+      }
+      float* to = y + r * kPanel + 16 * i;
+      S::store(to, S::fma(sum, xs, S::load(to)));
+    }
+  }
+}
+
+template <bool kMinimum>
+void chain_of(int64_t n, const Segment* g, const int32_t* acc, const int32_t* minus, const float* x_scale, float* y) {
+  switch (n) {
+    case 1: return chain<1, kMinimum>(g, acc, minus, x_scale, y);
+    case 2: return chain<2, kMinimum>(g, acc, minus, x_scale, y);
+    case 3: return chain<3, kMinimum>(g, acc, minus, x_scale, y);
+    default: return chain<4, kMinimum>(g, acc, minus, x_scale, y);
+  }
+}
+
+// What a tile of 16 rows brings along, at the first segment and block of a K block.
 struct TileRows {
   const int8_t* q;
   const int32_t *minus, *apart;  // [segments, 16]
@@ -131,66 +175,26 @@ struct TileRows {
   const float* x_scale;  // [blocks, 16]
 };
 
-// 16 rows x 16 columns (half i of the panel) over all segments of a K block. y [16, 32] stays in 16 registers; while
-// the chain of one segment runs, the tiles of the next one multiply.
-template <bool kWhole, bool kMinimum>
-void tile_block(const Segment* segments, int64_t count, int i, const TileRows& rows, const uint8_t* b, int64_t step,
-                float* y_out, int32_t* buffer) {
-  using S = Simd;
-  const int8_t* a = rows.q;
-  const int32_t* minus = rows.minus;
-  const float* x_scale = rows.x_scale;
-  S::F y[kTile];
-  S::F sum[kTile];
-#pragma GCC unroll 16
-  for (int r = 0; r < kTile; ++r) {
-    y[r] = S::load(y_out + r * kPanel);
-    sum[r] = S::zero();
+// The tile products of segments [begin, end) to `acc`.
+inline void multiply_unit(const Segment* g, int64_t begin, int64_t end, const int8_t* a, const uint8_t* b, int64_t step,
+                          int32_t* acc) {
+  for (int64_t s = begin; s < end; s += 2) {
+    multiply_even(a, b, g[s].begin, g[s].end, step, acc);
+    if (s + 1 < end) multiply_odd(a, b, g[s + 1].begin, g[s + 1].end, step, acc + kSegmentSums);
+    acc += 2 * kSegmentSums;
   }
-  multiply_0(a, b, segments[0].begin, segments[0].end, step, buffer);
-  for (int64_t s = 0; s < count; ++s) {
-    const Segment& g = segments[s];
-    int32_t* acc = buffer + (s & 1) * kTile * kTile;
-    if (s + 1 < count) {
-      const Segment& next = segments[s + 1];
-      int32_t* to = buffer + (~s & 1) * kTile * kTile;
-      s & 1 ? multiply_0(a, b, next.begin, next.end, step, to) : multiply_1(a, b, next.begin, next.end, step, to);
-    }
-    if (rows.apart_rows[s]) add_apart_rows(rows.apart_rows[s], rows.apart + s * kTile, b + g.begin / kStep * 128, acc);
-    const S::I zero = g.zero[i];
-    const S::F scale = g.scale[i];
-#pragma GCC unroll 16
-    for (int r = 0; r < kTile; ++r) {
-      const S::F f = S::to_float(S::add_times(S::load_i32(acc + r * kTile), zero, minus + r));
-      if (kWhole) {
-        y[r] = S::fma(S::mul(f, scale), S::set1(x_scale[r]), y[r]);
-      } else {
-        sum[r] = S::fma(f, scale, sum[r]);
-        if (kMinimum) sum[r] = S::fma(g.minimum[i], S::set1(-float(minus[r])), sum[r]);
-        if (g.last) {
-          y[r] = S::fma(sum[r], S::set1(x_scale[r]), y[r]);
-          sum[r] = S::zero();
-        }
-      }
-    }
-    minus += kTile;
-    if (g.last) x_scale += kTile;
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < kTile; ++r) S::store(y_out + r * kPanel, y[r]);
 }
 
 void linear_i8_amx(const Weight& w, const QuantizedRows& x, const Output& out, Range panels, void* scratch) {
   if (x.unit != kTileK) return few_rows(w, x, out, panels, scratch);
   uint8_t* bytes = static_cast<uint8_t*>(scratch);
+  int32_t* sums = reinterpret_cast<int32_t*>(bytes + 32 * 1024);  // of two units
   float* partial = reinterpret_cast<float*>(bytes + 64 * 1024);
-  int32_t* buffer = reinterpret_cast<int32_t*>(bytes + 64 * 1024 + kBlockRows * kPanel * 4);  // 2 x [16, 16]
+  static_assert(2 * kUnitSegments * kSegmentSums * 4 <= 32 * 1024 && (kBlockK + kChunk) * kPanel <= 32 * 1024,
+                "they fit");
   Segment segments[kMostSegments];
-  const bool minimum = w.form == Zeros::minimum;
-  const auto run = minimum                    ? tile_block<false, true>
-                   : w.group % kActBlock == 0 ? tile_block<true, false>
-                                              : tile_block<false, false>;
-  const int64_t block_bytes = 16 * w.bits;
+  int64_t first[kBlockK / kActBlock + 1];
+  const auto run_chain = w.form == Zeros::minimum ? chain_of<true> : chain_of<false>;
   const int64_t step = w.group % kTileK ? kChunk : kTileK;
   const int64_t row_stride = (w.k_padded + kTileK - 1) / kTileK * kTileK;  // bytes of one row of q
   configure(step);
@@ -198,32 +202,42 @@ void linear_i8_amx(const Weight& w, const QuantizedRows& x, const Output& out, R
   for (int64_t row0 = 0; row0 < x.m; row0 += block_rows) {
     const int64_t row_end = min_of(row0 + block_rows, x.m);
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-      const uint8_t* panel_codes = w.codes + panel * (w.k_padded / kStep) * block_bytes;
       memset(partial, 0, size_t((row_end - row0 + kTile - 1) / kTile * kTile) * kPanel * sizeof(float));
-      int64_t first_segment = 0;
+      int64_t done = 0;  // segments
       for (int64_t k0 = 0; k0 < w.k_padded; k0 += kBlockK) {
         const int64_t k1 = min_of(k0 + kBlockK, w.k_padded);
-        const uint8_t* codes = panel_codes + k0 / kStep * block_bytes;
-        const uint8_t* block = bytes;
-        if (w.bits == 4) {
-          unpack_block(codes, k1 - k0, bytes);
-        } else if ((k1 - k0) % kTileK == 0 || step == kChunk) {
-          block = codes;
-        } else {
-          memcpy(bytes, codes, size_t(k1 - k0) / kStep * 128);
+        const int64_t count = unpack_signed(w, panel, k0, k1, segments, first, bytes);
+        const int64_t blocks = (k1 - k0 + kActBlock - 1) / kActBlock;
+        publish(bytes);
+        const auto rows_at = [&](int64_t r) {
+          const int64_t at = r * x.segments + done * kTile;
+          return TileRows{x.q + r * row_stride + k0 * kTile, x.minus + at, x.apart + at,
+                          x.apart_rows + r / kTile * x.segments + done,
+                          x.scale + r * x.blocks + k0 / kActBlock * kTile};
+        };
+        TileRows rows = rows_at(row0), next_rows = rows;
+        multiply_unit(segments, first[0], first[1], rows.q, bytes, step, sums);
+        int64_t parity = 0;
+        for (int64_t r = row0; r < row_end; r += kTile, rows = next_rows) {
+          float* y = partial + (r - row0) * kPanel;
+          for (int64_t block = 0; block < blocks; ++block, parity ^= 1) {
+            int32_t* acc = sums + parity * kUnitSegments * kSegmentSums;
+            int32_t* other = sums + (parity ^ 1) * kUnitSegments * kSegmentSums;
+            if (block + 1 < blocks) {
+              multiply_unit(segments, first[block + 1], first[block + 2], rows.q, bytes, step, other);
+            } else if (r + kTile < row_end) {
+              next_rows = rows_at(r + kTile);
+              multiply_unit(segments, first[0], first[1], next_rows.q, bytes, step, other);
+            }
+            for (int64_t s = first[block]; s < first[block + 1]; ++s)
+              if (rows.apart_rows[s])
+                add_apart_rows(rows.apart_rows[s], rows.apart + s * kTile, bytes + segments[s].begin / kStep * 128,
+                               acc + (s - first[block]) * kSegmentSums);
+            run_chain(first[block + 1] - first[block], segments + first[block], acc, rows.minus + first[block] * kTile,
+                      rows.x_scale + block * kTile, y);
+          }
         }
-        if ((k1 - k0) % kTileK && block == bytes) memset(bytes + (k1 - k0) / kStep * 128, 0, kChunk / kStep * 128);
-        publish(block);
-        const int64_t count = make_segments(w, panel, k0, k1, segments);
-        for (int64_t r = row0; r < row_end; r += kTile) {
-          const int64_t first = r * x.segments + first_segment * kTile;
-          const TileRows rows{x.q + r * row_stride + k0 * kTile, x.minus + first, x.apart + first,
-                              x.apart_rows + r / kTile * x.segments + first_segment,
-                              x.scale + r * x.blocks + k0 / kActBlock * kTile};
-          for (int i = 0; i < 2; ++i)
-            run(segments, count, i, rows, block + 64 * i, step, partial + (r - row0) * kPanel + 16 * i, buffer);
-        }
-        first_segment += count;
+        done += count;
       }
       for (int64_t r = row0; r < row_end; ++r) store_panel(out, w.n, r, panel, partial + (r - row0) * kPanel);
     }
