@@ -19,8 +19,10 @@ PEERS := .peers
 PEERS_PIP := $(PEERS)/bin/python -m pip --disable-pip-version-check --no-input
 PEERS_JOBS ?= 2
 LLAMA := 0.3.36
-LLAMA_FLAGS := -DGGML_NATIVE=ON -DGGML_CPU_REPACK=ON -DGGML_OPENMP=ON -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF \
+LLAMA_FLAGS := -DGGML_CPU_REPACK=ON -DGGML_OPENMP=ON -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF \
     -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF
+# What a laptop without AVX-512 runs: for rows under CPULLM_ISA=avx2.
+LLAMA_AVX2 := -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null) setup.py
 # The tests that reach the extension; the suite's model tests are too slow under the sanitizers.
 SANITIZE_TESTS ?= tests/test_ops.py tests/test_ops_fuzz.py tests/test_attention.py tests/test_linear_module.py \
@@ -161,7 +163,7 @@ peers: $(PEERS)/.done
 
 $(PEERS)/.done: | $(VENV)/.deps tools
 	@echo "Expected: downloads of about 0.3 GB, and llama.cpp is compiled for this machine (minutes)."
-	@rm -rf $(PEERS)/bin $(PEERS)/lib $(PEERS)/torchao $(PEERS)/llama.cpp
+	@rm -rf $(PEERS)/bin $(PEERS)/lib $(PEERS)/torchao $(PEERS)/llama.cpp $(PEERS)/llama_avx2
 	@$(PY) -m venv $(PEERS)
 	@$(PY) -c "$$FIND_TORCH" | { read -r version; \
 	    cat > "$$($(PEERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/cpullm_torch.pth"; }
@@ -173,8 +175,10 @@ $(PEERS)/.done: | $(VENV)/.deps tools
 	@$(PEERS_PIP) download -q --no-deps --no-binary llama-cpp-python -d $(PEERS)/llama.cpp llama-cpp-python==$(LLAMA)
 	@tar -xzf $(PEERS)/llama.cpp/*.tar.gz -C $(PEERS)/llama.cpp --strip-components=3 --wildcards \
 	    $(addprefix '*/vendor/llama.cpp/,$(addsuffix ',convert_hf_to_gguf.py conversion gguf-py))
-	@CMAKE_ARGS="$(LLAMA_FLAGS)" CMAKE_BUILD_PARALLEL_LEVEL=$(PEERS_JOBS) \
-	    nice $(PEERS_PIP) install -q --no-warn-conflicts $(PEERS)/llama.cpp/*.tar.gz
+	@CMAKE_ARGS="$(LLAMA_FLAGS) -DGGML_NATIVE=ON" CMAKE_BUILD_PARALLEL_LEVEL=$(PEERS_JOBS) \
+	    nice $(PEERS_PIP) install -q --no-warn-conflicts --no-cache-dir $(PEERS)/llama.cpp/*.tar.gz
+	@CMAKE_ARGS="$(LLAMA_FLAGS) $(LLAMA_AVX2)" CMAKE_BUILD_PARALLEL_LEVEL=$(PEERS_JOBS) \
+	    nice $(PEERS_PIP) install -q --no-deps --no-cache-dir --target $(PEERS)/llama_avx2 $(PEERS)/llama.cpp/*.tar.gz
 	@rm $(PEERS)/llama.cpp/*.tar.gz
 	@touch $@
 

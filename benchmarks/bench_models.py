@@ -148,6 +148,8 @@ class Engine:
             self.choice = replace(choice, group=group)
         if choice.name == "llama.cpp":
             self._environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+            if os.environ.get("CPULLM_ISA") == "avx2":  # a build for the same instructions
+                self._environment["PYTHONPATH"] = str(peers.LLAMA_AVX2)
         if choice.name == "torchao" and peers.TORCHAO.is_dir():
             path = [str(peers.TORCHAO), *filter(None, [os.environ.get("PYTHONPATH")])]
             self._environment["PYTHONPATH"] = os.pathsep.join(path)
@@ -219,6 +221,7 @@ def summarise(engine: Engine, args: argparse.Namespace, bandwidth: Sequence[floa
         "group": choice.group,
         "form": choice.form,
         "compute": choice.compute,
+        "isa": os.environ.get("CPULLM_ISA"),
         "pp": args.pp,
         "tg": args.tg,
         "pp_tps": args.batch * args.pp / ttft,

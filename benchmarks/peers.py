@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / ".peers"
 PYTHON = PEERS / "bin" / "python"
 TORCHAO = PEERS / "torchao"
+LLAMA_AVX2 = PEERS / "llama_avx2"  # llama.cpp for CPUs without AVX-512
 CONVERTER = PEERS / "llama.cpp" / "convert_hf_to_gguf.py"
 MODELS = PEERS / "models"
 GIB = 1 << 30

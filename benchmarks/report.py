@@ -331,7 +331,7 @@ def models(found: Sequence[Row]) -> str:
             missing = [key for key in MODEL_KEYS if key not in row]
             if missing:
                 raise ValueError(f"a row of models*.jsonl has no {', '.join(missing)}")
-            settings = tuple(row.get(key) for key in ("group", "form", "compute"))
+            settings = tuple(row.get(key) for key in ("group", "form", "compute", "isa"))
             test = row["pp"], row["tg"], row.get("depth", 0), row.get("batch", 1)
             newest[row["model"], row["threads"], test, row["engine"], settings] = row
         body = []
