@@ -147,14 +147,74 @@ class PackedWeight:
         return resolve_group(self.group_size, self.k)
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes, scales and zeros."""
+        return self.codes, self.scales, self.zeros
+
+    @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and zeros as stored."""
-        return sum(t.nbytes for t in (self.codes, self.scales, self.zeros) if t is not None)
+        return sum(t.nbytes for t in self.tensors if t is not None)
 
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight of W, scales, zeros and padding included."""
         return 8 * self.nbytes / (self.n * self.k)
+
+
+@dataclass(frozen=True)
+class PackedStack:
+    """Matrices W [count, n, k] of one form, packed one after the other, each padded to whole panels.
+
+    whole: the packed weight [count * n', k], n' = n rounded up to 32.
+    """
+
+    whole: PackedWeight
+    count: int
+    n: int
+
+    def __getitem__(self, i: int) -> PackedWeight:
+        """Matrix i, in the memory of the stack."""
+        if not 0 <= i < self.count:
+            raise IndexError(f"matrix {i} of a stack of {self.count}")
+        panels = -(-self.n // PANEL)
+        parts = (None if t is None else t[i * panels : (i + 1) * panels] for t in self.whole.tensors)
+        return _packed_weight(*parts, self.n, self.whole)
+
+    @property
+    def k(self) -> int:
+        """Inputs."""
+        return self.whole.k
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zeros as stored."""
+        return self.whole.nbytes
+
+
+def stack(count: int, matrix: Callable[[int], PackedWeight]) -> PackedStack:
+    """The packed matrices ``matrix(0)``, ``matrix(1)``, ... in one memory; only one of them exists beside it.
+
+    They must be of one form; ValueError otherwise.
+    """
+    first = each = matrix(0)
+    panels = first.codes.shape[0]
+    room = [
+        None if t is None else _aligned_empty((count * t.nbytes,)).view(t.dtype).view(count * panels, *t.shape[1:])
+        for t in first.tensors
+    ]
+    for i in range(count):
+        each = each if i == 0 else matrix(i)
+        for to, t in zip(room, each.tensors, strict=True):
+            if (to is None) != (t is None) or (t is not None and (t.dtype != to.dtype or t.shape[1:] != to.shape[1:])):
+                raise ValueError(f"matrix {i} of a stack has another form than the first")
+            if t is not None:
+                to[i * panels : (i + 1) * panels] = t
+    return PackedStack(_packed_weight(*room, count * panels * PANEL, first), count, first.n)
+
+
+def _packed_weight(codes: Tensor, scales: Tensor, zeros: Tensor | None, n: int, like: PackedWeight) -> PackedWeight:
+    return PackedWeight(codes, scales, zeros, n, like.k, like.bits, like.group_size)
 
 
 def _panels(x: Tensor, pad_value: float = 0) -> Tensor:
