@@ -9,7 +9,7 @@ import contextlib
 import math
 import mmap
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -178,8 +178,10 @@ class PackedStack:
         if not 0 <= i < self.count:
             raise IndexError(f"matrix {i} of a stack of {self.count}")
         panels = -(-self.n // PANEL)
-        parts = (None if t is None else t[i * panels : (i + 1) * panels] for t in self.whole.tensors)
-        return _packed_weight(*parts, self.n, self.whole)
+        own, w = slice(i * panels, (i + 1) * panels), self.whole
+        return replace(
+            w, codes=w.codes[own], scales=w.scales[own], zeros=None if w.zeros is None else w.zeros[own], n=self.n
+        )
 
     @property
     def k(self) -> int:
@@ -195,26 +197,29 @@ class PackedStack:
 def stack(count: int, matrix: Callable[[int], PackedWeight]) -> PackedStack:
     """The packed matrices ``matrix(0)``, ``matrix(1)``, ... in one memory; only one of them exists beside it.
 
-    They must be of one form; ValueError otherwise.
+    They must be of one shape and form; ValueError otherwise.
     """
-    first = each = matrix(0)
+    first = matrix(0)
     panels = first.codes.shape[0]
-    room = [
-        None if t is None else _aligned_empty((count * t.nbytes,)).view(t.dtype).view(count * panels, *t.shape[1:])
-        for t in first.tensors
-    ]
+
+    def room(t: Tensor) -> Tensor:
+        return _aligned_empty((count * t.nbytes,)).view(t.dtype).view(count * panels, *t.shape[1:])
+
+    zeros = None if first.zeros is None else room(first.zeros)
+    whole = replace(first, codes=room(first.codes), scales=room(first.scales), zeros=zeros, n=count * panels * PANEL)
     for i in range(count):
-        each = each if i == 0 else matrix(i)
-        for to, t in zip(room, each.tensors, strict=True):
-            if (to is None) != (t is None) or (t is not None and (t.dtype != to.dtype or t.shape[1:] != to.shape[1:])):
+        each = matrix(i) if i else first
+        for to, t in zip(whole.tensors, each.tensors, strict=True):
+            if to is None or t is None:
+                same = to is t
+            else:
+                own = to[i * panels : (i + 1) * panels]
+                same = t.dtype == own.dtype and t.shape == own.shape
+                if same:
+                    own.copy_(t)
+            if not same or (each.n, each.k, each.group_size) != (first.n, first.k, first.group_size):
                 raise ValueError(f"matrix {i} of a stack has another form than the first")
-            if t is not None:
-                to[i * panels : (i + 1) * panels] = t
-    return PackedStack(_packed_weight(*room, count * panels * PANEL, first), count, first.n)
-
-
-def _packed_weight(codes: Tensor, scales: Tensor, zeros: Tensor | None, n: int, like: PackedWeight) -> PackedWeight:
-    return PackedWeight(codes, scales, zeros, n, like.k, like.bits, like.group_size)
+    return PackedStack(whole, count, first.n)
 
 
 def _panels(x: Tensor, pad_value: float = 0) -> Tensor:
@@ -328,6 +333,25 @@ def stored_form(weight: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor | None]
 def stored_width(k: int, bits: int) -> int:
     """Bytes of a row of k codes in :func:`stored_form`."""
     return -(-k // 2) if bits == 4 else k
+
+
+def stored_stack(weights: PackedStack) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:func:`stored_form` of every matrix of a stack: codes [count, n, ..] and so on."""
+    codes, scales, zeros = zip(*(stored_form(unpack(weights[i])) for i in range(weights.count)), strict=True)
+    return torch.stack(codes), torch.stack(scales), None if zeros[0] is None else torch.stack(zeros)
+
+
+def pack_stored_stack(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, count: int, n: int, k: int, bits: int, group_size: int
+) -> PackedStack:
+    """The stack of :func:`stored_stack`, checked; ValueError says what does not fit."""
+    shapes = [list(t.shape) for t in (codes, scales, zeros) if t is not None]
+    if any(len(shape) != 3 or shape[0] != count for shape in shapes):
+        raise ValueError(f"codes, scales and zeros must be {count} matrices each, got {shapes}")
+    return stack(
+        count,
+        lambda i: pack_stored(codes[i], scales[i], None if zeros is None else zeros[i], n, k, bits, group_size),
+    )
 
 
 def pack_stored(

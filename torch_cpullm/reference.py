@@ -74,12 +74,13 @@ def _exact(w) -> Tensor:
     return (w.codes.double() - zeros) * scales if w.zeros.dtype == torch.uint8 else w.codes.double() * scales + zeros
 
 
-ACTIVATIONS = {
-    "silu": torch.nn.functional.silu,
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-    "relu": torch.nn.functional.relu,
-}
+def activate(name: str, x: Tensor) -> Tensor:
+    """One of the activations of :func:`torch_cpullm.ops.activation`."""
+    if name == "silu":
+        return torch.nn.functional.silu(x)
+    if name == "relu":
+        return torch.nn.functional.relu(x)
+    return torch.nn.functional.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
 
 
 def experts(
@@ -100,7 +101,7 @@ def experts(
     for t, s in torch.cartesian_prod(*map(torch.arange, index.shape)).tolist() if index.numel() else ():
         e = int(index[t, s])
         gate, up = linear(x[t : t + 1].float(), gate_up[e], compute=compute).chunk(2, -1)
-        inner = (ACTIVATIONS[act](gate.double()) * up.double()).float()
+        inner = (activate(act, gate.double()) * up.double()).float()
         y[t] += weights[t, s].double() * linear(inner, down[e], compute=compute)[0].double()
     return y
 
