@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -164,6 +164,12 @@ class CpuLlmQuantizer(HfQuantizer):
         return value  # a weight that also serves a module which stays in float is kept as it is
 
     # ---- our own checkpoint ----
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Only what renames: our checkpoints hold the model's own tensors, none to be joined, split or transposed."""
+        if not self.pre_quantized:
+            return super().update_weight_conversions(weight_conversions, model)
+        return [each for each in weight_conversions if not isinstance(each, WeightConverter)]
 
     def _expect_stored(self, model: Any, files: Any) -> None:
         """Let the modules that the checkpoint has in packed form hold the stored tensors instead of a weight."""
