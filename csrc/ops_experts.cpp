@@ -49,17 +49,19 @@ void check_weights(const Tensor& weights, const Tensor& index) {
 
 Tensor experts(const Tensor& x, const Tensor& index, const Tensor& weights, const Tensor& gate_up_codes,
                const Tensor& gate_up_scales, const OptionalTensor& gate_up_zeros, const Tensor& down_codes,
-               const Tensor& down_scales, const OptionalTensor& down_zeros, int64_t count, int64_t intermediate,
-               int64_t gate_up_group, int64_t down_group, std::string act, int64_t compute) {
-  STD_TORCH_CHECK(x.defined() && x.is_cpu() && x.dim() == 2 && x.size(1) > 0 && x.size(1) <= kMostWidth, kExperts,
-                  ": x must be a CPU tensor [tokens, hidden], got ", shape_of(x));
+               const Tensor& down_scales, const OptionalTensor& down_zeros, int64_t count, int64_t hidden,
+               int64_t intermediate, int64_t gate_up_group, int64_t down_group, std::string act, int64_t compute) {
+  STD_TORCH_CHECK(x.defined() && x.is_cpu() && x.dim() == 2 && x.size(1) == hidden, kExperts,
+                  ": x must be a CPU tensor [tokens, hidden = ", hidden, "], got ", shape_of(x));
+  STD_TORCH_CHECK(hidden > 0 && hidden <= kMostWidth, kExperts, ": hidden must lie in [1, ", kMostWidth, "], got ",
+                  hidden);
   STD_TORCH_CHECK(count > 0 && count <= kMostExperts, kExperts, ": experts must lie in [1, ", kMostExperts, "], got ",
                   count);
   STD_TORCH_CHECK(intermediate > 0 && intermediate <= kMostWidth, kExperts, ": intermediate must lie in [1, ",
                   kMostWidth, "], got ", intermediate);
   STD_TORCH_CHECK(compute >= int64_t(Compute::int8) && compute <= int64_t(Compute::bf16), kExperts,
                   ": compute must be 0 (int8), 1 (fp32) or 2 (bf16), got ", compute);
-  const int64_t tokens = x.size(0), hidden = x.size(1);
+  const int64_t tokens = x.size(0);
   Experts e;
   e.count = count;
   e.hidden = hidden;
@@ -106,7 +108,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cpullm, m) {
   m.def(
       "experts(Tensor x, Tensor index, Tensor weights, Tensor gate_up_codes, Tensor gate_up_scales, "
       "Tensor? gate_up_zeros, Tensor down_codes, Tensor down_scales, Tensor? down_zeros, int experts, "
-      "int intermediate, int gate_up_group, int down_group, str act, int compute) -> Tensor");
+      "int hidden, int intermediate, int gate_up_group, int down_group, str act, int compute) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cpullm, CPU, m) { m.impl("experts", TORCH_BOX(&cpullm::experts)); }

@@ -32,8 +32,8 @@ LLAMA_LIKE = {
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """One architecture. config: the name of its class in transformers; experts: whether it is a mixture of experts, whose
-    router stays in float. gain: size of the random weights, see randomise().
+    """One architecture. config: the name of its class in transformers; experts: whether it is a mixture of experts,
+    whose router stays in float. gain: size of the random weights, see randomise().
     """
 
     name: str

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import FLOATS, UNIT_ROUNDOFF, at_offset, generator, one_thread
 from expert_stacks import ROWS, SHAPES, Shape, call, stacks
 
 from torch_cpullm import ops, reference
-from torch_cpullm.packing import PackedStack, PackedWeight, pack, pack_stored_stack, stack, stored_stack, unpack
+from torch_cpullm.packing import PackedWeight, pack, pack_stored_stack, stack, stored_stack, unpack
 
 PLAIN = SHAPES[0]
 EDGES = SHAPES[3]
@@ -28,9 +30,8 @@ def test_against_the_oracle(shape: Shape, isa: str) -> None:
         x, index, weights = call(shape, tokens)
         for compute, most in TOLERANCE.items():
             with one_thread():
-                want = reference.experts(
-                    x, index, weights, gate_up, down, compute="int8" if compute == "int8" else "fp32"
-                )
+                oracle = "int8" if compute == "int8" else "fp32"
+                want = reference.experts(x, index, weights, gate_up, down, compute=oracle)
             got = ops.experts(x, index, weights, gate_up, down, compute=compute)
             assert got.shape == x.shape
             assert got.dtype == x.dtype
@@ -65,17 +66,14 @@ def test_layouts_of_the_arguments() -> None:
         assert torch.equal(ops.experts(other, index, weights, gate_up, down), want)
     spread = torch.stack([index, index], -1)[..., 0], torch.stack([weights, weights], -1)[..., 0]
     assert torch.equal(ops.experts(x, *spread, gate_up, down), want)
-    moved = [
-        PackedStack(
-            PackedWeight(*(t if t is None else at_offset(t, 8) for t in s.whole.tensors), **numbers(s)), s.count, s.n
-        )
-        for s in (gate_up, down)
-    ]
+    moved = [replace(s, whole=shifted(s.whole)) for s in (gate_up, down)]
     assert torch.equal(ops.experts(x, index, weights, *moved), want)
 
 
-def numbers(weights: PackedStack) -> dict[str, int]:
-    return {name: getattr(weights.whole, name) for name in ("n", "k", "bits", "group_size")}
+def shifted(weight: PackedWeight) -> PackedWeight:
+    """The same weight in memory that begins 8 bytes past a cache line."""
+    codes, scales, zeros = (None if t is None else at_offset(t, 8) for t in weight.tensors)
+    return replace(weight, codes=codes, scales=scales, zeros=zeros)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

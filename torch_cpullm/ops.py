@@ -110,6 +110,7 @@ def experts(
         *gate_up.whole.tensors,
         *down.whole.tensors,
         down.count,
+        down.n,
         down.k,
         gate_up.whole.group,
         down.whole.group,
@@ -291,6 +292,7 @@ def _experts_fake(
     down_scales,
     down_zeros,
     experts,
+    hidden,
     intermediate,
     gate_up_group,
     down_group,
@@ -300,8 +302,8 @@ def _experts_fake(
     gate_up = {"gate_up_codes": gate_up_codes, "gate_up_scales": gate_up_scales, "gate_up_zeros": gate_up_zeros}
     down = {"down_codes": down_codes, "down_scales": down_scales, "down_zeros": down_zeros}
     _check_one_device("experts", x=x, index=index, weights=weights, **gate_up, **down)
-    if x.dim() != 2 or index.dim() != 2:
-        raise RuntimeError(f"cpullm::experts: x and index must be matrices, got {list(x.shape)}, {list(index.shape)}")
+    if x.dim() != 2 or x.shape[1] != hidden:
+        raise RuntimeError(f"cpullm::experts: x must be [tokens, hidden = {hidden}], got {list(x.shape)}")
     return x.new_empty(x.shape)
 
 
