@@ -9,29 +9,6 @@ constexpr int64_t kMlpRows = 1024;          // rows of an MLP at a time: bounds 
 constexpr int64_t kPrivateInputs =
     12 * 1024;  // up to here every thread quantises all rows itself: cheaper than a barrier
 
-int64_t round_up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
-
-// Cuts one block of memory into arrays; with a null base it only counts.
-struct Arena {
-  char* base;
-  int64_t used = 0;
-  template <class T>
-  T* take(int64_t count) {
-    char* at = base ? base + used : nullptr;
-    used += round_up(count * int64_t(sizeof(T)), 64);
-    return reinterpret_cast<T*>(at);
-  }
-};
-
-// Rows as the products read them.
-struct Input {
-  Compute kind;  // which of the three there is
-  int64_t tile;
-  QuantizedRows q;
-  FloatRows f;
-  Bf16Rows b;
-};
-
 struct LayerRun {
   const LayerProgram& p;
   const LayerCall& c;
@@ -66,40 +43,8 @@ struct LayerRun {
 
   int64_t input_bytes(int64_t rows, int64_t k, int64_t group) const {
     Arena arena{nullptr};
-    make_input(arena, rows, k, group);
+    make_input(arena, kernels, p.compute, rows, k, group);
     return arena.used;
-  }
-
-  Input make_input(Arena& arena, int64_t rows, int64_t k, int64_t group) const {
-    Input in{};
-    const int64_t k_padded = round_up(k, kChunk);
-    const TileShape bf16 = p.compute == Compute::bf16 ? kernels.tile_bf16(rows) : TileShape{0, 0};
-    if (p.compute == Compute::int8) {
-      const TileShape shape = kernels.tile_i8(rows, group);
-      const int64_t tiles = (rows + shape.tile - 1) / shape.tile;
-      QuantizedRows& q = in.q;
-      q.m = rows;
-      q.k_padded = k_padded;
-      q.blocks = (k_padded + kActBlock - 1) / kActBlock;
-      q.tile = in.tile = shape.tile;
-      q.unit = shape.unit;
-      q.group = group;
-      q.segments = count_segments(0, k_padded, group);
-      q.q = arena.take<int8_t>(tiles * q.tile * round_up(k_padded, q.unit));
-      q.scale = arena.take<float>(tiles * q.tile * q.blocks);
-      q.minus = arena.take<int32_t>(tiles * q.tile * q.segments);
-      q.apart = arena.take<int32_t>(tiles * q.tile * q.segments);
-      q.apart_rows = arena.take<uint32_t>(tiles * q.segments);
-    } else if (bf16.tile) {
-      in.kind = Compute::bf16;
-      in.tile = bf16.tile;
-      in.b = {arena.take<uint16_t>(round_up(rows, bf16.tile) * k_padded), rows, k_padded, bf16.tile, bf16.unit};
-    } else {
-      in.kind = Compute::fp32;
-      in.tile = kernels.tile_f32(rows);
-      in.f = {arena.take<float>(round_up(rows, in.tile) * k_padded), rows, k_padded, in.tile};
-    }
-    return in;
   }
 
   // Never where the MLP takes its rows in parts: the last part may be small, and there is no room for it.
@@ -156,30 +101,6 @@ struct LayerRun {
     return r;
   }
 
-  static const void* row_of(const void* x, int64_t elements, Float type) {
-    return static_cast<const char*>(x) + elements * (type == Float::f32 ? 4 : 2);
-  }
-
-  // Tile t of an int8 input, inputs [k0, k1) of it; k0 begins a block and a group.
-  static QuantizedRows part_of(const QuantizedRows& whole, int64_t t, int64_t rows, int64_t k0, int64_t k1) {
-    QuantizedRows part = whole;
-    const int64_t row0 = t * whole.tile, first = count_segments(0, k0, whole.group);
-    part.q += row0 * round_up(whole.k_padded, whole.unit) + k0 * whole.tile;
-    part.scale += row0 * whole.blocks + k0 / kActBlock * whole.tile;
-    part.minus += row0 * whole.segments + first * whole.tile;
-    part.apart += row0 * whole.segments + first * whole.tile;
-    part.apart_rows += t * whole.segments + first;
-    part.m = rows;
-    part.k_padded = k1 - k0;
-    part.blocks = (k1 - k0 + kActBlock - 1) / kActBlock;
-    part.segments = count_segments(k0, k1, whole.group);
-    if (rows < whole.tile) {  // rows that do not exist must not slow the arithmetic down with subnormals or nan
-      std::fill_n(part.scale, part.tile * part.blocks, 0.0f);
-      std::fill_n(part.minus, part.tile * part.segments, 0);
-    }
-    return part;
-  }
-
   // Inputs that can be quantised on their own: whole blocks and whole groups.
   static int64_t quantize_unit(int64_t k_padded, int64_t group) {
     if (group >= k_padded || kActBlock % group == 0) return kActBlock;
@@ -190,7 +111,7 @@ struct LayerRun {
   Input input(char* shared, char* own, const LayerNorm& norm, const Rows& rows, int64_t group) {
     const bool alone = member.count == 1 || is_private(rows.m, rows.k);
     Arena arena{is_private(rows.m, rows.k) ? own : shared};
-    const Input in = make_input(arena, rows.m, rows.k, group);
+    const Input in = make_input(arena, kernels, p.compute, rows.m, rows.k, group);
     const int64_t tile = in.tile;
     const int64_t tiles = (rows.m + tile - 1) / tile;
     const bool split_k =
@@ -206,51 +127,32 @@ struct LayerRun {
     for (int64_t t = part.begin; t < part.end && k0 < k1; ++t) {
       const int64_t row0 = t * tile, count = std::min(tile, rows.m - row0);
       Rows from = rows;
-      from.x = row_of(rows.x, row0 * rows.stride, rows.type);
+      from.x = element_of(rows.x, row0 * rows.stride, rows.type);
       from.m = count;
       if (norm.present) {
         kernels.norm(norm.norm, from, normed, rows.k, {0, count});
         from = {normed, count, rows.k, rows.k, Float::f32, nullptr};
       }
-      if (in.kind == Compute::int8) {
-        from.x = row_of(from.x, k0, from.type);
-        from.k = std::min(k1, rows.k) - k0;
-        kernels.quantize_rows(from, part_of(in.q, t, count, k0, k1), {0, count});
-      } else if (in.kind == Compute::bf16) {
-        uint16_t* to = in.b.x + row0 * in.b.k_padded;
-        if (count < tile) std::fill_n(to, tile * in.b.k_padded, uint16_t(0));
-        kernels.load_rows_bf16(from, {to, count, in.b.k_padded, tile, in.b.unit}, {0, count});
-      } else {
-        kernels.load_rows(from, {in.f.x + row0 * in.f.k_padded, count, in.f.k_padded, tile}, {0, count});
-      }
+      from.x = element_of(from.x, k0, from.type);
+      from.k = std::min(k1, rows.k) - k0;
+      load(kernels, from, tile_of(in, t, count, k0, k1), {0, count});
     }
     if (!alone) sync();
     return in;
   }
 
-  // Columns of panels `part` of one product, fp32.
   void product(const Linear& l, const Input& in, float* out, int64_t stride, Range part) {
-    if (part.begin >= part.end) return;
-    const Output to{out, stride, Float::f32, l.bias};
-    if (in.kind == Compute::int8) {
-      kernels.linear_i8(l.w, in.q, to, part, kernel_scratch);
-    } else if (in.kind == Compute::bf16) {
-      kernels.linear_bf16(l.w, in.b, to, part, kernel_scratch);
-    } else {
-      kernels.linear_f32(l.w, in.f, to, part, kernel_scratch);
-    }
+    cpullm::product(kernels, l, in, out, stride, part, kernel_scratch);
   }
-
-  static int64_t panels_of(const Linear& l) { return (l.w.n + kPanel - 1) / kPanel; }
 
   // This thread's columns of products that share an input and stand side by side in `out`.
   void products(const Linear* linears, int count, const Input& in, float* out, int64_t stride) {
     int64_t total = 0;
-    for (int i = 0; i < count; ++i) total += panels_of(linears[i]);
+    for (int i = 0; i < count; ++i) total += panels_of(linears[i].w);
     const Range part = mine(total);
     int64_t first = 0, column = 0;
     for (int i = 0; i < count; ++i) {
-      const int64_t panels = panels_of(linears[i]);
+      const int64_t panels = panels_of(linears[i].w);
       const Range own{std::max<int64_t>(part.begin - first, 0), std::min(part.end - first, panels)};
       product(linears[i], in, out + column, stride, own);
       first += panels;
@@ -360,10 +262,10 @@ struct LayerRun {
   void add(const void* x, Float x_type, int64_t x_stride, const float* a, const float* b, void* out, Float out_type,
            int64_t out_stride, Range rows, int64_t c0, int64_t c1) {
     if (c0 >= c1 || rows.begin >= rows.end) return;
-    const Sum s{row_of(x, c0, x_type),
+    const Sum s{element_of(x, c0, x_type),
                 a + c0,
                 b ? b + c0 : nullptr,
-                const_cast<void*>(row_of(out, c0, out_type)),
+                const_cast<void*>(element_of(out, c0, out_type)),
                 p.residual_scale,
                 x_type,
                 out_type,
@@ -426,8 +328,8 @@ struct LayerRun {
     const Rows acted{up_out, rows, p.intermediate, width, Float::f32, nullptr};
     const Input down_in = input(input_b, private_b, {}, acted, p.down.w.group);
     products(&p.down, 1, down_in, mlp_out, p.hidden);
-    void* y = const_cast<void*>(row_of(c.y, row0 * p.hidden, c.type));
-    const void* x = row_of(c.x, row0 * c.x_stride, c.type);
+    void* y = const_cast<void*>(element_of(c.y, row0 * p.hidden, c.type));
+    const void* x = element_of(c.x, row0 * c.x_stride, c.type);
     if (p.parallel) {
       const Range columns = hidden_columns();
       add(x, c.type, c.x_stride, o_out + row0 * p.hidden, mlp_out, y, c.type, p.hidden, {0, rows}, columns.begin,
@@ -453,7 +355,7 @@ struct LayerRun {
     for (int64_t row0 = 0; row0 < m; row0 += kMlpRows) {
       const int64_t rows = std::min(kMlpRows, m - row0);
       Rows source = p.parallel ? x : Rows{residual, m, p.hidden, p.hidden, Float::f32, nullptr};
-      source.x = row_of(source.x, row0 * source.stride, source.type);
+      source.x = element_of(source.x, row0 * source.stride, source.type);
       source.m = rows;
       if (row0) sync();  // the chunk before is done with the shared buffers
       if (reuse) {

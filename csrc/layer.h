@@ -6,16 +6,11 @@
 // b batch, s tokens of this call, m = b s rows.
 #pragma once
 
+#include "input.h"
 #include "kernels/block.h"
-#include "kernels/kernels.h"
 #include "team.h"
 
 namespace cpullm {
-
-struct Linear {
-  Weight w;
-  const float* bias;  // null or [n]
-};
 
 // Where head vectors stand in a row of qkv: query head i begins at (i / q_per_group) * group_stride + (i % q_per_group) *
 // head_dim, key head j at k_start + j * kv_stride, value head j at v_start + j * kv_stride.

@@ -10,7 +10,9 @@
 #include <optional>
 #include <string>
 
+#include "kernels/block.h"
 #include "kernels/kernels.h"
+#include "team.h"
 
 namespace cpullm {
 
@@ -81,6 +83,9 @@ constexpr int64_t kMostSize = int64_t(1) << 40;  // of n, k and a group: product
 Weight check_weight(const char* op, const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros, int64_t n,
                     int64_t k, int64_t group);
 
+// The activation of this name; anything else is an error that names `op`.
+Act act_of(const char* op, const std::string& name);
+
 // Whether a parallel region may begin. Not in a child that was forked after its parent had used one: the threads are gone
 // there, and OpenMP would wait for them for ever. The first refusal is said on stderr.
 bool may_use_threads();
@@ -94,6 +99,19 @@ void parallel(int64_t count, int64_t work_each, const F& f) {
     f(0, count);
   } else {
     torch::stable::parallel_for(0, count, grain, f);
+  }
+}
+
+// How many members a team may have at most.
+inline int64_t team_size() { return may_use_threads() ? torch::stable::get_num_threads() : 1; }
+
+// Runs `part` once per member of a team of at most `threads`, in one parallel region.
+template <class F>
+void run_team(int64_t threads, const F& part) {
+  if (threads == 1) {
+    part(Member{0, 1});
+  } else {
+    torch::stable::parallel_for(0, kTeamRange, 1, [&](int64_t begin, int64_t end) { part(member_of(begin, end)); });
   }
 }
 

@@ -3,6 +3,15 @@
 #include "ops.h"
 
 namespace cpullm {
+
+Act act_of(const char* op, const std::string& name) {
+  if (name == "silu") return Act::silu;
+  if (name == "gelu") return Act::gelu;
+  if (name == "gelu_tanh") return Act::gelu_tanh;
+  STD_TORCH_CHECK(name == "relu", op, ": act must be 'silu', 'gelu', 'gelu_tanh' or 'relu', got '", name, "'");
+  return Act::relu;
+}
+
 namespace {
 
 // [n] float32, or null.
@@ -86,14 +95,6 @@ void rope(Tensor x, const Tensor& cos, const Tensor& sin, std::string style) {
   const Heads of{static_cast<float*>(x.mutable_data_ptr()), heads * width, heads, heads, 0, width, width};
   parallel(x.size(0) * x.size(1) * heads, 4 * width,
            [&](int64_t begin, int64_t end) { kernels().rope(r, of, {begin, end}); });
-}
-
-Act act_of(const char* op, const std::string& name) {
-  if (name == "silu") return Act::silu;
-  if (name == "gelu") return Act::gelu;
-  if (name == "gelu_tanh") return Act::gelu_tanh;
-  STD_TORCH_CHECK(name == "relu", op, ": act must be 'silu', 'gelu', 'gelu_tanh' or 'relu', got '", name, "'");
-  return Act::relu;
 }
 
 // act(gate) * up.

@@ -296,7 +296,7 @@ Tensor run_steps(std::vector<Step>& steps, const Tensor& x) {
   Tensor y = empty_cpu(sizes, 3, x.scalar_type());
   if (x.numel() == 0) return y;
   const Kernels& table = kernels();
-  const int64_t threads = may_use_threads() ? torch::stable::get_num_threads() : 1;
+  const int64_t threads = team_size();
   const int64_t bytes = (x.numel() * (steps[0].call.type == Float::f32 ? 4 : 2) + 63) / 64 * 64;
   char* passed_on = between.get<char>(steps.size() > 1 ? 2 * bytes : 0);
   int64_t needed = 0;
@@ -317,11 +317,7 @@ Tensor run_steps(std::vector<Step>& steps, const Tensor& x) {
     }
     if (member.id == 0) barriers = count;
   };
-  if (threads == 1) {
-    part({0, 1});
-  } else {
-    torch::stable::parallel_for(0, kTeamRange, 1, [&](int64_t begin, int64_t end) { part(member_of(begin, end)); });
-  }
+  run_team(threads, part);
   last_barriers = barriers;
   return y;
 }

@@ -7,7 +7,7 @@ are shorter than the sequences of the tests.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,15 +32,15 @@ LLAMA_LIKE = {
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """One architecture. config: the name of its class in transformers; float_weights: what optimize() leaves in float,
-    lookup tables aside: a name's end -> a word of the reason. gain: size of the random weights, see randomise().
+    """One architecture. config: the name of its class in transformers; experts: whether it is a mixture of experts,
+    whose router stays in float. gain: size of the random weights, see randomise().
     """
 
     name: str
     config: str
     options: dict[str, Any]
     tied: bool = False
-    float_weights: dict[str, str] = field(default_factory=dict)
+    experts: bool = False
     gain: float = 1.5
 
     def __str__(self) -> str:
@@ -84,9 +84,7 @@ def llama_like(**options: Any) -> dict[str, Any]:
     return {**LLAMA_LIKE, **options}
 
 
-# torch's grouped product, which computes the experts, wants rows of a multiple of 16 bytes.
-_EXPERTS = {"mlp.experts.gate_up_proj": "experts", "mlp.experts.down_proj": "experts", "mlp.gate": "not a linear"}
-
+# Where experts are: torch's grouped product, which computes them in float, wants rows of a multiple of 16 bytes.
 FAMILIES = [
     Family("llama", "LlamaConfig", llama_like(attention_bias=True, mlp_bias=True)),
     Family(
@@ -169,7 +167,18 @@ FAMILIES = [
         "mixtral",
         "MixtralConfig",
         llama_like(intermediate_size=100, num_local_experts=4, num_experts_per_tok=2),
-        float_weights=_EXPERTS,
+        experts=True,
+    ),
+    Family(
+        "qwen2-moe",
+        "Qwen2MoeConfig",
+        llama_like(
+            num_experts=6,
+            num_experts_per_tok=3,
+            moe_intermediate_size=36,
+            shared_expert_intermediate_size=52,
+        ),
+        experts=True,
     ),
     Family(
         "qwen3-moe",
@@ -182,6 +191,6 @@ FAMILIES = [
             norm_topk_prob=True,
             mlp_only_layers=[0],
         ),
-        float_weights=_EXPERTS,
+        experts=True,
     ),
 ]

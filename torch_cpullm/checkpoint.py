@@ -3,9 +3,11 @@
     X.weight_codes    uint8 [n, ceil(k/2)] (4 bits: even input low) or [n, k] (8 bits: int8 value + 128)
     X.weight_scales   float16 | bfloat16 [n, groups]
     X.weight_zeros    uint8 or the scales' dtype [n, groups], or absent: see packing.QuantizedWeight
+    X.gate_up_proj_codes, X.down_proj_codes, ..    the same of experts, each with a first dimension [experts]
 
     quantization_config   quant_method "cpullm", format_version, the settings, and
-        modules   pattern -> form {bits, group_size, zeros, scales}; "*" in a pattern stands for any layer number
+        modules   pattern -> form {bits, group_size, zeros, scales}; "*" in a pattern stands for any layer number;
+                  experts have one for each parameter
         tensors   how many tensors the files hold in all
         hint      for people who do not have this package
 
@@ -24,8 +26,17 @@ import torch
 from torch import Tensor, nn
 
 from .config import SCALE_DTYPES, Settings
-from .linear import STORED, PackedEmbedding, PackedLinear
-from .packing import PackedWeight, check_bits, check_group_size, pack_stored, resolve_group, stored_width
+from .experts import WEIGHTS
+from .linear import STORED, SUFFIXES, Packed, PackedModule, entry
+from .packing import (
+    PackedStack,
+    check_bits,
+    check_group_size,
+    pack_stored,
+    pack_stored_stack,
+    resolve_group,
+    stored_width,
+)
 
 FORMAT_VERSION = 1
 INSTALL = "pip install torch_cpullm"
@@ -58,31 +69,35 @@ class Form:
             raise ValueError(f"scales must be one of {', '.join(SCALE_DTYPES)}, got {self.scales!r}")
 
     @staticmethod
-    def of(packed: PackedWeight) -> Form:
+    def of(weight: Packed) -> Form:
         """The form of a packed weight."""
+        packed = weight.whole if isinstance(weight, PackedStack) else weight
         zeros = "none" if packed.zeros is None else "point" if packed.zeros.dtype == torch.uint8 else "minimum"
         return Form(packed.bits, packed.group_size, zeros, str(packed.scales.dtype).removeprefix("torch."))
 
-    def tensors(self, n: int, k: int) -> dict[str, tuple[list[int], torch.dtype]]:
-        """Name -> (shape, dtype) of what is stored for a weight [n, k]."""
+    def tensors(self, shape: list[int]) -> dict[str, tuple[list[int], torch.dtype]]:
+        """Suffix -> (shape, dtype) of what is stored for a weight [n, k] or for experts [experts, n, k]."""
+        *rows, k = shape
         scales = SCALE_DTYPES[self.scales]
-        groups = [n, -(-k // resolve_group(self.group_size, k))]
-        found = {STORED[0]: ([n, stored_width(k, self.bits)], torch.uint8), STORED[1]: (groups, scales)}
+        groups = [*rows, -(-k // resolve_group(self.group_size, k))]
+        found = {SUFFIXES[0]: ([*rows, stored_width(k, self.bits)], torch.uint8), SUFFIXES[1]: (groups, scales)}
         if self.zeros != "none":
-            found[STORED[2]] = (groups, torch.uint8 if self.zeros == "point" else scales)
+            found[SUFFIXES[2]] = (groups, torch.uint8 if self.zeros == "point" else scales)
         return found
 
-    def packed(self, tensors: dict[str, Tensor], n: int, k: int) -> PackedWeight:
-        """The packed weight [n, k] of stored tensors; ValueError says which of them does not fit."""
-        for name, (shape, dtype) in self.tensors(n, k).items():
-            got = tensors[name]
-            if list(got.shape) != shape or got.dtype != dtype:
-                raise ValueError(f"{name} must be {dtype} {shape}, got {got.dtype} {list(got.shape)}")
-        values = (tensors.get(name) for name in STORED)
+    def packed(self, tensors: dict[str, Tensor], shape: list[int]) -> Packed:
+        """The packed weight of this shape from stored tensors, by suffix; ValueError says which does not fit."""
+        for suffix, (size, dtype) in self.tensors(shape).items():
+            got = tensors[suffix]
+            if list(got.shape) != size or got.dtype != dtype:
+                raise ValueError(f"{suffix[1:]} must be {dtype} {size}, got {got.dtype} {list(got.shape)}")
+        values = (tensors.get(suffix) for suffix in SUFFIXES)
         codes, scales, zeros = (None if value is None else value.detach() for value in values)
         assert codes is not None
         assert scales is not None
-        return pack_stored(codes, scales, zeros, n, k, self.bits, self.group_size)
+        if len(shape) == 3:
+            return pack_stored_stack(codes, scales, zeros, shape[0], shape[1], shape[2], self.bits, self.group_size)
+        return pack_stored(codes, scales, zeros, shape[0], shape[1], self.bits, self.group_size)
 
 
 # ---- the description ------------------------------------------------------------------------------------------------
@@ -109,8 +124,11 @@ def _patterns(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Name -> form of every packed module; names that differ in layer numbers alone are one where all are alike."""
     groups: dict[str, dict[str, Form | None]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        packed = isinstance(module, (PackedLinear, PackedEmbedding))
-        groups.setdefault(_starred(name), {})[name] = Form.of(module.packed) if packed else None
+        own: dict[str, Form | None] = {entry(name, key): None for key in ("weight", *module._parameters)}
+        if isinstance(module, PackedModule):
+            own.update({entry(name, key): Form.of(packed) for key, packed in module.weights().items()})
+        for each, form in own.items():
+            groups.setdefault(_starred(each), {})[each] = form
     found: dict[str, dict[str, Any]] = {}
     for pattern, names in groups.items():
         forms = set(names.values())
@@ -152,7 +170,11 @@ def check_version(version: Any) -> None:
 # ---- the files ------------------------------------------------------------------------------------------------------
 
 _FLOATS = {"F16", "BF16"}
-_STORED_DTYPES = {STORED[0]: {"U8"}, STORED[1]: _FLOATS, STORED[2]: {"U8", *_FLOATS}}
+_STORED_DTYPES = {
+    parameter + suffix: dtypes
+    for parameter in ("weight", *WEIGHTS)
+    for suffix, dtypes in zip(SUFFIXES, ({"U8"}, _FLOATS, {"U8", *_FLOATS}), strict=True)
+}
 
 
 def check_files(files: Iterable[str | os.PathLike[str]], tensors: Any) -> None:

@@ -10,12 +10,13 @@ from torch import nn
 
 from . import ops
 from .layer import layer_levels
-from .linear import PackedEmbedding, PackedLinear
+from .linear import Packed, PackedLinear, PackedModule, entry
+from .packing import PackedStack
 
 
 @dataclass(frozen=True)
 class Row:
-    """One module. kind: linear, embedding or parameter; state: int4, int8 or float; bytes as stored, without biases."""
+    """One weight. kind: linear, embedding, experts or parameter; state: int4, int8 or float; bytes without biases."""
 
     name: str
     kind: str
@@ -60,8 +61,12 @@ class Report:
 
     @property
     def left_in_float(self) -> list[Row]:
-        """Weight matrices that are neither quantised nor excluded by the settings; lookup tables do not count."""
-        return [row for row in self.rows if row.state == "float" and row.kind != "embedding" and row.reason != EXCLUDED]
+        """Weight matrices that are neither quantised nor excluded by the settings.
+
+        Lookup tables do not count, nor do the routers of experts that are quantised.
+        """
+        floats = [row for row in self.rows if row.state == "float" and row.kind != "embedding"]
+        return [row for row in floats if row.reason not in (EXCLUDED, ROUTER)]
 
     def __str__(self) -> str:
         merged: dict[tuple, list[Row]] = {}
@@ -100,6 +105,7 @@ class Report:
 
 
 EXCLUDED = "excluded by modules_to_not_convert or head_bits"
+ROUTER = "router of a mixture of experts: small, and a rounding could choose another expert"
 
 
 def report(model: nn.Module) -> Report:
@@ -112,23 +118,11 @@ def report_with(model: nn.Module, reasons: dict[str, str]) -> Report:
     rows = []
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if isinstance(module, (PackedLinear, PackedEmbedding)):
-            packed = module.packed
-            first = id(packed) not in seen
-            seen.add(id(packed))
-            rows.append(
-                Row(
-                    name,
-                    "linear" if isinstance(module, PackedLinear) else "embedding",
-                    f"int{packed.bits}",
-                    "" if first else "shares its packed weight with an earlier module",
-                    packed.bits,
-                    packed.group_size,
-                    module.compute if isinstance(module, PackedLinear) else None,
-                    packed.n * packed.k * module.dtype.itemsize if first else 0,
-                    packed.nbytes if first else 0,
-                )
-            )
+        if isinstance(module, PackedModule):
+            for key, packed in module.weights().items():
+                first = id(packed) not in seen
+                seen.add(id(packed))
+                rows.append(_packed_row(entry(name, key), module, packed, first))
             continue
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.dim() < 2:
@@ -136,11 +130,30 @@ def report_with(model: nn.Module, reasons: dict[str, str]) -> Report:
             first = id(parameter) not in seen
             seen.add(id(parameter))
             size = parameter.nbytes if first else 0
-            full = name if key == "weight" else f"{name}.{key}" if name else key
+            full = entry(name, key)
             kind = "embedding" if isinstance(module, nn.Embedding) else "linear" if key == "weight" else "parameter"
             reason = _recorded(name, reasons) or _why_float(module, kind, parameter.dim())
             rows.append(Row(full, kind, "float", reason, None, None, None, size, size))
     return Report(rows, ops.isa(), [LayerRow(*level) for level in layer_levels(model)])
+
+
+def _packed_row(name: str, module: PackedModule, packed: Packed, first: bool) -> Row:
+    """first: whether no module before has this weight."""
+    if isinstance(packed, PackedStack):
+        kind, form, count = "experts", packed.whole, packed.count
+    else:
+        kind, form, count = "linear" if isinstance(module, PackedLinear) else "embedding", packed, 1
+    return Row(
+        name,
+        kind,
+        f"int{form.bits}",
+        "" if first else "shares its packed weight with an earlier module",
+        form.bits,
+        form.group_size,
+        module.compute,
+        count * packed.n * packed.k * module.dtype.itemsize if first else 0,
+        packed.nbytes if first else 0,
+    )
 
 
 def _recorded(name: str, reasons: dict[str, str]) -> str:

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -24,8 +24,8 @@ from . import ops
 from .checkpoint import MARKER, Form, check_files, check_version, form_of, read_forms
 from .config import Settings
 from .launch import apply_default_threads
-from .linear import STORED
-from .packing import PackedWeight
+from .linear import SUFFIXES, Packed, entry
+from .packing import PackedStack
 from .plan import Target, check_strict, find_targets, stored_targets
 from .swap import finish, freeze, put_in_place, restore, swap_module
 
@@ -80,12 +80,12 @@ class CpuLlmQuantizer(HfQuantizer):
         self._targets: list[Target] = []
         self._skipped: dict[str, str] = {}
         self._frozen: set[str] = set()
-        self._forms: dict[int, Form] = {}  # by id of the target
+        self._forms: dict[str, Form] = {}  # by name of the parameter
         self._saved: dict[str, Any] = {}  # what the model had of its own
         # A float checkpoint: parameter name -> target, names tied to it, the placeholder's weight; the first error.
         self._by_name: dict[str, Target] = {}
         self._tied: dict[str, set[str]] = {}
-        self._packed: dict[str, PackedWeight] = {}
+        self._packed: dict[str, Packed] = {}
         self._error: ValueError | None = None
 
     # ---- transformers' protocol: before ----
@@ -116,7 +116,7 @@ class CpuLlmQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._expect_stored(model, kwargs.get("checkpoint_files"))
         else:
-            self._by_name = {f"{name}.weight": target for target in self._targets for name in target.names}
+            self._by_name = {name: target for target in self._targets for name in _parameters(target)}
             for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
                 self._tied.setdefault(source, {source}).add(target)
             self._tied.update({name: names for names in list(self._tied.values()) for name in names})
@@ -143,9 +143,10 @@ class CpuLlmQuantizer(HfQuantizer):
     def take(self, name: str, value: Tensor) -> Tensor:
         """Quantise and pack the weight of this name; returns what the module holds until all weights are there."""
         target = self._by_name[name]
-        if tuple(value.shape) != tuple(target.stored.shape):
+        stored = target.parameters[name.rpartition(".")[2]]
+        if tuple(value.shape) != tuple(stored.shape):
             self._error = self._error or ValueError(
-                f"{name} is {list(value.shape)} in the checkpoint, and must be {list(target.stored.shape)}"
+                f"{name} is {list(value.shape)} in the checkpoint, and must be {list(stored.shape)}"
             )
         tied = self._tied.get(name, {name})
         if self._error is None:
@@ -154,7 +155,7 @@ class CpuLlmQuantizer(HfQuantizer):
             except ValueError as error:
                 self._error = error
         if self._error is not None:  # raised when transformers is through: it would only log it here
-            value = torch.zeros((), dtype=value.dtype).expand(target.stored.shape)
+            value = torch.zeros((), dtype=value.dtype).expand(stored.shape)
         elif tied <= self._by_name.keys():
             # transformers ties two weights of a checkpoint only if they are equal.
             others = [other for other in tied - {name} if other in self._packed]
@@ -164,6 +165,12 @@ class CpuLlmQuantizer(HfQuantizer):
 
     # ---- our own checkpoint ----
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Only what renames: our checkpoints hold the model's own tensors, none to be joined, split or transposed."""
+        if not self.pre_quantized:
+            return super().update_weight_conversions(weight_conversions, model)
+        return [each for each in weight_conversions if not isinstance(each, WeightConverter)]
+
     def _expect_stored(self, model: Any, files: Any) -> None:
         """Let the modules that the checkpoint has in packed form hold the stored tensors instead of a weight."""
         description = self.quantization_config
@@ -171,34 +178,33 @@ class CpuLlmQuantizer(HfQuantizer):
         if files:
             check_files(files, getattr(description, "tensors", None))
         prefix = getattr(model, "base_model_prefix", "")
-        by_name = {name: form_of(name, forms, prefix) for name, _ in model.named_modules(remove_duplicate=False)}
-        ours = stored_targets(model, lambda name: getattr(by_name[name], "bits", None))
+        ours = stored_targets(model, lambda name: getattr(form_of(name, forms, prefix), "bits", None))
         packed = {name for target in ours for name in target.names}
         planned = [name for target in self._targets for name in target.names]
         self._skipped.update({name: "float in the checkpoint" for name in planned if name not in packed})
         for target in ours:
-            self._forms[id(target)] = form = cast("Form", by_name[target.name])
-            weight, shape = target.stored, target.shape
-            del target.module._parameters["weight"]
-            weight._is_hf_initialized = True  # type: ignore[attr-defined]
-            target.module.__dict__["weight"] = weight  # for code that looks at it
-            for name, (size, dtype) in form.tensors(*shape).items():
-                empty = torch.empty(size, dtype=dtype, device="meta")
-                target.module.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+            for parameter, weight in target.parameters.items():
+                form = cast("Form", form_of(entry(target.name, parameter), forms, prefix))
+                self._forms.update({f"{name}.{parameter}": form for name in target.names})
+                del target.module._parameters[parameter]
+                weight._is_hf_initialized = True  # type: ignore[attr-defined]
+                target.module.__dict__[parameter] = weight  # for code that looks at it
+                for suffix, (size, dtype) in form.tensors(target.shape(weight)).items():
+                    empty = torch.empty(size, dtype=dtype, device="meta")
+                    target.module.register_parameter(parameter + suffix, nn.Parameter(empty, requires_grad=False))
         self._targets = ours
         self._set_aside(model)
 
     def _set_aside(self, model: Any) -> None:
         """Tie stored tensors where transformers would tie weights, and expect the markers."""
         tied = getattr(model, "all_tied_weights_keys", None) or {}
-        forms = {f"{name}.weight": self._forms[id(target)] for target in self._targets for name in target.names}
+        forms = self._forms
         now = {}
         for target, source in tied.items():
             if forms.get(target) != forms.get(source):
                 continue  # two weights of their own in the checkpoint
-            tensors = forms[target].tensors(1, 1) if target in forms else ()
-            names = [f"_{name.removeprefix('weight_')}" for name in tensors] or [""]
-            now.update({target + name: source + name for name in names})
+            suffixes = forms[target].tensors([1, 1]) if target in forms else [""]
+            now.update({target + suffix: source + suffix for suffix in suffixes})
         markers = {rf"^{MARKER}$", *(rf"^{name}$".replace(".", r"\.") for name in forms)}
         ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()) | markers
         for name, value in (("all_tied_weights_keys", now), ("_keys_to_ignore_on_load_unexpected", ignored)):
@@ -214,28 +220,40 @@ class CpuLlmQuantizer(HfQuantizer):
         missing = [
             f"{target.name}.{name}"
             for target in self._targets
-            for name in STORED
+            for parameter in target.parameters
+            for name in (parameter + suffix for suffix in SUFFIXES)
             if name in target.module._parameters
             and not getattr(target.module._parameters[name], "_is_hf_initialized", False)
         ]
         if missing:
             more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
             raise ValueError(f"this checkpoint lacks, or has in another shape: {', '.join(missing[:4])}{more}")
-        packed: dict[tuple[int, Form], PackedWeight] = {}
+        packed: dict[tuple[int, Form], Packed] = {}
         for target in self._targets:
-            module, form = target.module, self._forms[id(target)]
-            weight = module.__dict__.pop("weight")
-            tensors = {name: module._parameters.pop(name) for name in STORED if name in module._parameters}
-            module._parameters["weight"] = None
-            key = id(tensors[STORED[0]]), form
-            if key not in packed:
-                n, k = weight.shape if target.kind != "conv1d" else weight.shape[::-1]
-                try:
-                    packed[key] = form.packed(cast("dict[str, Tensor]", tensors), n, k)
-                except ValueError as error:
-                    raise ValueError(f"this checkpoint is damaged: {target.name}: {error}") from error
-            compute = self.quantization_config.compute
-            put_in_place(model, target, target.replacement(packed[key], weight.dtype, compute))
+            weights = target.parameters
+            own = [self._pack_one(target, parameter, weight, packed) for parameter, weight in weights.items()]
+            dtype = next(iter(weights.values())).dtype
+            put_in_place(model, target, target.replacement(own, dtype, self.quantization_config.compute))
+
+    def _pack_one(
+        self, target: Target, parameter: str, weight: Tensor, packed: dict[tuple[int, Form], Packed]
+    ) -> Packed:
+        """The packed form of one weight from its stored tensors, which leave the module; packed: those made so far."""
+        module, form = target.module, self._forms[f"{target.name}.{parameter}"]
+        del module.__dict__[parameter]
+        tensors = {
+            suffix: module._parameters.pop(parameter + suffix)
+            for suffix in SUFFIXES
+            if parameter + suffix in module._parameters
+        }
+        module._parameters[parameter] = None
+        key = id(tensors[SUFFIXES[0]]), form
+        if key not in packed:
+            try:
+                packed[key] = form.packed(cast("dict[str, Tensor]", tensors), target.shape(weight))
+            except ValueError as error:
+                raise ValueError(f"this checkpoint is damaged: {entry(target.name, parameter)}: {error}") from error
+        return packed[key]
 
     # ---- transformers' protocol: after ----
 
@@ -249,7 +267,7 @@ class CpuLlmQuantizer(HfQuantizer):
                 self._pack_stored(model)
                 freeze(model)
             else:
-                parameters = {name: target.stored for name, target in self._by_name.items()}
+                parameters = {n: p for target in self._targets for n, p in _parameters(target).items()}
                 packed = {id(parameters[name]): weight for name, weight in self._packed.items()}
                 freeze(model)
                 for target in self._targets:
@@ -317,8 +335,14 @@ def _is_cpu(place: Any) -> bool:
     return place == "cpu" or getattr(place, "type", None) == "cpu"
 
 
-def _equal(a: PackedWeight, b: PackedWeight) -> bool:
-    pairs = ((a.codes, b.codes), (a.scales, b.scales), (a.zeros, b.zeros))
+def _parameters(target: Target) -> dict[str, nn.Parameter]:
+    """Full name -> weight, in every place that the module is registered at."""
+    return {f"{name}.{key}": weight for name in target.names for key, weight in target.parameters.items()}
+
+
+def _equal(a: Packed, b: Packed) -> bool:
+    a, b = (each.whole if isinstance(each, PackedStack) else each for each in (a, b))
+    pairs = zip(a.tensors, b.tensors, strict=True)
     return all((x is None and y is None) or (x is not None and y is not None and torch.equal(x, y)) for x, y in pairs)
 
 

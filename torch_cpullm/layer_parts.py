@@ -11,9 +11,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .layer_reference import activate, apply_norm
+from .layer_reference import apply_norm
 from .layer_spec import ACTIVATIONS, NORMS, LayerSpec, Norm, QkvLayout
 from .linear import PackedLinear
+from .reference import activate
 
 
 class NoMatchError(Exception):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import reference
 from .layer_spec import LayerSpec, Norm
@@ -79,17 +79,8 @@ def _mlp(spec: LayerSpec, x: Tensor) -> Tensor:
     up = [_linear(linear, x) for linear in spec.up]
     if len(up) == 1 and spec.gated:
         up = list(up[0].chunk(2, -1))
-    inner = activate(spec.act, up[0])
+    inner = reference.activate(spec.act, up[0])
     return _linear(spec.down, inner * up[1] if spec.gated else inner)
-
-
-def activate(name: str, x: Tensor) -> Tensor:
-    """One of the activations of :data:`torch_cpullm.layer_spec.ACTIVATIONS`."""
-    if name == "silu":
-        return nn.functional.silu(x)
-    if name == "relu":
-        return nn.functional.relu(x)
-    return nn.functional.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
 
 
 def _qkv(spec: LayerSpec, h: Tensor) -> list[Tensor]:

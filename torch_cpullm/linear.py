@@ -2,37 +2,147 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from .packing import PackedWeight, dequantize, pack_stored, stored_form, unpack
+from .packing import (
+    PackedStack,
+    PackedWeight,
+    dequantize,
+    pack_stored,
+    pack_stored_stack,
+    stored_form,
+    stored_stack,
+    unpack,
+)
 
-STORED = ("weight_codes", "weight_scales", "weight_zeros")  # names of packing.stored_form() in a state dict
+SUFFIXES = ("_codes", "_scales", "_zeros")  # of the three tensors of a packed parameter in a state dict
+STORED = tuple("weight" + suffix for suffix in SUFFIXES)
+
+Packed = PackedWeight | PackedStack
+
+
+def entry(module: str, parameter: str) -> str:
+    """How reports and checkpoints name a parameter: a module's ``weight`` by the module's name."""
+    if parameter == "weight":
+        return module
+    return f"{module}.{parameter}" if module else parameter
 
 
 class PackedModule(nn.Module):
-    """Holds a PackedWeight outside the reach of ``.to(dtype)``; saves and loads it in canonical row-major form.
+    """Holds packed weights outside the reach of ``.to(dtype)``; saves and loads them in canonical row-major form.
 
     changes: counts the attributes set on any packed module of the process, so that who has seen one need not look at
     all of them again.
     """
 
     changes = 0
+    compute: str | None = None
 
     def __setattr__(self, name: str, value: object) -> None:
         PackedModule.changes += 1
         super().__setattr__(name, value)  # type: ignore[arg-type]  # torch names tensors and modules only
 
-    def __init__(self, packed: PackedWeight, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-        self.packed = packed
         self.dtype = dtype
-        self.training = False  # until somebody calls train(), which forward() then refuses
+        self.training = False  # until somebody calls train(), which check_inference() then refuses
+
+    def weights(self) -> Mapping[str, Packed]:
+        """Name of the float module's parameter -> its packed form."""
+        raise NotImplementedError
+
+    def check_movable(self, fn: Callable[[Tensor], Tensor]) -> Tensor:
+        """``fn`` of a small tensor of this module's dtype; RuntimeError if that is no longer on the CPU."""
+        probe = fn(torch.zeros(1, dtype=self.dtype))
+        if probe.device.type != "cpu":
+            raise RuntimeError(
+                f"a model optimised by torch_cpullm stays on the CPU; it cannot be moved to {probe.device}. "
+                "torch_cpullm.restore(model) gives a float model back, which can."
+            )
+        return probe
+
+    def check_inference(self, x: Tensor) -> None:
+        """RuntimeError where a gradient is asked for."""
+        if (x.requires_grad or self.training) and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "torch_cpullm's packed linears are for inference and have no gradient; "
+                "use torch.no_grad(), or torch_cpullm.restore(model) to train"
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        probe = self.check_movable(fn)
+        if probe.dtype in (torch.float32, torch.bfloat16, torch.float16):
+            self.dtype = probe.dtype
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for parameter, packed in self.weights().items():
+            stored = stored_stack(packed) if isinstance(packed, PackedStack) else stored_form(unpack(packed))
+            for suffix, value in zip(SUFFIXES, stored, strict=True):
+                if value is not None:
+                    destination[prefix + parameter + suffix] = value
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        names = []
+        for parameter, packed in self.weights().items():
+            own = [prefix + parameter + suffix for suffix in SUFFIXES]
+            names += own
+            codes, scales, zeros = (state_dict.get(name) for name in own)
+            if codes is None or scales is None:
+                missing.extend(name for name, value in zip(own, (codes, scales), strict=False) if value is None)
+                continue
+            try:
+                _copy_into(packed, codes, scales, zeros)
+            except ValueError as error:
+                where = prefix.rstrip(".") if parameter == "weight" else prefix + parameter
+                errors.append(f"{where}: {error}")
+        rest = {name: value for name, value in state_dict.items() if name not in names}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected, errors)
+        for name in names:
+            if name in unexpected:
+                unexpected.remove(name)
+
+    def _form(self, packed: PackedWeight) -> str:
+        zeros = "symmetric" if packed.zeros is None else "minimum"
+        if packed.zeros is not None and packed.zeros.dtype == torch.uint8:
+            zeros = "zero point"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"bits={packed.bits}, group_size={packed.group_size}, {zeros}, dtype={dtype}"
+
+
+def _copy_into(packed: Packed, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> None:
+    """Overwrite ``packed``, which a tied module may share, with stored weights of the same form."""
+    if isinstance(packed, PackedStack):
+        old, count = packed.whole, packed.count
+        new = pack_stored_stack(codes, scales, zeros, count, packed.n, packed.k, old.bits, old.group_size).whole
+    else:
+        old = packed
+        new = pack_stored(codes, scales, zeros, old.n, old.k, old.bits, old.group_size)
+    types, new_types = ([getattr(t, "dtype", None) for t in (w.scales, w.zeros)] for w in (old, new))
+    if types != new_types:
+        raise ValueError("the saved scales or zeros have another type than the module's")
+    for to, value in zip(old.tensors, new.tensors, strict=True):
+        if to is not None and value is not None:
+            to.copy_(value)
+
+
+class PackedMatrix(PackedModule):
+    """A module with one packed matrix, ``weight`` in the float module."""
+
+    def __init__(self, packed: PackedWeight, dtype: torch.dtype) -> None:
+        super().__init__(dtype)
+        self.packed = packed
+
+    def weights(self) -> Mapping[str, PackedWeight]:
+        """Name of the float module's parameter -> its packed form."""
+        return {"weight": self.packed}
 
     @property
     def weight(self) -> Tensor:
@@ -46,69 +156,15 @@ class PackedModule(nn.Module):
         """The weight the kernels use, float32 [n, k]."""
         return dequantize(self.packed)
 
-    def check_movable(self, fn: Callable[[Tensor], Tensor]) -> Tensor:
-        """``fn`` of a small tensor of this module's dtype; RuntimeError if that is no longer on the CPU."""
-        probe = fn(torch.zeros(1, dtype=self.dtype))
-        if probe.device.type != "cpu":
-            raise RuntimeError(
-                f"a model optimised by torch_cpullm stays on the CPU; it cannot be moved to {probe.device}. "
-                "torch_cpullm.restore(model) gives a float model back, which can."
-            )
-        return probe
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        probe = self.check_movable(fn)
-        if probe.dtype in (torch.float32, torch.bfloat16, torch.float16):
-            self.dtype = probe.dtype
-        return super()._apply(fn, recurse)
-
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, value in zip(STORED, stored_form(unpack(self.packed)), strict=True):
-            if value is not None:
-                destination[prefix + name] = value
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
-        names = [prefix + name for name in STORED]
-        codes, scales, zeros = (state_dict.get(name) for name in names)
-        if codes is None or scales is None:
-            missing.extend(name for name, value in zip(names, (codes, scales), strict=False) if value is None)
-        else:
-            try:
-                p = self.packed
-                _copy_into(p, pack_stored(codes, scales, zeros, p.n, p.k, p.bits, p.group_size))
-            except ValueError as error:
-                errors.append(f"{prefix.rstrip('.')}: {error}")
-        rest = {name: value for name, value in state_dict.items() if name not in names}
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected, errors)
-        for name in names:
-            if name in unexpected:
-                unexpected.remove(name)
-
-    def _form(self) -> str:
-        p = self.packed
-        zeros = "symmetric" if p.zeros is None else "zero point" if p.zeros.dtype == torch.uint8 else "minimum"
-        return f"bits={p.bits}, group_size={p.group_size}, {zeros}, dtype={str(self.dtype).removeprefix('torch.')}"
-
-
-def _copy_into(packed: PackedWeight, new: PackedWeight) -> None:
-    """Overwrite ``packed``, which a tied module may share, with weights of the same form."""
-    types, new_types = ([getattr(t, "dtype", None) for t in (w.scales, w.zeros)] for w in (packed, new))
-    if types != new_types:
-        raise ValueError("the saved scales or zeros have another type than the module's")
-    packed.codes.copy_(new.codes)
-    packed.scales.copy_(new.scales)
-    if packed.zeros is not None and new.zeros is not None:
-        packed.zeros.copy_(new.zeros)
-
-
-class PackedLinear(PackedModule):
+class PackedLinear(PackedMatrix):
     """``y = x W^T + bias`` with packed W [out_features, in_features]; x [.., in_features] fp32 | bf16 | fp16.
 
     For inference only. compute: ``"int8"`` or ``"fp32"``, see :func:`torch_cpullm.ops.linear`.
     """
 
     bias: nn.Parameter | None
+    compute: str
 
     def __init__(
         self, packed: PackedWeight, bias: Tensor | None = None, *, dtype: torch.dtype, compute: str = "int8"
@@ -121,22 +177,18 @@ class PackedLinear(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., in_features] -> [.., out_features] of x's dtype; RuntimeError where a gradient is asked for."""
-        if (x.requires_grad or self.training) and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "torch_cpullm's packed linears are for inference and have no gradient; "
-                "use torch.no_grad(), or torch_cpullm.restore(model) to train"
-            )
+        self.check_inference(x)
         return ops.linear(x, self.packed, self.bias, None, self.compute)
 
     def extra_repr(self) -> str:
         """The text between the brackets of ``repr()``."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"{self._form()}, compute={self.compute}"
+            f"{self._form(self.packed)}, compute={self.compute}"
         )
 
 
-class PackedEmbedding(PackedModule):
+class PackedEmbedding(PackedMatrix):
     """Rows of packed W [num_embeddings, embedding_dim]: ids [..] -> [.., embedding_dim] of ``dtype``.
 
     multiplier: rows are multiplied by it in ``dtype`` (models that scale their embeddings).
@@ -162,4 +214,4 @@ class PackedEmbedding(PackedModule):
 
     def extra_repr(self) -> str:
         """The text between the brackets of ``repr()``."""
-        return f"{self.num_embeddings}, {self.embedding_dim}, {self._form()}"
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self._form(self.packed)}"

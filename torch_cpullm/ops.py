@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .packing import ACT_BLOCK, CHUNK, PANEL, STEP, PackedWeight, round_up
+from .packing import ACT_BLOCK, CHUNK, PANEL, STEP, PackedStack, PackedWeight, round_up
 
 _LIBRARY = Path(__file__).with_name("_C.abi3.so")
 if not _LIBRARY.exists():
@@ -82,6 +82,40 @@ def embedding(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """Rows of W [n, k]: ids int64 | int32 [..] -> [.., k] of ``dtype``. RuntimeError for an id outside [0, n)."""
     return torch.ops.cpullm.embedding.default(
         ids, weight.codes, weight.scales, weight.zeros, weight.n, weight.k, weight.group, dtype
+    )
+
+
+def experts(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    gate_up: PackedStack,
+    down: PackedStack,
+    act: str = "silu",
+    compute: str = "int8",
+) -> Tensor:
+    """``y[t] = sum_s weights[t, s] down_e (act(gate_e x[t]) * (up_e x[t]))``, e = index[t, s]; slots ascending.
+
+    x: float32 | bfloat16 | float16 [tokens, hidden]. index: int64 | int32 [tokens, top_k]. weights: of a float type,
+    of index's shape. gate_up: [experts, 2 intermediate, hidden], the gate's rows first. down: [experts, hidden,
+    intermediate]. act: as in :func:`activation`. compute: as in :func:`linear`. Only the weights of experts that are
+    chosen are read. Returns [tokens, hidden] of x's dtype. Raises RuntimeError naming the argument that is wrong; an
+    index outside of [0, experts) is one.
+    """
+    check_compute(compute)
+    return torch.ops.cpullm.experts.default(
+        x,
+        index,
+        weights,
+        *gate_up.whole.tensors,
+        *down.whole.tensors,
+        down.count,
+        down.n,
+        down.k,
+        gate_up.whole.group,
+        down.whole.group,
+        act,
+        COMPUTE[compute],
     )
 
 
@@ -246,6 +280,33 @@ def _embedding_fake(ids, codes, scales, zeros, n, k, group_size, dtype):
     return ids.new_empty((*ids.shape, k), dtype=dtype)
 
 
+@torch.library.register_fake("cpullm::experts")
+def _experts_fake(
+    x,
+    index,
+    weights,
+    gate_up_codes,
+    gate_up_scales,
+    gate_up_zeros,
+    down_codes,
+    down_scales,
+    down_zeros,
+    experts,
+    hidden,
+    intermediate,
+    gate_up_group,
+    down_group,
+    act,
+    compute,
+):
+    gate_up = {"gate_up_codes": gate_up_codes, "gate_up_scales": gate_up_scales, "gate_up_zeros": gate_up_zeros}
+    down = {"down_codes": down_codes, "down_scales": down_scales, "down_zeros": down_zeros}
+    _check_one_device("experts", x=x, index=index, weights=weights, **gate_up, **down)
+    if x.dim() != 2 or x.shape[1] != hidden:
+        raise RuntimeError(f"cpullm::experts: x must be [tokens, hidden = {hidden}], got {list(x.shape)}")
+    return x.new_empty(x.shape)
+
+
 @torch.library.register_fake("cpullm::attention")
 def _attention_fake(q, k, v, mask, scale, softcap, window, sinks, k_scale, v_scale, length):
     _check_one_device("attention", q=q, k=k, v=v, mask=mask, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
@@ -326,6 +387,7 @@ __all__ = [
     "check_compute",
     "dequantize",
     "embedding",
+    "experts",
     "isa",
     "isa_levels",
     "layer_forward",

@@ -9,7 +9,7 @@ import contextlib
 import math
 import mmap
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -147,14 +147,79 @@ class PackedWeight:
         return resolve_group(self.group_size, self.k)
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes, scales and zeros."""
+        return self.codes, self.scales, self.zeros
+
+    @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and zeros as stored."""
-        return sum(t.nbytes for t in (self.codes, self.scales, self.zeros) if t is not None)
+        return sum(t.nbytes for t in self.tensors if t is not None)
 
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight of W, scales, zeros and padding included."""
         return 8 * self.nbytes / (self.n * self.k)
+
+
+@dataclass(frozen=True)
+class PackedStack:
+    """Matrices W [count, n, k] of one form, packed one after the other, each padded to whole panels.
+
+    whole: the packed weight [count * n', k], n' = n rounded up to 32.
+    """
+
+    whole: PackedWeight
+    count: int
+    n: int
+
+    def __getitem__(self, i: int) -> PackedWeight:
+        """Matrix i, in the memory of the stack."""
+        if not 0 <= i < self.count:
+            raise IndexError(f"matrix {i} of a stack of {self.count}")
+        panels = -(-self.n // PANEL)
+        own, w = slice(i * panels, (i + 1) * panels), self.whole
+        return replace(
+            w, codes=w.codes[own], scales=w.scales[own], zeros=None if w.zeros is None else w.zeros[own], n=self.n
+        )
+
+    @property
+    def k(self) -> int:
+        """Inputs."""
+        return self.whole.k
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zeros as stored."""
+        return self.whole.nbytes
+
+
+def stack(count: int, matrix: Callable[[int], PackedWeight]) -> PackedStack:
+    """The packed matrices ``matrix(0)``, ``matrix(1)``, ... in one memory; only one of them exists beside it.
+
+    They must be of one shape and form; ValueError otherwise.
+    """
+    first = matrix(0)
+    panels = first.codes.shape[0]
+
+    def room(t: Tensor) -> Tensor:
+        return _aligned_empty((count * t.nbytes,)).view(t.dtype).view(count * panels, *t.shape[1:])
+
+    zeros = None if first.zeros is None else room(first.zeros)
+    whole = replace(first, codes=room(first.codes), scales=room(first.scales), zeros=zeros, n=count * panels * PANEL)
+    for i in range(count):
+        each = matrix(i) if i else first
+        for to, t in zip(whole.tensors, each.tensors, strict=True):
+            if to is None or t is None:
+                same = to is t
+            else:
+                own = to[i * panels : (i + 1) * panels]
+                same = t.dtype == own.dtype and t.shape == own.shape
+                if same:
+                    own.copy_(t)
+            if not same or (each.n, each.k, each.group_size) != (first.n, first.k, first.group_size):
+                raise ValueError(f"matrix {i} of a stack has another form than the first")
+    return PackedStack(whole, count, first.n)
 
 
 def _panels(x: Tensor, pad_value: float = 0) -> Tensor:
@@ -268,6 +333,25 @@ def stored_form(weight: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor | None]
 def stored_width(k: int, bits: int) -> int:
     """Bytes of a row of k codes in :func:`stored_form`."""
     return -(-k // 2) if bits == 4 else k
+
+
+def stored_stack(weights: PackedStack) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:func:`stored_form` of every matrix of a stack: codes [count, n, ..] and so on."""
+    codes, scales, zeros = zip(*(stored_form(unpack(weights[i])) for i in range(weights.count)), strict=True)
+    return torch.stack(codes), torch.stack(scales), None if zeros[0] is None else torch.stack(zeros)
+
+
+def pack_stored_stack(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, count: int, n: int, k: int, bits: int, group_size: int
+) -> PackedStack:
+    """The stack of :func:`stored_stack`, checked; ValueError says what does not fit."""
+    shapes = [list(t.shape) for t in (codes, scales, zeros) if t is not None]
+    if any(len(shape) != 3 or shape[0] != count for shape in shapes):
+        raise ValueError(f"codes, scales and zeros must be {count} matrices each, got {shapes}")
+    return stack(
+        count,
+        lambda i: pack_stored(codes[i], scales[i], None if zeros is None else zeros[i], n, k, bits, group_size),
+    )
 
 
 def pack_stored(

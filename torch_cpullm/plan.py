@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -15,21 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from .config import SCALE_DTYPES, Settings
-from .coverage import EXCLUDED, report_with
-from .linear import PackedEmbedding, PackedLinear
-from .packing import PackedWeight, pack
+from .coverage import EXCLUDED, ROUTER, report_with
+from .experts import WEIGHTS, PackedExperts, has_experts, read_experts
+from .linear import Packed, PackedEmbedding, PackedLinear, PackedModule, entry
+from .packing import PackedStack, PackedWeight, pack, stack
 from .quant import quantize_rtn
 
 
 @dataclass
 class Target:
-    """A module to replace. weight is [n, k] whatever the module stores."""
+    """A module to replace. A weight is [n, k] whatever the module stores, those of experts are [experts, n, k]."""
 
     names: list[str]  # every place the module is registered at
     module: nn.Module
-    kind: str  # linear, conv1d or embedding
+    kind: str  # linear, conv1d, embedding or experts
     bits: int
     head: bool = False  # the model's output head
+    act: str = ""  # of experts
 
     @property
     def name(self) -> str:
@@ -37,35 +39,49 @@ class Target:
         return self.names[0]
 
     @property
-    def stored(self) -> nn.Parameter:
-        """The weight as the module has it."""
-        return cast("nn.Parameter", self.module.weight)
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> weight as the module has it."""
+        names = WEIGHTS if self.kind == "experts" else ("weight",)
+        return {name: getattr(self.module, name) for name in names}
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(n, k)."""
-        n, k = self.stored.shape
-        return (k, n) if self.kind == "conv1d" else (n, k)
+    def shape(self, stored: Tensor) -> list[int]:
+        """The shape of a weight, from the one that the module stores."""
+        return [*stored.shape[::-1]] if self.kind == "conv1d" else [*stored.shape]
 
-    def packed(self, stored: Tensor, settings: Settings) -> PackedWeight:
+    def packed(self, stored: Tensor, settings: Settings) -> Packed:
         """The packed form of a weight as the module stores it; ValueError, naming the module, if it has none."""
         weight = stored.detach()
         check_weight(self.name, weight)
         group_size = settings.group_size if self.bits == 4 or settings.bits == 8 else 32
         scale_dtype = SCALE_DTYPES[settings.scale_dtype]
-        weight = weight.T if self.kind == "conv1d" else weight
-        return pack(quantize_rtn(weight, self.bits, group_size, settings.sym, scale_dtype))
 
-    def replacement(self, packed: PackedWeight, dtype: torch.dtype, compute: str) -> PackedLinear | PackedEmbedding:
-        """The module that takes this one's place. It remembers this one, without its weight, for restore()."""
+        def matrix(weight: Tensor) -> PackedWeight:
+            return pack(quantize_rtn(weight, self.bits, group_size, settings.sym, scale_dtype))
+
+        if self.kind == "experts":
+            return stack(len(weight), lambda i: matrix(weight[i]))
+        return matrix(weight.T if self.kind == "conv1d" else weight)
+
+    def replacement(self, packed: list[Packed], dtype: torch.dtype, compute: str) -> PackedModule:
+        """The module that takes this one's place. It remembers this one, without its weights, for restore().
+
+        packed: of the weights, in the order of :attr:`parameters`.
+        """
+        if self.kind == "experts":
+            gate_up, down = cast("list[PackedStack]", packed)
+            experts = PackedExperts(gate_up, down, act=self.act, dtype=dtype, compute=compute)
+            experts.train(self.module.training)
+            keep_original(experts, self.module)
+            return experts
+        (matrix,) = cast("list[PackedWeight]", packed)
         new: PackedLinear | PackedEmbedding
         if isinstance(self.module, nn.Embedding):
             plain = type(self.module).forward is nn.Embedding.forward
             multiplier = None if plain else embedding_multiplier(self.module)
-            new = PackedEmbedding(packed, dtype=dtype, padding_idx=self.module.padding_idx, multiplier=multiplier)
+            new = PackedEmbedding(matrix, dtype=dtype, padding_idx=self.module.padding_idx, multiplier=multiplier)
         else:
             compute = head_compute(compute) if self.head else compute
-            new = PackedLinear(packed, cast("Tensor | None", self.module.bias), dtype=dtype, compute=compute)
+            new = PackedLinear(matrix, cast("Tensor | None", self.module.bias), dtype=dtype, compute=compute)
         new.train(self.module.training)
         keep_original(new, self.module)
         return new
@@ -78,9 +94,9 @@ def head_compute(compute: str) -> str:
     return "fp32" if compute == "int8" else compute
 
 
-def keep_original(packed: PackedLinear | PackedEmbedding, module: nn.Module) -> None:
-    """Remember the module that ``packed`` replaces, without its weight: :func:`torch_cpullm.restore` puts it back."""
-    module.__dict__.get("_parameters", {})["weight"] = None
+def keep_original(packed: PackedModule, module: nn.Module) -> None:
+    """Remember the module that ``packed`` replaces, without its weights: :func:`torch_cpullm.restore` puts it back."""
+    module.__dict__.get("_parameters", {}).update(dict.fromkeys(packed.weights()))
     packed.__dict__["_original"] = module
 
 
@@ -95,7 +111,7 @@ def check_weight(name: str, weight: Tensor) -> None:
 
 def check_strict(model: nn.Module, targets: list[Target], skipped: dict[str, str]) -> None:
     """ValueError, with the reasons, if replacing ``targets`` leaves any weight matrix in float."""
-    planned = {name for target in targets for name in target.names}
+    planned = {entry(name, weight) for target in targets for name in target.names for weight in target.parameters}
     left = [row for row in report_with(model, skipped).left_in_float if row.name not in planned]
     if left:
         lines = "\n".join(f"  {row.name}: {row.reason}" for row in left[:8])
@@ -119,7 +135,7 @@ def find_targets(model: nn.Module, settings: Settings) -> tuple[list[Target], di
             targets[module].names.append(name)
             continue
         bits = settings.head_bits if module is head or module is embedding else settings.bits
-        if not settings.converts(name) or bits is None:
+        if not all(map(settings.converts, _names(name, kind))) or bits is None:
             skipped[name] = EXCLUDED
         elif any(name.startswith(prefix) for prefix in closed):
             skipped[name] = "its parent reads the weight without calling it"
@@ -130,20 +146,56 @@ def find_targets(model: nn.Module, settings: Settings) -> tuple[list[Target], di
                 skipped[name] = reason
             else:
                 targets[module] = target
+    for target in targets.values():
+        if target.kind == "experts":
+            skipped.update(dict.fromkeys(_routers(model, target, targets), ROUTER))
     return list(targets.values()), skipped
 
 
+def _names(name: str, kind: str) -> tuple[str, ...]:
+    """What the settings may exclude a module by: its name, or that of one of its experts' parameters."""
+    return (name, *(f"{name}.{weight}" for weight in WEIGHTS)) if kind == "experts" else (name,)
+
+
+def _routers(model: nn.Module, target: Target, targets: Collection[nn.Module]) -> Iterator[str]:
+    """Modules beside these experts, still float, with a weight [experts, hidden]: they choose the experts."""
+    count, hidden, _ = target.parameters[WEIGHTS[1]].shape
+    for name in target.names:
+        parent = name.rpartition(".")[0]
+        for child, module in model.get_submodule(parent).named_children():
+            weight = module._parameters.get("weight")
+            if weight is not None and weight.shape == (count, hidden) and module not in targets:
+                yield f"{parent}.{child}" if parent else child
+
+
 def stored_targets(model: nn.Module, bits: Callable[[str], int | None]) -> list[Target]:
-    """What a checkpoint has in packed form. bits: of the module of this name, None where the checkpoint has floats."""
+    """What a checkpoint has in packed form. bits: of the entry of this name, None where the checkpoint has floats.
+
+    ValueError for experts that it has in packed form and this version of transformers in one that has none.
+    """
     head = _method_result(model, "get_output_embeddings")
     targets: dict[nn.Module, Target] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        kind, stored = _kind(module, isinstance(module, nn.Embedding)), bits(name)
+        kind = _kind(module, isinstance(module, nn.Embedding))
+        if kind is None:
+            continue
+        stored = [bits(entry(name, weight)) for weight in Target([name], module, kind, 0).parameters]
         if module in targets:
             targets[module].names.append(name)
-        elif kind is not None and stored is not None:
-            targets[module] = Target([name], module, kind, stored, module is head)
+        elif None not in stored:
+            targets[module] = target = Target([name], module, kind, cast("int", stored[0]), module is head)
+            reason = _read_act(target)
+            if reason:
+                raise ValueError(f"this checkpoint has packed experts for {name}, but here {reason}")
     return list(targets.values())
+
+
+def _read_act(target: Target) -> str:
+    """Fill in the activation of experts; returns why that cannot be."""
+    if target.kind != "experts":
+        return ""
+    target.act, reason = read_experts(target.module)
+    return reason
 
 
 _READS_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -157,8 +209,10 @@ def _method_result(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def _kind(module: nn.Module, is_embedding: bool) -> str | None:
-    if isinstance(module, (PackedLinear, PackedEmbedding)):
+    if isinstance(module, PackedModule):
         return None
+    if has_experts(module):
+        return "experts"
     if isinstance(module, nn.Linear):
         return "linear"
     hf = sys.modules.get("transformers.pytorch_utils")
@@ -170,7 +224,9 @@ def _kind(module: nn.Module, is_embedding: bool) -> str | None:
 def _unsuitable(target: Target) -> str:
     """Why this module must stay in float, or an empty text. A forward that is not torch's own is tried out."""
     module = target.module
-    weight = target.stored
+    if target.kind == "experts":
+        return _read_act(target)
+    weight = target.parameters["weight"]
     if not weight.is_floating_point() or weight.dim() != 2 or weight.dtype.itemsize not in (2, 4):
         return f"its weight is {str(weight.dtype).removeprefix('torch.')} {list(weight.shape)}"
     if 0 in weight.shape:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .packing import ACT_BLOCK, CHUNK, PackedWeight, dequantize, resolve_group, round_up, unpack
+from .packing import ACT_BLOCK, CHUNK, PackedStack, PackedWeight, dequantize, resolve_group, round_up, unpack
 
 MOST_APART = 16256  # largest quantised magnitude of an input kept apart
 
@@ -72,6 +72,38 @@ def _exact(w) -> Tensor:
         return (w.codes.double() - (8 if w.bits == 4 else 128)) * scales
     zeros = w.zeros.double().repeat_interleave(group, 1)[:, : w.k]
     return (w.codes.double() - zeros) * scales if w.zeros.dtype == torch.uint8 else w.codes.double() * scales + zeros
+
+
+def activate(name: str, x: Tensor) -> Tensor:
+    """One of the activations of :func:`torch_cpullm.ops.activation`."""
+    if name == "silu":
+        return torch.nn.functional.silu(x)
+    if name == "relu":
+        return torch.nn.functional.relu(x)
+    return torch.nn.functional.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
+
+
+def experts(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    gate_up: PackedStack,
+    down: PackedStack,
+    act: str = "silu",
+    compute: str = "int8",
+) -> Tensor:
+    """A mixture of experts, pair of token and slot by pair, from :func:`linear`; float64 [tokens, hidden].
+
+    Arguments as :func:`torch_cpullm.ops.experts`. Between the products values are rounded to float32, as the operator
+    keeps them.
+    """
+    y = torch.zeros(x.shape, dtype=torch.float64)
+    for t, s in torch.cartesian_prod(*map(torch.arange, index.shape)).tolist() if index.numel() else ():
+        e = int(index[t, s])
+        gate, up = linear(x[t : t + 1].float(), gate_up[e], compute=compute).chunk(2, -1)
+        inner = (activate(act, gate.double()) * up.double()).float()
+        y[t] += weights[t, s].double() * linear(inner, down[e], compute=compute)[0].double()
+    return y
 
 
 def error_bound(x: Tensor, weight: PackedWeight, compute: str = "int8", bias: Tensor | None = None) -> Tensor:

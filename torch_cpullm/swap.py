@@ -1,4 +1,4 @@
-"""optimize(model): every linear layer of a model to packed INT4, in place, and back."""
+"""optimize(model): every linear layer and all experts of a model to packed INT4, in place, and back."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from . import ops
 from .attention import restore_attention, use_attention
 from .config import Settings
 from .coverage import report
+from .experts import PackedExperts
 from .launch import apply_default_threads
 from .layer import install_programs, remove_programs
-from .linear import PackedEmbedding, PackedLinear
-from .packing import PackedWeight
+from .linear import Packed, PackedEmbedding, PackedLinear, PackedModule
+from .packing import PackedStack
 from .plan import Target, check_strict, check_weight, find_targets
 from .saving import teach_to_save
 
@@ -30,11 +31,12 @@ log = logging.getLogger("torch_cpullm")
 def optimize(model: nn.Module, config: Settings | None = None, *, strict: bool = False) -> nn.Module:
     """Replace every linear layer of ``model`` by packed INT4 weights, and its head and input embedding by INT8.
 
-    Works in place and returns ``model``; ``generate()`` and pipelines work as before. nn.Linear, transformers' Conv1D
-    and subclasses of nn.Linear that behave like it are replaced; everything else stays and :func:`report` says why. The
-    float weights are freed as it goes, and what stays is frozen; :func:`restore` gives a trainable float model back (of
-    the quantised values). A second call with the same settings does nothing. Sets torch's thread count once per process
-    unless the user has (:func:`torch_cpullm.launch.apply_default_threads`).
+    Works in place and returns ``model``; ``generate()`` and pipelines work as before. nn.Linear, transformers' Conv1D,
+    subclasses of nn.Linear that behave like it, and the experts of a mixture in transformers' usual layout are
+    replaced; everything else, the routers among it, stays and :func:`report` says why. The float weights are freed as
+    it goes, and what stays is frozen; :func:`restore` gives a trainable float model back (of the quantised values). A
+    second call with the same settings does nothing. Sets torch's thread count once per process unless the user has
+    (:func:`torch_cpullm.launch.apply_default_threads`).
 
     config: :class:`torch_cpullm.CpuLlmConfig` or :class:`torch_cpullm.config.Settings`; default INT4, group 32, zero
     points, int8 compute. strict: raise instead of leaving a weight matrix in float.
@@ -51,25 +53,28 @@ def optimize(model: nn.Module, config: Settings | None = None, *, strict: bool =
     ops.isa()
     targets, skipped = find_targets(model, settings)
     for target in targets:
-        check_weight(target.name, target.stored)
+        for stored in target.parameters.values():
+            check_weight(target.name, stored)
     if strict or getattr(settings, "strict", False):
         check_strict(model, targets, skipped)
     apply_default_threads()
     model.eval()
     frozen = freeze(model)
-    packed: dict[int, PackedWeight] = {}
+    packed: dict[int, Packed] = {}
     for target in tqdm(targets, desc="torch_cpullm", unit="module", disable=not targets or _progress_disabled()):
         swap_module(model, target, settings, packed)
     finish(model, settings, skipped, frozen)
     return model
 
 
-def swap_module(model: nn.Module, target: Target, settings: Settings, packed: dict[int, PackedWeight]) -> None:
+def swap_module(model: nn.Module, target: Target, settings: Settings, packed: dict[int, Packed]) -> None:
     """Replace one module. packed: id of a float weight -> its packed form, so that tied weights stay one copy."""
-    dtype, key = target.stored.dtype, id(target.stored)
-    if key not in packed:
-        packed[key] = target.packed(target.stored, settings)
-    put_in_place(model, target, target.replacement(packed[key], dtype, settings.compute))
+    weights = list(target.parameters.values())
+    for stored in weights:
+        if id(stored) not in packed:
+            packed[id(stored)] = target.packed(stored, settings)
+    new = target.replacement([packed[id(stored)] for stored in weights], weights[0].dtype, settings.compute)
+    put_in_place(model, target, new)
 
 
 def put_in_place(model: nn.Module, target: Target, new: nn.Module) -> None:
@@ -110,13 +115,16 @@ def restore(model: nn.Module) -> nn.Module:
     weights: dict[tuple[int, torch.dtype], nn.Parameter] = {}
     originals: dict[nn.Module, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if not isinstance(module, (PackedLinear, PackedEmbedding)):
+        if not isinstance(module, PackedModule):
             continue
-        key = (id(module.packed), module.dtype)
-        if key not in weights:
-            weights[key] = nn.Parameter(ops.dequantize(module.packed).to(module.dtype), requires_grad=False)
         if module not in originals:
-            originals[module] = _original(module, weights[key])
+            own = {}
+            for key, packed in module.weights().items():
+                known = (id(packed), module.dtype)
+                if known not in weights:
+                    weights[known] = nn.Parameter(_dequantized(packed, module.dtype), requires_grad=False)
+                own[key] = weights[known]
+            originals[module] = _original(module, own)
         _set_module(model, name, originals[module])
     trained = model.__dict__.get("_cpullm_frozen")
     for name, parameter in model.named_parameters():
@@ -171,13 +179,27 @@ def _check_model(model: nn.Module, settings: Settings) -> None:
 # ---- swap ----------------------------------------------------------------------------------------------------------
 
 
-def _original(module: PackedLinear | PackedEmbedding, weight: nn.Parameter) -> nn.Module:
-    """The float module that ``module`` replaced, with this weight [n, k]."""
+def _dequantized(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """[n, k] or [experts, n, k] of ``dtype``."""
+    if isinstance(packed, PackedStack):
+        return torch.stack([ops.dequantize(packed[i]).to(dtype) for i in range(packed.count)])
+    return ops.dequantize(packed).to(dtype)
+
+
+def _original(module: PackedModule, weights: dict[str, nn.Parameter]) -> nn.Module:
+    """The float module that ``module`` replaced, with these weights [n, k] or [experts, n, k]."""
     original = module.__dict__.get("_original")
+    if isinstance(module, PackedExperts):
+        if original is None:
+            raise RuntimeError("these PackedExperts were not made by optimize(): the float module is not known")
+        original._parameters.update(weights)
+        return original.train(module.training)
+    weight = weights["weight"]
     if original is None:
         if isinstance(module, PackedLinear):
             original = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
         else:
+            assert isinstance(module, PackedEmbedding)
             original = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta")
     transposed = not isinstance(original, (nn.Linear, nn.Embedding))
     original.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False) if transposed else weight
@@ -259,8 +281,8 @@ def _progress_disabled() -> bool | None:
     return None
 
 
-def packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedLinear | PackedEmbedding]]:
+def packed_modules(model: nn.Module) -> Iterator[tuple[str, PackedModule]]:
     """(name, module) of every packed module of ``model``."""
     for name, module in model.named_modules():
-        if isinstance(module, (PackedLinear, PackedEmbedding)):
+        if isinstance(module, PackedModule):
             yield name, module

@@ -26,9 +26,9 @@ from torch import nn
 from ..config import SCALE_DTYPES, Settings
 from ..linear import PackedEmbedding, PackedLinear
 from ..packing import PackedWeight, pack
-from ..plan import head_compute, keep_original
+from ..plan import Target, find_targets, head_compute, keep_original
 from ..quant import quantize_rtn
-from ..swap import optimize
+from ..swap import optimize, swap_module
 from .gguf_blocks import EXACT_TYPES, GROUP, quantized_weight
 from .gguf_hf import empty_model, hf_config, hf_tokenizer
 from .gguf_plan import Matrix, Plan, embedding_multiplier, make_plan
@@ -111,8 +111,11 @@ def _fill(
             plain.append((matrix.tensor, f"{matrix.module}.weight"))
         else:
             chosen.append((matrix, bits))
-    _warn(file, chosen, plain)
+    experts, bits_of = _experts(model, plain, settings, recipe)
+    _warn(file, chosen, plain, bits_of)
     _fill_plain(file, model, plan, plain, dtype)
+    for target in experts:
+        swap_module(model, target, settings, {})
     packed: dict[str, PackedWeight] = {}
     with (
         _workers() as pool,
@@ -156,16 +159,35 @@ def _release_freed_memory() -> None:
             trim(0)
 
 
-def _warn(file: GgufFile, matrices: list[tuple[Matrix, int]], plain: list[tuple[GgufTensor, str]]) -> None:
-    """One warning that says which storage types could not be taken over."""
+def _experts(
+    model: Any, plain: list[tuple[GgufTensor, str]], settings: Settings, recipe: bool
+) -> tuple[list[Target], dict[str, int]]:
+    """Experts to pack, which transformers' processor joins as floats, and name -> bits of their parameters."""
+    experts = [target for target in find_targets(model, settings)[0] if target.kind == "experts"]
+    bits_of = {}
+    for target in experts:
+        names = [f"{target.name}.{parameter}" for parameter in target.parameters]
+        if not recipe and any(name in names and tensor.ggml_type not in _FLOAT_TYPES for tensor, name in plain):
+            target.bits = 8
+        bits_of.update(dict.fromkeys(names, target.bits))
+    return experts, bits_of
+
+
+def _warn(
+    file: GgufFile, matrices: list[tuple[Matrix, int]], plain: list[tuple[GgufTensor, str]], bits_of: dict[str, int]
+) -> None:
+    """One warning that says which storage types could not be taken over. bits_of: float tensors to be quantised."""
     changes = [
         (ggml_type_name(matrix.tensor.ggml_type), f"quantised to {bits} bits")
         for matrix, bits in matrices
         if matrix.tensor.ggml_type not in EXACT_TYPES
     ]
     changes += [
-        (ggml_type_name(tensor.ggml_type), "dequantised to float")
-        for tensor, _ in plain
+        (
+            ggml_type_name(tensor.ggml_type),
+            f"quantised to {bits_of[name]} bits" if name in bits_of else "dequantised to float",
+        )
+        for tensor, name in plain
         if tensor.ggml_type not in _FLOAT_TYPES
     ]
     if changes:
