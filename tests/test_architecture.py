@@ -19,7 +19,7 @@ LAYERS = [
     ["packing", "config", "launch", "numa", "ops", "reference", "quant", "formats"],  # and _C, which ops loads
     [
         *("linear", "layer", "layer_spec", "layer_reference", "layer_execute", "layer_parts"),
-        *("layer_probe", "layer_program", "layer_graph", "layer_stack"),
+        *("layer_probe", "layer_program", "layer_graph", "layer_stack", "layer_group"),
         *("layer_match", "attention", "kv_cache", "experts", "coverage"),
         *("plan", "checkpoint", "saving"),
     ],
