@@ -38,13 +38,19 @@ class _Step(threading.local):
 
 
 class LayerStack:
-    """The layers of one decoder, whose programs are ``programs``; see :func:`stack_of`."""
+    """The layers of one decoder, whose programs are ``programs``. groups: sizes of runs of layers that read one input.
 
-    def __init__(self, owner: nn.Module, layers: list[nn.Module], programs: list[Program]) -> None:
+    bypass: see :func:`layer_group.combine`.
+    """
+
+    def __init__(
+        self, owner: nn.Module, layers: list[nn.Module], programs: list[Program], groups: list[int], bypass: int
+    ) -> None:
         self._owner = weakref.ref(owner)
         self._layers = [weakref.ref(layer) for layer in layers]
         self._programs = programs  # their handles are good as long as they live
         self._handles = [program.handle for program in programs]
+        self._groups, self._bypass = groups, bypass
         self._last = len(programs) - 1
         self._code = inspect.unwrap(type(owner).forward).__code__
         self._step = _Step()
@@ -102,7 +108,7 @@ class LayerStack:
         if ready is None or not frame:
             return None
         held, buffers, length = ready
-        y = _forward(self._handles, x, rotary[0], rotary[1], mask, buffers, length)
+        y = _forward(self._handles, x, rotary[0], rotary[1], mask, buffers, length, self._groups, self._bypass)
         for each in held:
             each.advance(tokens)
         step.out, step.frame, step.shared = y, frame, shared
