@@ -62,8 +62,7 @@ def run_group(
     wide = x.to(dtype)
     inputs = [_norm(spec, wide, spec.input_norm) for spec in specs]
     attended = [
-        spec.residual_scale
-        * _norm(spec, _attention_block(spec, h, *call[1:], x.dtype), spec.post_attention_norm)
+        spec.residual_scale * _norm(spec, _attention_block(spec, h, *call[1:], x.dtype), spec.post_attention_norm)
         for spec, h, call in zip(specs, inputs, calls, strict=True)
     ]
     y = wide
