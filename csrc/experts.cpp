@@ -14,7 +14,7 @@ int64_t tiles_of(const Input& in, int64_t rows) { return (rows + in.tile - 1) / 
 Weight matrix_of(const Weight& all, int64_t expert, int64_t n) {
   Weight w = all;
   w.n = n;
-  const int64_t panel = expert * panels_of(w), params = panel * w.groups * kPanel;
+  const int64_t panel = expert * panels_of(w.n), params = panel * w.groups * kPanel;
   w.codes += panel * (w.k_padded / kStep) * 16 * w.bits;
   w.scales += params;
   if (w.zeros) w.zeros = static_cast<const char*>(w.zeros) + params * (w.form == Zeros::integer ? 1 : 2);
@@ -110,7 +110,7 @@ void ExpertsRun::load_acted(Member member) const {
 
 // out [rows, n] of this member's panels: the active experts' panels stand one after the other, weighted by their cost.
 void ExpertsRun::products(const Weight& all, int64_t n, Input Active::* in, float* out, Member member) const {
-  const int64_t panels = (n + kPanel - 1) / kPanel;
+  const int64_t panels = panels_of(n);
   const auto cost = [](const Active& a) { return std::max(a.rows, kLeastCost); };
   int64_t total = 0, first = 0;
   for (const Active& a : active_) total += panels * cost(a);
@@ -129,7 +129,7 @@ void ExpertsRun::products(const Weight& all, int64_t n, Input Active::* in, floa
 // y: this member's tokens, or its columns where the tokens are few. The sum stands in the first slot's row.
 void ExpertsRun::add_up(Member member) const {
   const bool by_token = c_.tokens >= member.count;
-  Range tokens{0, c_.tokens}, panels{0, (e_.hidden + kPanel - 1) / kPanel};
+  Range tokens{0, c_.tokens}, panels{0, panels_of(e_.hidden)};
   by_token ? share(c_.tokens, member, tokens.begin, tokens.end) : share(panels.end, member, panels.begin, panels.end);
   const int64_t c0 = panels.begin * kPanel, width = std::min(panels.end * kPanel, e_.hidden) - c0;
   if (width <= 0) return;

@@ -26,7 +26,7 @@ struct Linear {
   const float* bias;  // null or [n]
 };
 
-inline int64_t panels_of(const Weight& w) { return (w.n + kPanel - 1) / kPanel; }
+inline int64_t panels_of(int64_t n) { return (n + kPanel - 1) / kPanel; }
 
 // Rows as the products read them.
 struct Input {

@@ -1,388 +1,471 @@
 #include "layer.h"
 
-#include <algorithm>
+#include <cstring>
+
+#include "layer_input.h"
 
 namespace cpullm {
 namespace {
 
-constexpr int64_t kMlpRows = 1024;          // rows of an MLP at a time: bounds its memory
-constexpr int64_t kPrivateInputs =
-    12 * 1024;  // up to here every thread quantises all rows itself: cheaper than a barrier
+
+bool same(const float* a, const float* b, int64_t count) {
+  return a == b || (a && b && !std::memcmp(a, b, size_t(count) * sizeof(float)));
+}
+
+bool same(const LayerNorm& a, const LayerNorm& b, int64_t width) {
+  if (!a.present || !b.present) return a.present == b.present;
+  return a.norm.eps == b.norm.eps && a.norm.layer == b.norm.layer && same(a.norm.gain, b.norm.gain, width) &&
+         same(a.norm.bias, b.norm.bias, width);
+}
+
+// One layer of the group: what it is, and the memory that its steps share. All but `private_*` is the team's.
+struct Part {
+  const LayerProgram* p;
+  const LayerCall* c;
+  AttentionPlan plan;
+  Attention a;
+  int64_t qkv_width;
+  float *qkv, *attended, *o_out, *source, *up_out, *mlp_out, *partial, *fresh_k, *fresh_v;
+  char *input_a, *input_b, *private_a, *private_b;
+  Input h, in;  // the layer's input; the input of the step at hand
+};
 
 struct LayerRun {
-  const LayerProgram& p;
-  const LayerCall& c;
-  const Kernels& kernels;
-  Member member;
-  Barrier& barrier;
-  int64_t m, keys, qkv_width = 0;
-  AttentionPlan plan;
-  int64_t barriers = 0;
+  const LayerGroup& g;
+  Team team;
+  Part parts[kMostMembers];
+  int64_t m, hidden;
+  bool parallel, lp;
+  Compute compute;
+  const LayerCall& c;  // what all members share
+  float* residual = nullptr;  // x + sum a
 
-  // Shared by the team.
-  float *qkv = nullptr, *attended = nullptr, *o_out = nullptr, *residual = nullptr, *up_out = nullptr;
-  float *mlp_out = nullptr, *partial = nullptr, *fresh_k = nullptr, *fresh_v = nullptr;
-  char *input_a = nullptr, *input_b = nullptr;
-  // Of this thread.
-  char *private_a = nullptr, *private_b = nullptr;
-  float *normed = nullptr, *attention_scratch = nullptr;
-  char* kernel_scratch = nullptr;
-
-  // Cuts the arena into the memory above.
-  LayerRun(const LayerProgram& program, const LayerCall& call, const Kernels& table, Member who, int64_t threads,
-           Barrier& shared, Arena& arena)
-      : p(program), c(call), kernels(table), member(who), barrier(shared) {
+  LayerRun(const LayerGroup& group, const Kernels& kernels, Member who, int64_t threads, Barrier& barrier, Arena& arena)
+      : g(group), team{kernels, who, barrier}, c(group.layers[0].call) {
+    const LayerProgram& first = *g.layers[0].program;
     m = c.batch * c.tokens;
-    keys = c.length + c.tokens;
-    for (int i = 0; i < p.qkv_count; ++i) qkv_width += p.qkv[i].w.n;
-    plan = plan_attention(c.batch, c.tokens, p.heads, p.kv_heads, keys, p.head_dim);
+    hidden = first.hidden;
+    parallel = first.parallel;
+    compute = first.compute;
+    lp = g.count == 1 || g.bypass == kAllMembers;
+    for (int64_t i = 0; i < g.count; ++i) {
+      Part& part = parts[i];
+      part = {};
+      part.p = g.layers[i].program;
+      part.c = &g.layers[i].call;
+      for (int j = 0; j < part.p->qkv_count; ++j) part.qkv_width += part.p->qkv[j].w.n;
+      part.plan =
+          plan_attention(c.batch, c.tokens, part.p->heads, part.p->kv_heads, c.length + c.tokens, part.p->head_dim);
+    }
     carve(arena, threads);
   }
 
-  int64_t input_rows() const { return std::min(m, kMlpRows); }
-
-  int64_t input_bytes(int64_t rows, int64_t k, int64_t group) const {
-    Arena arena{nullptr};
-    make_input(arena, kernels, p.compute, rows, k, group);
-    return arena.used;
-  }
+  Part* begin() { return parts; }
+  Part* end() { return parts + g.count; }
 
   // Never where the MLP takes its rows in parts: the last part may be small, and there is no room for it.
   bool is_private(int64_t rows, int64_t k) const {
-    return member.count > 1 && m <= kMlpRows && rows * k <= kPrivateInputs;
+    return team.member.count > 1 && m <= kMlpRows && rows * k <= kPrivateInputs;
   }
 
   // Everything the run needs, in the same order whether memory is counted or handed out.
   void carve(Arena& arena, int64_t threads) {
-    const int64_t rows = input_rows();
-    qkv = arena.take<float>(m * qkv_width);
-    attended = arena.take<float>(m * p.heads * p.head_dim);
-    o_out = arena.take<float>(m * p.hidden);
-    residual = p.parallel ? nullptr : arena.take<float>(m * p.hidden);
-    up_out = arena.take<float>(rows * p.intermediate * (p.gated ? 2 : 1));
-    mlp_out = arena.take<float>(rows * p.hidden);
-    partial = arena.take<float>(plan.partial);
-    const int64_t fresh = c.k_cache ? 0 : c.batch * p.kv_heads * c.tokens * p.head_dim;
-    fresh_k = arena.take<float>(fresh);
-    fresh_v = arena.take<float>(fresh);
-    // The largest input of each slot: a holds the layer's input, b whatever comes later.
-    const int64_t a_bytes = input_bytes(m, p.hidden, p.qkv[0].w.group);
-    const int64_t b_bytes =
-        std::max({input_bytes(m, p.heads * p.head_dim, p.o.w.group), input_bytes(rows, p.hidden, p.up[0].w.group),
-                  input_bytes(rows, p.intermediate, p.down.w.group)});
-    input_a = arena.take<char>(a_bytes);
-    input_b = arena.take<char>(b_bytes);
-    const int64_t narrowest = std::min({p.hidden, p.heads * p.head_dim, p.intermediate});
+    const int64_t rows = std::min(m, kMlpRows);
+    residual = parallel ? nullptr : arena.take<float>(m * hidden);
+    int64_t scratch = 0;
+    for (Part& part : *this) {
+      const LayerProgram& p = *part.p;
+      part.qkv = arena.take<float>(m * part.qkv_width);
+      part.attended = arena.take<float>(m * p.heads * p.head_dim);
+      part.o_out = arena.take<float>(m * hidden);
+      part.source = parallel || lp ? residual : arena.take<float>(m * hidden);
+      part.up_out = arena.take<float>(rows * p.intermediate * (p.gated ? 2 : 1));
+      part.mlp_out = arena.take<float>(rows * hidden);
+      part.partial = arena.take<float>(part.plan.partial);
+      const int64_t fresh = part.c->k_cache ? 0 : c.batch * p.kv_heads * c.tokens * p.head_dim;
+      part.fresh_k = arena.take<float>(fresh);
+      part.fresh_v = arena.take<float>(fresh);
+      part.input_a = arena.take<char>(a_bytes(part));
+      part.input_b = arena.take<char>(b_bytes(part));
+      scratch = std::max(scratch, part.plan.scratch);
+    }
     const int64_t begin = arena.used;
     char* const base = arena.base;
-    Arena own{base ? base + begin : nullptr};
     const auto cut = [&](Arena& mine) {
-      private_a = mine.take<char>(is_private(m, p.hidden) ? a_bytes : 0);
-      private_b = mine.take<char>(is_private(m, narrowest) ? b_bytes : 0);
-      normed = mine.take<float>(kMaxTile * p.hidden);
-      attention_scratch = mine.take<float>(plan.scratch);
-      kernel_scratch = mine.take<char>(kScratchBytes);
+      for (Part& part : *this) {
+        const int64_t narrowest = std::min({hidden, part.p->heads * part.p->head_dim, part.p->intermediate});
+        part.private_a = mine.take<char>(is_private(m, hidden) ? a_bytes(part) : 0);
+        part.private_b = mine.take<char>(is_private(m, narrowest) ? b_bytes(part) : 0);
+      }
+      team.normed = mine.take<float>(kMaxTile * hidden);
+      team.attention_scratch = mine.take<float>(scratch);
+      team.kernel_scratch = mine.take<char>(kScratchBytes);
     };
     Arena count{nullptr};
     cut(count);
-    own.base = base ? base + begin + member.id * count.used : nullptr;
+    Arena own{base ? base + begin + team.member.id * count.used : nullptr};
     cut(own);
     arena.used = begin + threads * count.used;
   }
 
-  void sync() {
-    barrier.wait(member.count);
-    ++barriers;
+  // The largest input of each slot: a holds the layer's input, b whatever comes later.
+  int64_t a_bytes(const Part& part) const { return team.input_bytes(compute, m, hidden, part.p->qkv[0].w.group); }
+  int64_t b_bytes(const Part& part) const {
+    const LayerProgram& p = *part.p;
+    const int64_t rows = std::min(m, kMlpRows);
+    return std::max({team.input_bytes(compute, m, p.heads * p.head_dim, p.o.w.group),
+                     team.input_bytes(compute, rows, hidden, p.up[0].w.group),
+                     team.input_bytes(compute, rows, p.intermediate, p.down.w.group)});
   }
 
-  Range mine(int64_t count) const {
-    Range r;
-    share(count, member, r.begin, r.end);
-    return r;
+  // norm(rows) as an input in one of the part's slots. Returns whether the others must be waited for.
+  bool input(Input& in, char* shared, char* own, const LayerNorm& norm, const Rows& rows, int64_t group) {
+    const bool mine = is_private(rows.m, rows.k), alone = team.member.count == 1 || mine;
+    Arena arena{mine ? own : shared};
+    in = make_input(arena, team.kernels, compute, rows.m, rows.k, group);
+    team.fill(in, alone, norm, rows, group);
+    return !alone;
   }
 
-  // Inputs that can be quantised on their own: whole blocks and whole groups.
-  static int64_t quantize_unit(int64_t k_padded, int64_t group) {
-    if (group >= k_padded || kActBlock % group == 0) return kActBlock;
-    return group % kActBlock == 0 ? group : k_padded;
-  }
-
-  // norm(rows) (or the rows themselves) as input of the next products. Ends with everything visible to this thread.
-  Input input(char* shared, char* own, const LayerNorm& norm, const Rows& rows, int64_t group) {
-    const bool alone = member.count == 1 || is_private(rows.m, rows.k);
-    Arena arena{is_private(rows.m, rows.k) ? own : shared};
-    const Input in = make_input(arena, kernels, p.compute, rows.m, rows.k, group);
-    const int64_t tile = in.tile;
-    const int64_t tiles = (rows.m + tile - 1) / tile;
-    const bool split_k =
-        in.kind == Compute::int8 && !alone && tiles == 1;  // few rows: every thread takes some inputs of all of them
-    const Range part = alone || split_k ? Range{0, tiles} : mine(tiles);
-    int64_t k0 = 0, k1 = round_up(rows.k, kChunk);
-    if (split_k) {
-      const int64_t k_padded = k1, unit = quantize_unit(k_padded, group);
-      const Range units = mine((k_padded + unit - 1) / unit);
-      k0 = units.begin * unit;
-      k1 = std::min(units.end * unit, k_padded);
-    }
-    for (int64_t t = part.begin; t < part.end && k0 < k1; ++t) {
-      const int64_t row0 = t * tile, count = std::min(tile, rows.m - row0);
-      Rows from = rows;
-      from.x = element_of(rows.x, row0 * rows.stride, rows.type);
-      from.m = count;
-      if (norm.present) {
-        kernels.norm(norm.norm, from, normed, rows.k, {0, count});
-        from = {normed, count, rows.k, rows.k, Float::f32, nullptr};
-      }
-      from.x = element_of(from.x, k0, from.type);
-      from.k = std::min(k1, rows.k) - k0;
-      load(kernels, from, tile_of(in, t, count, k0, k1), {0, count});
-    }
-    if (!alone) sync();
-    return in;
-  }
-
-  void product(const Linear& l, const Input& in, float* out, int64_t stride, Range part) {
-    cpullm::product(kernels, l, in, out, stride, part, kernel_scratch);
-  }
-
-  // This thread's columns of products that share an input and stand side by side in `out`.
-  void products(const Linear* linears, int count, const Input& in, float* out, int64_t stride) {
+  // This thread's columns of all queries, keys and values.
+  void project() {
     int64_t total = 0;
-    for (int i = 0; i < count; ++i) total += panels_of(linears[i].w);
-    const Range part = mine(total);
-    int64_t first = 0, column = 0;
-    for (int i = 0; i < count; ++i) {
-      const int64_t panels = panels_of(linears[i].w);
-      const Range own{std::max<int64_t>(part.begin - first, 0), std::min(part.end - first, panels)};
-      product(linears[i], in, out + column, stride, own);
-      first += panels;
-      column += linears[i].w.n;
+    for (const Part& part : *this)
+      for (int i = 0; i < part.p->qkv_count; ++i) total += panels_of(part.p->qkv[i].w.n);
+    Shared shared{team.mine(total)};
+    for (Part& part : *this) {
+      int64_t column = 0;
+      for (int i = 0; i < part.p->qkv_count; ++i) {
+        const Linear& l = part.p->qkv[i];
+        team.product(l, part.h, part.qkv + column, part.qkv_width, shared.next(panels_of(l.w.n)));
+        column += l.w.n;
+      }
     }
   }
 
-  Heads heads_of(int64_t start, int64_t heads, int64_t per_group, int64_t group_stride) const {
-    return {qkv + start, qkv_width, heads, per_group, group_stride, p.head_dim, p.head_dim};
+  static Heads heads_of(const Part& part, int64_t start, int64_t heads, int64_t per_group, int64_t group_stride) {
+    return {part.qkv + start, part.qkv_width, heads, per_group, group_stride, part.p->head_dim, part.p->head_dim};
+  }
+
+  static Heads queries(const Part& part) {
+    return heads_of(part, 0, part.p->heads, part.p->layout.q_per_group, part.p->layout.group_stride);
+  }
+
+  static Heads keys(const Part& part, int64_t start) {
+    return heads_of(part, start, part.p->kv_heads, 1, part.p->layout.kv_stride);
+  }
+
+  // Norms over all heads of a row: the layout has them side by side.
+  void norm_whole_rows(const Part& part) {
+    const auto whole = [&](const LayerNorm& norm, float* x, int64_t width) {
+      const Rows in{x, m, width, part.qkv_width, Float::f32, nullptr};
+      if (norm.present) team.kernels.norm(norm.norm, in, x, part.qkv_width, team.mine(m));
+    };
+    whole(part.p->q_norm, part.qkv, part.p->heads * part.p->head_dim);
+    whole(part.p->k_norm, part.qkv + part.p->layout.k_start, part.p->kv_heads * part.p->head_dim);
   }
 
   // Norm and rope of queries and keys, keys and values to the cache: per row and head.
-  void place_heads(const Append& to_k, const Append& to_v) {
-    const Heads q = heads_of(0, p.heads, p.layout.q_per_group, p.layout.group_stride);
-    const Heads k = heads_of(p.layout.k_start, p.kv_heads, 1, p.layout.kv_stride);
-    if (p.qk_norm_whole) {  // over all heads of a row: the layout has them side by side
-      const Range rows = mine(m);
-      const auto whole = [&](const LayerNorm& norm, float* x, int64_t width) {
-        const Rows in{x, m, width, qkv_width, Float::f32, nullptr};
-        if (norm.present) kernels.norm(norm.norm, in, x, qkv_width, rows);
-      };
-      whole(p.q_norm, q.x, p.heads * p.head_dim);
-      whole(p.k_norm, k.x, p.kv_heads * p.head_dim);
-      sync();
-    }
-    const Range q_items = mine(m * p.heads), k_items = mine(m * p.kv_heads);
+  void place_heads(const Part& part) {
+    const LayerProgram& p = *part.p;
+    const LayerCall& call = *part.c;
+    const Kernels& kernels = team.kernels;
+    const Heads q = queries(part), k = keys(part, p.layout.k_start);
+    const Range q_items = team.mine(m * p.heads), k_items = team.mine(m * p.kv_heads);
     if (!p.qk_norm_whole) {
       if (p.q_norm.present) kernels.norm_heads(p.q_norm.norm, q, q_items);
       if (p.k_norm.present) kernels.norm_heads(p.k_norm.norm, k, k_items);
     }
     if (p.rotary_dim) {
-      const Rope rope{
-          c.cos, c.sin, c.rope_type, p.rope_style, p.rotary_dim, c.tokens, {c.rope_stride[0], c.rope_stride[1]}};
+      const Rope rope{call.cos,
+                      call.sin,
+                      call.rope_type,
+                      p.rope_style,
+                      p.rotary_dim,
+                      c.tokens,
+                      {call.rope_stride[0], call.rope_stride[1]}};
       kernels.rope(rope, q, q_items);
       kernels.rope(rope, k, k_items);
     }
-    kernels.append(to_k, k_items);
-    kernels.append(to_v, k_items);
+    const Attention& a = part.a;
+    const auto append = [&](const Heads& from, const void* cache, const float* scale, const int64_t* stride,
+                            const int64_t* scale_stride) {
+      const Append to{from,     const_cast<void*>(cache),          const_cast<float*>(scale),         a.type, c.tokens,
+                      c.length, {stride[0], stride[1], stride[2]}, {scale_stride[0], scale_stride[1]}};
+      kernels.append(to, k_items);
+    };
+    append(k, a.k, a.k_scale, a.k_stride, a.k_scale_stride);
+    append(keys(part, p.layout.v_start), a.v, a.v_scale, a.v_stride, a.v_scale_stride);
   }
 
-  Append append_to(int64_t start, void* cache, float* scale, const int64_t* stride, const int64_t* scale_stride) const {
-    return {heads_of(start, p.kv_heads, 1, p.layout.kv_stride),
-            cache,
-            scale,
-            c.k_cache ? c.cache_type : CacheType::f32,
-            c.tokens,
-            c.length,
-            {stride[0], stride[1], stride[2]},
-            {scale_stride[0], scale_stride[1]}};
-  }
-
-  void attend() {
-    const int64_t d = p.head_dim, g = p.kv_heads;
-    const int64_t fresh_stride[3] = {g * c.tokens * d, c.tokens * d, d}, no_scale[2] = {0, 0};
-    const bool cached = c.k_cache != nullptr;
-    void *k = cached ? c.k_cache : fresh_k, *v = cached ? c.v_cache : fresh_v;
-    const int64_t *k_stride = cached ? c.k_stride : fresh_stride, *v_stride = cached ? c.v_stride : fresh_stride;
-    const int64_t *ks = cached ? c.k_scale_stride : no_scale, *vs = cached ? c.v_scale_stride : no_scale;
-    place_heads(append_to(p.layout.k_start, k, c.k_scale, k_stride, ks),
-                append_to(p.layout.v_start, v, c.v_scale, v_stride, vs));
-    sync();
-    const int64_t per = p.heads / g;
+  Attention attention_of(const Part& part) const {
+    const LayerProgram& p = *part.p;
+    const LayerCall& call = *part.c;
+    const int64_t d = p.head_dim, g = p.kv_heads, per = p.heads / g;
+    const bool cached = call.k_cache != nullptr;
+    const int64_t fresh[3] = {g * c.tokens * d, c.tokens * d, d};
     Attention a{};
-    a.q = qkv;
-    a.k = k;
-    a.v = v;
-    a.k_scale = c.k_scale;
-    a.v_scale = c.v_scale;
-    a.mask = c.mask;
+    a.q = part.qkv;
+    a.k = cached ? call.k_cache : part.fresh_k;
+    a.v = cached ? call.v_cache : part.fresh_v;
+    a.k_scale = call.k_scale;
+    a.v_scale = call.v_scale;
+    a.mask = call.mask;
     a.sinks = p.sinks;
-    a.out = attended;
-    a.partial = partial;
+    a.out = part.attended;
+    a.partial = part.partial;
     a.batch = c.batch;
     a.queries = c.tokens;
     a.heads = p.heads;
     a.kv_heads = g;
-    a.length = keys;
+    a.length = c.length + c.tokens;
     a.width = d;
     // Query head i of kv head c is head c * per + i; q_per_group is heads, per or 1.
     const QkvLayout& l = p.layout;
     const int64_t head_stride = l.q_per_group == 1 ? l.group_stride : d;
-    const int64_t q_stride[4] = {c.tokens * qkv_width, qkv_width,
+    const int64_t q_stride[4] = {c.tokens * part.qkv_width, part.qkv_width,
                                  l.q_per_group == per && per > 1 ? l.group_stride : per * head_stride, head_stride};
     std::copy_n(q_stride, 4, a.q_stride);
-    std::copy_n(k_stride, 3, a.k_stride);
-    std::copy_n(v_stride, 3, a.v_stride);
-    std::copy_n(ks, 2, a.k_scale_stride);
-    std::copy_n(vs, 2, a.v_scale_stride);
-    std::copy_n(c.mask_stride, 3, a.mask_stride);
+    std::copy_n(cached ? call.k_stride : fresh, 3, a.k_stride);
+    std::copy_n(cached ? call.v_stride : fresh, 3, a.v_stride);
+    if (cached) {
+      std::copy_n(call.k_scale_stride, 2, a.k_scale_stride);
+      std::copy_n(call.v_scale_stride, 2, a.v_scale_stride);
+    }
+    std::copy_n(call.mask_stride, 3, a.mask_stride);
     const int64_t out_stride[3] = {c.tokens * p.heads * d, p.heads * d, d};
     std::copy_n(out_stride, 3, a.out_stride);
     a.scale = p.scale;
     a.softcap = p.softcap;
     a.window = p.window;
-    a.type = cached ? c.cache_type : CacheType::f32;
-    a.mask_type = c.mask_type;
-    a.mask_is_bool = c.mask_is_bool;
-    kernels.attention(a, mine(plan.items), attention_scratch);
-    sync();
-    if (plan.combine_items) {
-      kernels.combine_attention(a, mine(plan.combine_items));
-      sync();
-    }
+    a.type = cached ? call.cache_type : CacheType::f32;
+    a.mask_type = call.mask_type;
+    a.mask_is_bool = call.mask_is_bool;
+    return a;
   }
 
-  // out = x + a * scale (b null), or x + (a + b) * scale, for `rows` and columns [c0, c1); strides in elements.
-  void add(const void* x, Float x_type, int64_t x_stride, const float* a, const float* b, void* out, Float out_type,
-           int64_t out_stride, Range rows, int64_t c0, int64_t c1) {
-    if (c0 >= c1 || rows.begin >= rows.end) return;
+  void attend() {
+    bool whole = false;
+    int64_t items = 0, combine_items = 0;
+    for (Part& part : *this) {
+      part.a = attention_of(part);
+      if (part.p->qk_norm_whole) norm_whole_rows(part);
+      whole |= part.p->qk_norm_whole;
+      items += part.plan.items;
+      combine_items += part.plan.combine_items;
+    }
+    if (whole) team.sync();
+    for (const Part& part : *this) place_heads(part);
+    team.sync();
+    Shared shared{team.mine(items)};
+    for (const Part& part : *this) team.kernels.attention(part.a, shared.next(part.plan.items), team.attention_scratch);
+    team.sync();
+    if (!combine_items) return;
+    Shared combined{team.mine(combine_items)};
+    for (const Part& part : *this) {
+      if (part.plan.combine_items) team.kernels.combine_attention(part.a, combined.next(part.plan.combine_items));
+    }
+    team.sync();
+  }
+
+  // Where this thread adds: its columns of products with `hidden` outputs, or after norms of whole rows, its rows.
+  struct Area {
+    Range rows, columns;
+  };
+
+  Area own_columns(int64_t rows) const {
+    const Range part = team.mine(panels_of(hidden));
+    return {{0, rows}, {part.begin * kPanel, std::min(part.end * kPanel, hidden)}};
+  }
+
+  // The area for adding what each part left in `out`, after a norm in place of those that have one.
+  Area finish(LayerNorm LayerProgram::* norm, float* Part::* out, int64_t rows) {
+    bool present = false;
+    for (const Part& part : *this) present |= (part.p->*norm).present;
+    if (!present) return own_columns(rows);
+    team.sync();
+    const Area area{team.mine(rows), {0, hidden}};
+    for (Part& part : *this) {
+      const Rows in{part.*out, rows, hidden, hidden, Float::f32, nullptr};
+      if ((part.p->*norm).present) team.kernels.norm((part.p->*norm).norm, in, part.*out, hidden, area.rows);
+    }
+    return area;
+  }
+
+  // out = x + a * scale (b null), or x + (a + b) * scale, inside `area`; strides in elements.
+  void add(const Area& area, float scale, const void* x, Float x_type, int64_t x_stride, const float* a, const float* b,
+           void* out, Float out_type) {
+    const int64_t c0 = area.columns.begin, c1 = area.columns.end;
+    if (c0 >= c1 || area.rows.begin >= area.rows.end) return;
     const Sum s{element_of(x, c0, x_type),
                 a + c0,
                 b ? b + c0 : nullptr,
                 const_cast<void*>(element_of(out, c0, out_type)),
-                p.residual_scale,
+                scale,
                 x_type,
                 out_type,
                 c1 - c0,
                 x_stride,
-                p.hidden,
-                p.hidden,
-                out_stride};
-    kernels.sum(s, rows);
+                hidden,
+                hidden,
+                hidden};
+    team.kernels.sum(s, area.rows);
   }
 
-  // This thread's columns of a product with `hidden` outputs.
-  Range hidden_columns() const {
-    const Range part = mine((p.hidden + kPanel - 1) / kPanel);
-    return {part.begin * kPanel, std::min(part.end * kPanel, p.hidden)};
-  }
-
-  // out = norm(a) in place where there is a norm, then x + a; whole rows after a norm, this thread's columns without.
-  void finish(const LayerNorm& norm, float* a, int64_t rows, const void* x, Float x_type, int64_t x_stride, void* out,
-              Float out_type, int64_t out_stride) {
-    if (!norm.present) {
-      const Range columns = hidden_columns();
-      add(x, x_type, x_stride, a, nullptr, out, out_type, out_stride, {0, rows}, columns.begin, columns.end);
-      return;
+  // residual = x + sum a_l, and what each MLP reads where that is something else. Out of place: nothing else that an MLP
+  // reads gets into the residual.
+  void add_attention() {
+    const Area area = finish(&LayerProgram::post_attention_norm, &Part::o_out, m);
+    const auto onto = [&](float* to, bool first, const Part& part) {
+      const void* from = first ? c.x : to;
+      add(area, part.p->residual_scale, from, first ? c.type : Float::f32, first ? c.x_stride : hidden, part.o_out,
+          nullptr, to, Float::f32);
+    };
+    for (int64_t i = 0; i < g.count; ++i) {
+      onto(residual, i == 0, parts[i]);
+      if (lp) continue;
+      onto(parts[i].source, true, parts[i]);
+      for (int64_t j = std::max<int64_t>(i - g.bypass, 0); j < i; ++j) onto(parts[i].source, false, parts[j]);
     }
-    sync();
-    const Range part = mine(rows);
-    const Rows in{a, rows, p.hidden, p.hidden, Float::f32, nullptr};
-    kernels.norm(norm.norm, in, a, p.hidden, part);
-    add(x, x_type, x_stride, a, nullptr, out, out_type, out_stride, part, 0, p.hidden);
   }
 
-  // up_out [rows, intermediate] (stride `width`) = act(gate) * up; this thread's columns.
-  void up_and_act(const Input& in, int64_t rows, int64_t width) {
-    const int64_t panels = (p.intermediate + kPanel - 1) / kPanel;
-    const Range part = mine(panels);
-    float *gate = up_out, *up = p.gated ? up_out + p.intermediate : nullptr;
-    int64_t c0 = part.begin * kPanel, c1 = std::min(part.end * kPanel, p.intermediate);
-    if (p.gated && p.up_count == 1 && p.intermediate % kPanel) {  // halves do not begin at panels
-      products(p.up, 1, in, up_out, width);
-      sync();
-    } else if (p.gated && p.up_count == 1) {
-      product(p.up[0], in, up_out, width, part);
-      product(p.up[0], in, up_out, width, {part.begin + panels, part.end + panels});
-    } else {
-      product(p.up[0], in, gate, width, part);
-      if (p.gated) product(p.up[1], in, up, width, part);
+  // up_out [rows, intermediate] of each part (stride `width`) = act(gate) * up; this thread's columns.
+  void up_and_act(int64_t rows) {
+    int64_t total = 0;
+    bool apart = false;
+    for (const Part& part : *this) total += panels_of(part.p->intermediate);
+    Shared shared{team.mine(total)}, again{team.mine(total)};
+    for (Part& part : *this) {
+      const LayerProgram& p = *part.p;
+      const int64_t width = p.intermediate * (p.gated ? 2 : 1), panels = panels_of(p.intermediate);
+      const Range own = shared.next(panels);
+      if (p.gated && p.up_count == 1 && p.intermediate % kPanel) {  // halves do not begin at panels
+        team.product(p.up[0], part.in, part.up_out, width, team.mine(panels_of(width)));
+        apart = true;
+      } else if (p.gated && p.up_count == 1) {
+        team.product(p.up[0], part.in, part.up_out, width, own);
+        team.product(p.up[0], part.in, part.up_out, width, {own.begin + panels, own.end + panels});
+      } else {
+        team.product(p.up[0], part.in, part.up_out, width, own);
+        if (p.gated) team.product(p.up[1], part.in, part.up_out + p.intermediate, width, own);
+      }
     }
-    if (c0 >= c1) return;
-    const Activation act{gate + c0, up ? up + c0 : nullptr, gate + c0, c1 - c0, width, width, width, p.act};
-    kernels.activation(act, {0, rows});
+    if (apart) team.sync();
+    for (Part& part : *this) {
+      const LayerProgram& p = *part.p;
+      const int64_t width = p.intermediate * (p.gated ? 2 : 1);
+      const Range own = again.next(panels_of(p.intermediate));
+      const int64_t c0 = own.begin * kPanel, c1 = std::min(own.end * kPanel, p.intermediate);
+      if (c0 >= c1) continue;
+      float* gate = part.up_out + c0;
+      const Activation act{gate, p.gated ? gate + p.intermediate : nullptr, gate, c1 - c0, width, width, width, p.act};
+      team.kernels.activation(act, {0, rows});
+    }
   }
 
-  // Rows [row0, row0 + rows) of the MLP of `source` (or of a ready input) and of the layer's output.
-  void mlp(const Input* ready, const Rows& source, int64_t row0) {
-    const int64_t rows = source.m, width = p.intermediate * (p.gated ? 2 : 1);
-    const Input in = ready ? *ready : input(input_b, private_b, p.mlp_norm, source, p.up[0].w.group);
-    up_and_act(in, rows, width);
-    sync();
-    const Rows acted{up_out, rows, p.intermediate, width, Float::f32, nullptr};
-    const Input down_in = input(input_b, private_b, {}, acted, p.down.w.group);
-    products(&p.down, 1, down_in, mlp_out, p.hidden);
-    void* y = const_cast<void*>(element_of(c.y, row0 * p.hidden, c.type));
-    const void* x = element_of(c.x, row0 * c.x_stride, c.type);
-    if (p.parallel) {
-      const Range columns = hidden_columns();
-      add(x, c.type, c.x_stride, o_out + row0 * p.hidden, mlp_out, y, c.type, p.hidden, {0, rows}, columns.begin,
-          columns.end);
-    } else {
-      finish(p.post_mlp_norm, mlp_out, rows, residual + row0 * p.hidden, Float::f32, p.hidden, y, c.type, p.hidden);
+  // Rows [row0, row0 + rows) of what the MLP of a part reads.
+  Rows source_rows(const Part& part, int64_t row0, int64_t rows) const {
+    if (!parallel) return {part.source + row0 * hidden, rows, hidden, hidden, Float::f32, nullptr};
+    return {element_of(c.x, row0 * c.x_stride, c.type), rows, hidden, c.x_stride, c.type, nullptr};
+  }
+
+  // Rows [row0, row0 + rows) of the MLPs and of the group's output.
+  void mlp(int64_t row0, int64_t rows) {
+    bool wait = false;
+    for (Part& part : *this) {
+      const LayerProgram& p = *part.p;
+      const LayerProgram& first = *parts[0].p;
+      const LayerNorm& norm = parallel && !p.mlp_norm.present ? p.input_norm : p.mlp_norm;
+      const LayerNorm& other = parallel && !first.mlp_norm.present ? first.input_norm : first.mlp_norm;
+      if (parallel && !p.mlp_norm.present && rows == m) {
+        part.in = part.h;
+      } else if (&part != parts && (parallel || lp) && p.up[0].w.group == first.up[0].w.group &&
+                 same(norm, other, hidden)) {
+        part.in = parts[0].in;
+      } else {
+        wait |= input(part.in, part.input_b, part.private_b, norm, source_rows(part, row0, rows), p.up[0].w.group);
+      }
+    }
+    if (wait) team.sync();
+    up_and_act(rows);
+    team.sync();
+    wait = false;
+    for (Part& part : *this) {
+      const LayerProgram& p = *part.p;
+      const Rows acted{part.up_out, rows, p.intermediate, p.intermediate * (p.gated ? 2 : 1), Float::f32, nullptr};
+      wait |= input(part.in, part.input_b, part.private_b, {}, acted, p.down.w.group);
+    }
+    if (wait) team.sync();
+    const Range columns = team.mine(panels_of(hidden));
+    for (Part& part : *this) team.product(part.p->down, part.in, part.mlp_out, hidden, columns);
+    const Area area = finish(&LayerProgram::post_mlp_norm, &Part::mlp_out, rows);
+    // In the order of the members. Sums between them stay fp32: in the residual, or where the first MLP's output was.
+    const void* from = parallel ? element_of(c.x, row0 * c.x_stride, c.type) : residual + row0 * hidden;
+    Float type = parallel ? c.type : Float::f32;
+    int64_t stride = parallel ? c.x_stride : hidden;
+    for (Part& part : *this) {
+      const bool last = &part + 1 == end();
+      float* const between = parallel ? parts[0].mlp_out : residual + row0 * hidden;
+      void* const to = last ? const_cast<void*>(element_of(c.y, row0 * hidden, c.type)) : between;
+      const float* const own = part.mlp_out;
+      const float* const first = parallel ? part.o_out + row0 * hidden : own;
+      add(area, part.p->residual_scale, from, type, stride, first, parallel ? own : nullptr, to,
+          last ? c.type : Float::f32);
+      from = to;
+      type = Float::f32;
+      stride = hidden;
     }
   }
 
   void run() {
-    const Rows x{c.x, m, p.hidden, c.x_stride, c.type, nullptr};
-    const Input h = input(input_a, private_a, p.input_norm, x, p.qkv[0].w.group);
-    products(p.qkv, p.qkv_count, h, qkv, qkv_width);
-    sync();
-    attend();
-    const Rows attended_rows{attended, m, p.heads * p.head_dim, p.heads * p.head_dim, Float::f32, nullptr};
-    const Input a = input(input_b, private_b, {}, attended_rows, p.o.w.group);
-    products(&p.o, 1, a, o_out, p.hidden);
-    if (!p.parallel) finish(p.post_attention_norm, o_out, m, c.x, c.type, c.x_stride, residual, Float::f32, p.hidden);
-    sync();  // the residual is whole, and nobody reads input b any more
-    const bool reuse = p.parallel && !p.mlp_norm.present;
-    if (reuse && m <= kMlpRows) return mlp(&h, x, 0);
-    for (int64_t row0 = 0; row0 < m; row0 += kMlpRows) {
-      const int64_t rows = std::min(kMlpRows, m - row0);
-      Rows source = p.parallel ? x : Rows{residual, m, p.hidden, p.hidden, Float::f32, nullptr};
-      source.x = element_of(source.x, row0 * source.stride, source.type);
-      source.m = rows;
-      if (row0) sync();  // the chunk before is done with the shared buffers
-      if (reuse) {
-        const Input again = input(input_b, private_b, p.input_norm, source, p.up[0].w.group);
-        mlp(&again, source, row0);
+    const Rows x{c.x, m, hidden, c.x_stride, c.type, nullptr};
+    bool wait = false;
+    for (Part& part : *this) {
+      const LayerProgram& p = *part.p;
+      const LayerProgram& first = *parts[0].p;
+      if (&part != parts && p.qkv[0].w.group == first.qkv[0].w.group && same(p.input_norm, first.input_norm, hidden)) {
+        part.h = parts[0].h;
       } else {
-        mlp(nullptr, source, row0);
+        wait |= input(part.h, part.input_a, part.private_a, p.input_norm, x, p.qkv[0].w.group);
       }
+    }
+    if (wait) team.sync();
+    project();
+    team.sync();
+    attend();
+    wait = false;
+    for (Part& part : *this) {
+      const int64_t width = part.p->heads * part.p->head_dim;
+      const Rows attended{part.attended, m, width, width, Float::f32, nullptr};
+      wait |= input(part.in, part.input_b, part.private_b, {}, attended, part.p->o.w.group);
+    }
+    if (wait) team.sync();
+    const Range columns = team.mine(panels_of(hidden));
+    for (Part& part : *this) team.product(part.p->o, part.in, part.o_out, hidden, columns);
+    if (!parallel) add_attention();
+    team.sync();  // the residual is whole, and nobody reads input b any more
+    for (int64_t row0 = 0; row0 < m; row0 += kMlpRows) {
+      if (row0) team.sync();  // the rows before are done with the shared buffers
+      mlp(row0, std::min(kMlpRows, m - row0));
     }
   }
 };
 
 }  // namespace
 
-int64_t layer_workspace(const LayerProgram& program, const LayerCall& call, const Kernels& kernels, int64_t threads) {
+int64_t layer_workspace(const LayerGroup& group, const Kernels& kernels, int64_t threads) {
   Barrier barrier;
   Arena arena{nullptr};
-  LayerRun(program, call, kernels, {0, threads}, threads, barrier, arena);
+  LayerRun(group, kernels, {0, threads}, threads, barrier, arena);
   return arena.used;
 }
 
-int64_t run_layer(const LayerProgram& program, const LayerCall& call, const Kernels& kernels, Member member,
-                  int64_t threads, Barrier& barrier, char* workspace) {
+int64_t run_layers(const LayerGroup& group, const Kernels& kernels, Member member, int64_t threads, Barrier& barrier,
+                   char* workspace) {
   Arena arena{workspace};
-  LayerRun run(program, call, kernels, member, threads, barrier, arena);
+  LayerRun run(group, kernels, member, threads, barrier, arena);
   run.run();
-  return run.barriers;
+  return run.team.barriers;
 }
 
 }  // namespace cpullm

@@ -1,8 +1,10 @@
-// The layer program: one decoder layer as a list of steps that a team of threads runs in one parallel region, with
-// barriers between steps. No torch: the operators in ops_layer.cpp check everything and own the memory.
+// The layer program: a decoder layer, or a group of layers that read one input, as a list of steps that a team of threads
+// runs in one parallel region, with barriers between steps. No torch: the operators in ops_layer.cpp check everything and
+// own the memory.
 //
 // x -> h = norm(x); q, k, v = h Wq, h Wk, h Wv; norm and rope of q and k; k, v to the cache; a = attention Wo;
 // sequential: r = x + norm(a), y = r + norm(MLP(norm(r)));  parallel: y = x + a + MLP(norm(x) or h).
+// A group: y = x + sum a_l + sum MLP_l(norm(f_l)), f_l = x + a_l + the a_j of `bypass` members before l, or of all.
 // b batch, s tokens of this call, m = b s rows.
 #pragma once
 
@@ -49,7 +51,7 @@ struct LayerCall {
   const void *cos, *sin;
   Float rope_type;
   int64_t rope_stride[2];  // b, token
-  const void* mask;        // null: causal
+  const void* mask;  // null: causal
   Float mask_type;
   bool mask_is_bool;
   int64_t mask_stride[3];  // b, h, s
@@ -60,12 +62,28 @@ struct LayerCall {
   int64_t length;
 };
 
-// Bytes of 64-byte aligned memory that a run by at most `threads` threads needs.
-int64_t layer_workspace(const LayerProgram& program, const LayerCall& call, const Kernels& kernels, int64_t threads);
+// A layer and its part of a run.
+struct Layer {
+  const LayerProgram* program;
+  LayerCall call;
+};
 
-// One member's part; all members call it with the same arguments but their own `member`. Returns how many barriers it
-// passed.
-int64_t run_layer(const LayerProgram& program, const LayerCall& call, const Kernels& kernels, Member member,
-                  int64_t threads, Barrier& barrier, char* workspace);
+constexpr int64_t kMostMembers = 8;  // of a group
+constexpr int64_t kAllMembers = -1;
+
+// Layers of one hidden size, compute and `parallel` that read one x; their calls share x, y, type, batch, tokens and
+// length. One layer is a group of one. bypass: members before one whose attention its MLP reads as well, or kAllMembers.
+struct LayerGroup {
+  const Layer* layers;
+  int64_t count, bypass;
+};
+
+// Bytes of 64-byte aligned memory that a run by at most `threads` threads needs.
+int64_t layer_workspace(const LayerGroup& group, const Kernels& kernels, int64_t threads);
+
+// One thread's part; all threads of the team call it with the same arguments but their own `member`. Returns how many
+// barriers it passed, which for a group are no more than for its layers each.
+int64_t run_layers(const LayerGroup& group, const Kernels& kernels, Member member, int64_t threads, Barrier& barrier,
+                   char* workspace);
 
 }  // namespace cpullm

@@ -284,38 +284,68 @@ LayerCall check_call(const LayerProgram& p, const Tensor& x, const OptionalTenso
   return c;
 }
 
-struct Step {
-  std::shared_ptr<const Program> program;
-  LayerCall call;
+// Layers that run one after the other: each its call, in groups that read one input.
+struct Steps {
+  std::vector<std::shared_ptr<const Program>> programs;  // kept alive while they run
+  std::vector<Layer> layers;
+  std::vector<LayerGroup> groups;
+
+  // Cuts the layers into groups of these sizes. bypass: see LayerGroup.
+  void group(const std::vector<int64_t>& sizes, int64_t bypass) {
+    STD_TORCH_CHECK(bypass >= kAllMembers && bypass <= kMostMembers, kForward, ": bypass must lie in [-1, ",
+                    kMostMembers, "], got ", bypass);
+    int64_t first = 0;
+    const auto cut = [&](int64_t size) {
+      STD_TORCH_CHECK(size >= 1 && size <= kMostMembers && first + size <= int64_t(layers.size()), kForward,
+                      ": groups must hold 1 to ", kMostMembers, " layers each, ", layers.size(), " in all, got ", size);
+      const LayerProgram& p = *layers[size_t(first)].program;
+      for (int64_t i = first; i < first + size; ++i) {
+        const LayerProgram& other = *layers[size_t(i)].program;
+        STD_TORCH_CHECK(other.hidden == p.hidden && other.compute == p.compute && other.parallel == p.parallel,
+                        kForward,
+                        ": layers of a group must have one hidden size, one compute and one kind of residual");
+      }
+      STD_TORCH_CHECK(size == 1 || !p.parallel || bypass == 0, kForward,
+                      ": layers whose MLP reads no attention have no bypass, got ", bypass);
+      groups.push_back({&layers[size_t(first)], size, bypass});
+      first += size;
+    };
+    for (const int64_t size : sizes) cut(size);
+    STD_TORCH_CHECK(first == int64_t(layers.size()), kForward, ": groups must hold all ", layers.size(),
+                    " layers, got ", first);
+  }
 };
 
-// All steps in one parallel region, each from the output of the one before; x [b, s, hidden] -> y.
-Tensor run_steps(std::vector<Step>& steps, const Tensor& x) {
+// All groups in one parallel region, each from the output of the one before; x [b, s, hidden] -> y.
+Tensor run_steps(Steps& steps, const Tensor& x) {
   const Tensor source = x.is_contiguous() ? x : torch::stable::contiguous(x);
   const int64_t sizes[] = {x.size(0), x.size(1), x.size(2)};
   Tensor y = empty_cpu(sizes, 3, x.scalar_type());
   if (x.numel() == 0) return y;
   const Kernels& table = kernels();
   const int64_t threads = team_size();
-  const int64_t bytes = (x.numel() * (steps[0].call.type == Float::f32 ? 4 : 2) + 63) / 64 * 64;
-  char* passed_on = between.get<char>(steps.size() > 1 ? 2 * bytes : 0);
+  const int64_t bytes = (x.numel() * (steps.layers[0].call.type == Float::f32 ? 4 : 2) + 63) / 64 * 64;
+  const size_t count = steps.groups.size();
+  char* passed_on = between.get<char>(count > 1 ? 2 * bytes : 0);
   int64_t needed = 0;
-  for (size_t i = 0; i < steps.size(); ++i) {
-    LayerCall& c = steps[i].call;
-    c.x = i ? passed_on + (i - 1) % 2 * size_t(bytes) : source.const_data_ptr();
-    c.y = i + 1 < steps.size() ? passed_on + i % 2 * size_t(bytes) : y.mutable_data_ptr();
-    needed = std::max(needed, layer_workspace(steps[i].program->layer, c, table, threads));
+  for (size_t i = 0, layer = 0; i < count; ++i) {
+    for (const size_t end = layer + size_t(steps.groups[i].count); layer < end; ++layer) {
+      LayerCall& c = steps.layers[layer].call;
+      c.x = i ? passed_on + (i - 1) % 2 * size_t(bytes) : source.const_data_ptr();
+      c.y = i + 1 < count ? passed_on + i % 2 * size_t(bytes) : y.mutable_data_ptr();
+    }
+    needed = std::max(needed, layer_workspace(steps.groups[i], table, threads));
   }
   char* memory = workspace.get<char>(needed);
   Barrier barrier;
   std::atomic<int64_t> barriers{0};
   const auto part = [&](const Member& member) {
-    int64_t count = 0;
-    for (size_t i = 0; i < steps.size(); ++i) {
+    int64_t passed = 0;
+    for (size_t i = 0; i < count; ++i) {
       if (i) barrier.wait(member.count);
-      count += run_layer(steps[i].program->layer, steps[i].call, table, member, threads, barrier, memory) + (i ? 1 : 0);
+      passed += run_layers(steps.groups[i], table, member, threads, barrier, memory) + (i ? 1 : 0);
     }
-    if (member.id == 0) barriers = count;
+    if (member.id == 0) barriers = passed;
   };
   run_team(threads, part);
   last_barriers = barriers;
@@ -325,29 +355,64 @@ Tensor run_steps(std::vector<Step>& steps, const Tensor& x) {
 Tensor layer_forward(int64_t handle, const Tensor& x, const OptionalTensor& cos, const OptionalTensor& sin,
                      const OptionalTensor& mask, const OptionalTensor& k_cache, const OptionalTensor& v_cache,
                      const OptionalTensor& k_scale, const OptionalTensor& v_scale, int64_t length) {
-  std::vector<Step> steps(1);
-  steps[0].program = find_program(handle);
-  steps[0].call = check_call(steps[0].program->layer, x, cos, sin, mask, k_cache, v_cache, k_scale, v_scale, length);
+  Steps steps;
+  steps.programs.push_back(find_program(handle));
+  const LayerProgram& p = steps.programs[0]->layer;
+  steps.layers.push_back({&p, check_call(p, x, cos, sin, mask, k_cache, v_cache, k_scale, v_scale, length)});
+  steps.group({1}, 0);
   return run_steps(steps, x);
 }
 
 Tensor layers_forward(std::vector<int64_t> handles, const Tensor& x, const OptionalTensor& cos,
-                      const OptionalTensor& sin, const OptionalTensor& mask, std::vector<Tensor> caches,
-                      int64_t length) {
+                      const OptionalTensor& sin, const OptionalTensor& mask, std::vector<Tensor> caches, int64_t length,
+                      std::vector<int64_t> groups, int64_t bypass) {
   const size_t count = handles.size();
   STD_TORCH_CHECK(count > 0 && (caches.size() == 2 * count || caches.size() == 4 * count),
                   "cpullm::layers_forward: caches must be 2 or 4 tensors for each of the ", count, " programs, got ",
                   caches.size());
   const size_t per = caches.size() / count;
-  std::vector<Step> steps(count);
+  Steps steps;
+  steps.layers.reserve(count);
   for (size_t i = 0; i < count; ++i) {
-    steps[i].program = find_program(handles[i]);
+    steps.programs.push_back(find_program(handles[i]));
+    const LayerProgram& p = steps.programs[i]->layer;
     const Tensor* own = &caches[i * per];
     const OptionalTensor k_scale = per == 4 ? OptionalTensor(own[2]) : OptionalTensor();
     const OptionalTensor v_scale = per == 4 ? OptionalTensor(own[3]) : OptionalTensor();
-    steps[i].call = check_call(steps[i].program->layer, x, cos, sin, mask, OptionalTensor(own[0]),
-                               OptionalTensor(own[1]), k_scale, v_scale, length);
+    steps.layers.push_back({&p, check_call(p, x, cos, sin, mask, OptionalTensor(own[0]), OptionalTensor(own[1]),
+                                           k_scale, v_scale, length)});
   }
+  steps.group(groups.empty() ? std::vector<int64_t>(count, 1) : groups, bypass);
+  return run_steps(steps, x);
+}
+
+// Tensor `index` of a list, none for -1.
+OptionalTensor pick(const std::vector<Tensor>& list, int64_t index, const char* name) {
+  STD_TORCH_CHECK(index >= -1 && index < int64_t(list.size()), "cpullm::group_forward: ", name,
+                  " must be -1 or an index below ", list.size(), ", got ", index);
+  return index < 0 ? OptionalTensor() : OptionalTensor(list[size_t(index)]);
+}
+
+Tensor group_forward(std::vector<int64_t> handles, const Tensor& x, std::vector<Tensor> tensors,
+                     std::vector<int64_t> rotary, std::vector<int64_t> masks, std::vector<Tensor> caches,
+                     int64_t length, int64_t bypass) {
+  const size_t count = handles.size();
+  STD_TORCH_CHECK(count > 0 && rotary.size() == 2 * count && masks.size() == count,
+                  "cpullm::group_forward: rotary must be 2 indices and masks 1 for each of the ", count, " programs");
+  STD_TORCH_CHECK(caches.empty() || caches.size() == 2 * count || caches.size() == 4 * count,
+                  "cpullm::group_forward: caches must be none, or 2 or 4 tensors for each of the ", count,
+                  " programs, got ", caches.size());
+  const size_t per = caches.size() / count;
+  Steps steps;
+  for (size_t i = 0; i < count; ++i) {
+    steps.programs.push_back(find_program(handles[i]));
+    const LayerProgram& p = steps.programs[i]->layer;
+    const auto cache = [&](size_t j) { return j < per ? OptionalTensor(caches[i * per + j]) : OptionalTensor(); };
+    steps.layers.push_back(
+        {&p, check_call(p, x, pick(tensors, rotary[2 * i], "rotary"), pick(tensors, rotary[2 * i + 1], "rotary"),
+                        pick(tensors, masks[i], "masks"), cache(0), cache(1), cache(2), cache(3), length)});
+  }
+  steps.group({int64_t(count)}, bypass);
   return run_steps(steps, x);
 }
 
@@ -368,17 +433,23 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cpullm, m) {
       "layer_forward(int program, Tensor x, Tensor? cos, Tensor? sin, Tensor? mask, Tensor(a!)? k_cache, "
       "Tensor(b!)? v_cache, Tensor(c!)? k_scale, Tensor(d!)? v_scale, int length) -> Tensor");
   // Several layers, each from the output of the one before, in one parallel region. caches: k and v of every layer, or k,
-  // v and their scales; all hold `length` tokens.
+  // v and their scales; all hold `length` tokens. groups: sizes of runs of layers that read one input instead, none: 1
+  // each; bypass: members of a group before one whose attention its MLP reads as well, -1: all.
   m.def(
       "layers_forward(int[] programs, Tensor x, Tensor? cos, Tensor? sin, Tensor? mask, Tensor(a!)[] caches, int "
-      "length) "
-      "-> Tensor");
+      "length, int[] groups=[], int bypass=0) -> Tensor");
+  // One group of layers. rotary: cos and sin of every layer, masks: the mask of every layer, as indices into `tensors`,
+  // -1 for none.
+  m.def(
+      "group_forward(int[] programs, Tensor x, Tensor[] tensors, int[] rotary, int[] masks, Tensor(a!)[] caches, int "
+      "length, int bypass) -> Tensor");
   m.def("layer_barriers() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cpullm, CPU, m) {
   m.impl("layer_forward", TORCH_BOX(&cpullm::layer_forward));
   m.impl("layers_forward", TORCH_BOX(&cpullm::layers_forward));
+  m.impl("group_forward", TORCH_BOX(&cpullm::group_forward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cpullm, CompositeExplicitAutograd, m) {

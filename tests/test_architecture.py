@@ -19,12 +19,12 @@ LAYERS = [
     ["packing", "config", "launch", "numa", "ops", "reference", "quant", "formats"],  # and _C, which ops loads
     [
         *("linear", "layer", "layer_spec", "layer_reference", "layer_execute", "layer_parts"),
-        *("layer_probe", "layer_program", "layer_graph", "layer_stack", "layer_decoder"),
+        *("layer_probe", "layer_program", "layer_graph", "layer_stack", "layer_decoder", "layer_group", "layer_watch"),
         *("layer_match", "attention", "kv_cache", "experts", "coverage"),
         *("plan", "checkpoint", "saving"),
     ],
     ["swap", "backend", "cqil", "distributed"],  # transforms: model -> model
-    ["formats.gguf"],  # unlike the readers of the format it builds whole models, by optimize
+    ["formats.gguf", "cqil_repair"],  # they use transforms: a model from a file by optimize, training a grouped model
     ["hf"],
     ["runner", "run", "bench", "doctor", "cli", "__main__", "_autoload"],
 ]

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 _torch_threads: int | None = getattr(sys.modules.get("torch"), "get_num_threads", lambda: None)()
 
 if TYPE_CHECKING:
+    from . import cqil
     from .coverage import Report, report
     from .formats.gguf import load_gguf
     from .hf import CpuLlmConfig
     from .swap import optimize, restore
 
 __version__ = "0.1.0"
-__all__ = ["CpuLlmConfig", "Report", "__version__", "load_gguf", "optimize", "report", "restore"]
+__all__ = ["CpuLlmConfig", "Report", "__version__", "cqil", "load_gguf", "optimize", "report", "restore"]
 
 _HOME = {
     "CpuLlmConfig": ".hf",
@@ -33,6 +34,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "cqil":
+        return import_module(".cqil", __name__)
     if name in _HOME:
         return getattr(import_module(_HOME[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

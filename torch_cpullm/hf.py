@@ -20,7 +20,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from . import ops
+from . import cqil, ops
 from .checkpoint import MARKER, Form, check_files, check_version, form_of, read_forms
 from .config import Settings
 from .launch import apply_default_threads
@@ -275,6 +275,8 @@ class CpuLlmQuantizer(HfQuantizer):
         skipped, frozen = self._skipped, self._frozen
         self._clear()
         finish(model, settings, skipped, frozen)
+        if cqil.saved_plan(model) is not None:
+            cqil.apply(model)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:

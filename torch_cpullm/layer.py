@@ -7,10 +7,10 @@ own forward otherwise, where each packed linear is an operator of its own.
 
 from __future__ import annotations
 
-import operator
+import copy
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from .layer_decoder import DecoderStep
 from .layer_execute import Run
 from .layer_graph import decoder_layer, number_layer
-from .layer_match import IRRELEVANT, Decoder, Match, decoders, match_layer
-from .layer_parts import own_state, rotary_from_table
-from .layer_program import Program
+from .layer_group import Call, GroupMember, member_of
+from .layer_match import Decoder, Match, decoders, match_layer
+from .layer_parts import rotary_from_table
+from .layer_program import MOST_MEMBERS, Program, run_group
 from .layer_stack import LayerStack
-from .linear import PackedLinear, PackedModule
+from .layer_watch import Watch
 
-ONE_OP, PER_LINEAR = "one op", "per-linear ops"
+ONE_OP, GROUP_OP, PER_LINEAR = "one op", "one op per group", "per-linear ops"
+IN_TORCH = "a group in plain torch"
 
 # Arguments that may have any value: a program computes with them, or they do not change what a layer computes.
 _FREE = {
@@ -49,14 +51,20 @@ def install_programs(model: nn.Module) -> list[Match]:
     rotaries: list[_Rotary] = []
     for decoder in decoders(model):
         for index, layer in enumerate(decoder.layers):
-            if "forward" in layer.__dict__:
-                match = Match(f"{decoder.name}.{index}", None, "its forward was replaced on the instance")
+            member = member_of(layer)
+            if "forward" in layer.__dict__ and (member is None or not member.grouped):
+                reason = "its forward was replaced on the instance" if member is None else "a CQIL plan skips it"
+                match = Match(f"{decoder.name}.{index}", None, reason)
             else:
                 match = match_layer(decoder, index)
             matches.append(match)
             if match.spec is not None:
                 layer.__dict__["forward"] = None  # it is there when the layer is looked at
-                layer.__dict__["forward"] = LayerProgram(layer, decoder, index, match, rotaries)
+                layer.__dict__["forward"] = LayerProgram(layer, decoder, index, match, rotaries, member)
+        for layer in decoder.layers:
+            program = layer.__dict__.get("forward")
+            if isinstance(program, LayerProgram) and program.member is not None:
+                program._together = program.why_not_together() == ""
         _stack_up(decoder)
     model.__dict__["_cpullm_layers"] = {match.name: match.reason for match in matches}
     return matches
@@ -67,17 +75,22 @@ def _stack_up(decoder: Decoder) -> None:
     found = [layer.__dict__.get("forward") for layer in decoder.layers]
     programs = [each for each in found if isinstance(each, LayerProgram) and each._run is not None]
     alike = {(each.window, each._rotary is None, each._cache_name, each._needs_mask) for each in programs}
+    groups = [each.member.group for each in programs if each.member is not None]
     in_place = all(each._layer_idx == index for index, each in enumerate(programs))
     if len(programs) != len(found) or len(programs) < 2 or len(alike) != 1 or not in_place:
         return
     if programs[0]._rotary is not None:  # tables of its own, by position
         return
+    if not all(each._together for each in programs) or len({group.bypass for group in groups}) > 1:
+        return
+    runs = [cast("Program", each._run) for each in programs]
+    sizes = [1 if each.member is None else each.member.group.size for each in programs if each.begins]
     layers, owner = list(decoder.layers), decoder.owner
-    stack = LayerStack(owner, layers, [cast("Program", each._run) for each in programs])
+    stack = LayerStack(owner, layers, runs, sizes, groups[0].bypass if groups else 0)
     for each in programs:
         each._stack = stack
     first = programs[0]
-    first._others, first._together = [weakref.ref(each) for each in programs], _Watch(layers, owner.config)
+    first._others, first._stack_watch = [weakref.ref(each) for each in programs], Watch(layers, owner.config)
     if "forward" not in owner.__dict__:
         owner.__dict__["forward"] = DecoderStep(owner, stack, first._all_unchanged, first.window)
 
@@ -85,29 +98,38 @@ def _stack_up(decoder: Decoder) -> None:
 def remove_programs(model: nn.Module) -> None:
     """Undo :func:`install_programs`: every layer computes by its class's forward again."""
     for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), (LayerProgram, DecoderStep)):
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, (LayerProgram, DecoderStep)):
             del module.__dict__["forward"]
+        if isinstance(forward, LayerProgram) and forward.member is not None:
+            module.__dict__["forward"] = forward.member
     model.__dict__.pop("_cpullm_layers", None)
 
 
 def layer_levels(model: nn.Module) -> Iterator[tuple[str, str, str]]:
-    """(name, level, reason) of every decoder layer that :func:`install_programs` looked at, as it is now."""
+    """(name, level, reason) of every decoder layer that :func:`install_programs` looked at, as it is now.
+
+    Of a model that it never looked at: of the layers in groups.
+    """
+    if "_cpullm_layers" not in model.__dict__:
+        yield from ((name, IN_TORCH, "") for name, module in model.named_modules() if member_of(module) is not None)
     for name, reason in model.__dict__.get("_cpullm_layers", {}).items():
         try:
-            program = model.get_submodule(name).__dict__.get("forward")
+            layer = model.get_submodule(name)
         except AttributeError:  # the layer is gone
             continue
+        program, member = layer.__dict__.get("forward"), member_of(layer)
         if isinstance(program, LayerProgram):
-            reason = program.why_not()
+            reason = program.why_not() or program.why_not_together()
         elif not reason:
             reason = "its forward was replaced"
-        yield name, PER_LINEAR if reason else ONE_OP, reason
+        yield name, PER_LINEAR if reason else ONE_OP if member is None else GROUP_OP, reason
 
 
 def all_in_programs(model: nn.Module) -> bool:
-    """Whether every decoder layer of ``model`` runs as one operator, as far as :func:`install_programs` can tell."""
+    """Whether every decoder layer of ``model`` runs as an operator, as far as :func:`install_programs` can tell."""
     names = model.__dict__.get("_cpullm_layers", {})
-    return bool(names) and all(level == ONE_OP for _, level, _ in layer_levels(model))
+    return bool(names) and all(level in (ONE_OP, GROUP_OP) for _, level, _ in layer_levels(model))
 
 
 class LayerProgram:
@@ -120,18 +142,21 @@ class LayerProgram:
         index: int,
         match: Match | None = None,
         rotaries: list[_Rotary] | None = None,
+        member: GroupMember | None = None,
     ) -> None:
         self._layer = weakref.ref(layer)
         self._original = type(layer).forward
+        self.member = member  # of a group, whose last member's call runs all
+        self._together = member is None  # whether graphs may have an operator for each member
         self._decoder = None if decoder is None else (weakref.ref(decoder.owner), decoder.path, decoder.name)
         self._index = index
         self._rotaries = [] if rotaries is None else rotaries
         self._run: Run | None = None
-        self._watch: _Watch | None = None
+        self._watch: Watch | None = None
         self._stack: LayerStack | None = None
         # Of the first layer of a stack: all its programs, and whether their layers are what they were.
         self._others: list[weakref.ref[LayerProgram]] = []
-        self._together: _Watch | None = None
+        self._stack_watch: Watch | None = None
         self._reason = "not looked at yet"
         self._number = number_layer(self)
         if match is not None:
@@ -140,14 +165,16 @@ class LayerProgram:
     def _set(self, layer: nn.Module, match: Match) -> None:
         """Take over what matching found."""
         self._reason = match.reason
-        self._watch = _Watch([layer], match.config)
+        self._watch = Watch([layer], match.config)
         self._run, self._stack = match.run, None
         self._outputs, self._cache_name, self._layer_idx = match.outputs, match.cache_name, match.layer_idx
         self._known = _FREE | {match.cache_name}
         capturing = sys.modules.get("transformers.utils.output_capturing")
         self._collector = None if capturing is None else capturing._active_collector
-        self._rotates = match.spec is not None and match.spec.rotary_dim > 0
-        self.window = 0 if match.spec is None else match.spec.window
+        spec = match.spec
+        self._kind = None if spec is None else (spec.hidden, spec.o.compute, spec.parallel)
+        self._rotates = spec is not None and spec.rotary_dim > 0
+        self.window = 0 if spec is None else spec.window
         self._needs_mask = getattr(match.config, "_attn_implementation", None) == "eager"
         self._rotary = None if match.table is None else _Rotary.of(match.table, self._rotaries)
 
@@ -160,13 +187,76 @@ class LayerProgram:
             done = self._with_others(stack, args[0], kwargs)
             if done is not None:
                 return done if not self._outputs else (done, *[None] * (self._outputs - 1))
+        if self.member is not None:
+            return self._as_member(self.member, args, kwargs)
+        ready = self._ready(args, kwargs)
+        if ready is None:
+            return self._plain(args, kwargs)
+        y = cast("Run", self._run)(*ready)
+        if stack is not None:
+            stack.look(self._index, ready[0], y, self._shared(kwargs))
+        return y if not self._outputs else (y, *[None] * (self._outputs - 1))
+
+    def _plain(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The layer's result without its program."""
+        if self.member is not None:
+            return self.member(*args, **kwargs)
+        return self._original(cast("nn.Module", self._layer()), *args, **kwargs)
+
+    def _as_member(self, member: GroupMember, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The result of a member of a group: its input, but for the last one's."""
+        x, kwargs = member.named(args, kwargs)
+        calls = member.group.collect(member.index, x, kwargs)
+        y = x if calls is None else self._run_group(calls)
+        if self._stack is not None:
+            self._stack.look(self._index, x, y, self._shared(kwargs))
+        return member.wrapped(y)
+
+    def _run_group(self, calls: list[Call]) -> Tensor:
+        """The output of this program's group, by one operator or in plain torch."""
+        group = cast("GroupMember", self.member).group
+        if self.why_not_together() == "":
+            programs = self._others_of_group()
+            ready = [each._ready((x,), kwargs) for each, (x, kwargs) in zip(programs, calls, strict=True)]
+            runs = [cast("Program", each._run) for each in programs]
+            y = None if None in ready else run_group(runs, group.bypass, cast("list[tuple]", ready))
+            if y is not None:
+                return y
+        return group.compute(calls)
+
+    def _others_of_group(self) -> list[LayerProgram]:
+        """The programs of this program's group, itself among them; fewer than members where some have none."""
+        group = cast("GroupMember", self.member).group
+        found = [layer.__dict__.get("forward") for layer in group.members()]
+        return [each for each in found if isinstance(each, LayerProgram)]
+
+    def why_not_together(self) -> str:
+        """Why the group of this layer does not run as one operator; empty if it does, and for a layer in none."""
+        if self.member is None:
+            return ""
+        group, programs = self.member.group, self._others_of_group()
+        if group.size > MOST_MEMBERS:
+            return f"groups of more than {MOST_MEMBERS} have no operator"
+        if len(programs) < group.size or any(each._run is None for each in programs):
+            return "another layer of its group does not run as one operator"
+        return (
+            "" if len({each._kind for each in programs}) == 1 else "the layers of its group compute in different ways"
+        )
+
+    @property
+    def begins(self) -> bool:
+        """Whether the layer is in no group or the first of one."""
+        return self.member is None or self.member.index == 0
+
+    def _ready(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Any, Any, Any, Any] | None:
+        """(x, cos, sin, mask, cache layer) of a call that the program can serve, else None."""
         watch, run = self._watch, self._run
         if (
             len(args) != 1
             or ((watch is None or run is None or not watch.unchanged()) and not self._look_again())
             or not (self._known.issuperset(kwargs) or self._harmless(kwargs))
         ):
-            return self._original(cast("nn.Module", self._layer()), *args, **kwargs)
+            return None
         x, get = args[0], kwargs.get
         mask, cache, rotary = get("attention_mask"), get(self._cache_name), self._rotary
         usable = x.__class__ is Tensor and x.is_cpu and not (x.requires_grad and torch.is_grad_enabled())
@@ -190,12 +280,7 @@ class LayerProgram:
         elif self._rotates:
             cos, sin = get("position_embeddings") or (None, None)
             usable = usable and cos is not None
-        if not usable:
-            return self._original(cast("nn.Module", self._layer()), *args, **kwargs)
-        y = cast("Run", self._run)(x, cos, sin, mask, cache)
-        if stack is not None:
-            stack.look(self._index, x, y, self._shared(kwargs))
-        return y if not self._outputs else (y, *[None] * (self._outputs - 1))
+        return (x, cos, sin, mask, cache) if usable else None
 
     def _shared(self, kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
         """What the layers of a stack are all called with."""
@@ -220,10 +305,10 @@ class LayerProgram:
 
     def _all_unchanged(self) -> bool:
         """Whether every program of the stack is still that of its layer."""
-        together, stack = self._together, self._stack
+        watch, stack = self._stack_watch, self._stack
         found = [ref() for ref in self._others]
         return all(each is not None and each._stack is stack for each in found) and (
-            together is not None and together.unchanged()
+            watch is not None and watch.unchanged()
         )
 
     def _traced(self, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -238,8 +323,9 @@ class LayerProgram:
             or (args[0].requires_grad and torch.is_grad_enabled())
             or not self._harmless(kwargs)
             or self._is_recorded()
+            or not self._together
         ):
-            return self._original(cast("nn.Module", self._layer()), *args, **kwargs)
+            return self._plain(args, kwargs)
         get = kwargs.get
         y = decoder_layer(
             args[0],
@@ -298,7 +384,7 @@ class LayerProgram:
                 self._run, self._reason = None, "it is not where its model had it"
                 return False
             self._set(layer, match_layer(decoder, self._index))
-            watch = cast("_Watch", self._watch)
+            watch = cast("Watch", self._watch)
         return self._run is not None and not watch.hooked()
 
     def _find(self) -> Decoder | None:
@@ -325,109 +411,20 @@ class LayerProgram:
         return self._reason
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerProgram:
-        return self._again(memo.get)
-
-    def _again(self, find: Any) -> LayerProgram:
         """A program of the copied layer, which is matched when it is first called."""
-        owner = self._decoder[0]() if self._decoder is not None else None
-        layer, owner = find(id(self._layer())), find(id(owner))
-        return _revive(layer, owner, *(self._decoder or ("", "", ""))[1:], self._index)
+        revive, (layer, owner, *rest, member) = self.__reduce__()
+        return revive(memo.get(id(layer)), memo.get(id(owner)), *rest, copy.deepcopy(member, memo))
 
     def __reduce__(self) -> tuple:
         owner = self._decoder[0]() if self._decoder is not None else None
-        return _revive, (self._layer(), owner, *(self._decoder or ("", "", ""))[1:], self._index)
+        return _revive, (self._layer(), owner, *(self._decoder or ("", "", ""))[1:], self._index, self.member)
 
 
-def _revive(layer: nn.Module, owner: nn.Module | None, path: str, name: str, index: int) -> LayerProgram:
+def _revive(
+    layer: nn.Module, owner: nn.Module | None, path: str, name: str, index: int, member: GroupMember | None
+) -> LayerProgram:
     decoder = None if owner is None else Decoder(owner, path, name, nn.ModuleList())
-    return LayerProgram(layer, decoder, index)
-
-
-class _Watch:
-    """Tells whether anything that the matches of layers were made from has changed: objects by identity, settings by
-    value. ``config`` is that of all the layers.
-
-    Holds no reference to the layers themselves, whose attributes hold the programs.
-    """
-
-    def __init__(self, layers: list[nn.Module], config: Any) -> None:
-        inner = [module for layer in layers for path, module in layer.named_modules() if path]
-        others = [module for module in inner if not isinstance(module, PackedLinear)]
-        self._hooks = [hooks for module in inner for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self._own = [
-            (weakref.ref(layer), _getter(["training", *(name for name in own_state(layer) if name != "forward")]))
-            for layer in layers
-        ]
-        self._dicts = [d for m in (*layers, *others) for d in (m._modules, m._parameters, m._buffers) if d]
-        self._copies = [dict(each) for each in self._dicts]
-        self._states = [(module.__dict__, _getter(own_state(module))) for module in others if own_state(module)]
-        self._all = [module.__dict__ for module in others]
-        self._weights = [t for module in others for t in module.parameters(recurse=False)]
-        self._versioned = [t for t in self._weights if not t.is_inference()]  # those have no version
-        self._config = {"": None} if config is None else vars(config)
-        self._settings = _getter(name for name in self._config if name not in IRRELEVANT)
-        self._linears = [module for module in inner if isinstance(module, PackedLinear)]
-        self._held = [(linear.packed, linear.bias) for linear in self._linears]  # so that no other gets their id
-        self._seen, self._slow = self._look(), self._look_closely()
-        self._changes = PackedModule.changes
-
-    def _look(self) -> list[Any]:
-        """What every call compares."""
-        own = [(cast("nn.Module", ref()).__dict__, get) for ref, get in self._own]
-        return [
-            [get(state) for state, get in own],
-            [len(state) for state, _ in own],
-            [*map(len, self._all)],
-            [get(each) for each, get in self._states],
-            [t._version for t in self._versioned],
-            self._settings(self._config),
-        ]
-
-    def _look_closely(self) -> list[Any]:
-        """What is compared where packed modules have changed, in this model or another."""
-        seen: list[Any] = [t.data_ptr() for t in self._weights]
-        for linear in self._linears:
-            seen += [id(linear.packed), id(linear.bias), linear.compute, linear.dtype, len(linear.__dict__)]
-        return seen
-
-    def same(self) -> bool:
-        """Whether nothing has changed, hooks aside."""
-        try:
-            if self._changes != PackedModule.changes:
-                if self._look_closely() != self._slow:
-                    return False
-                self._changes = PackedModule.changes
-            return self._dicts == self._copies and self._look() == self._seen
-        except (AttributeError, KeyError, RuntimeError, TypeError):  # another tensor, an attribute that is gone
-            return False
-
-    def unchanged(self) -> bool:
-        """Whether nothing has changed and no hook waits inside."""
-        return not any(self._hooks) and self.same()
-
-    def hooked(self) -> bool:
-        """Whether a hook inside waits for the module's call.
-
-        transformers leaves hooks behind once outputs were asked for; they wait only while one of theirs is.
-        """
-        capturing = sys.modules.get("transformers.utils.output_capturing")
-        wanted = None if capturing is None else capturing._active_collector.get()
-        for hooks in self._hooks:
-            for hook in hooks.values():
-                if getattr(hook, "__module__", "") != "transformers.utils.output_capturing":
-                    return True
-                if wanted and hook.__closure__ and any(cell.cell_contents in wanted for cell in _texts(hook)):
-                    return True
-        return False
-
-
-def _texts(hook: Any) -> Iterator[Any]:
-    """Cells of a hook's closure that hold text: among them the name of the output that it records."""
-    return (cell for cell in hook.__closure__ if isinstance(cell.cell_contents, str))
-
-
-def _getter(names: Iterable[str]) -> operator.itemgetter:
-    return operator.itemgetter(*names)
+    return LayerProgram(layer, decoder, index, member=member)
 
 
 class _Rotary:

@@ -114,7 +114,7 @@ KNOWN_NUMBERS = {
     "n_inner", "n_ctx", "num_ln_in_parallel_attn", "num_kv_heads", "ffn_hidden_size", "ffn_dim",
     "word_embed_proj_dim", "no_rope_layers", "no_rope_layer_interval", "id2label", "label2id", "num_labels",
     "architectures", "task_specific_params", "auto_map", "quantization_config", "chunk_size_feed_forward",
-    "keys_to_ignore_at_inference", "base_model_tp_plan", "base_model_pp_plan",
+    "keys_to_ignore_at_inference", "base_model_tp_plan", "base_model_pp_plan", "cpullm_cqil",
 }
 # fmt: on
 
@@ -125,6 +125,7 @@ IRRELEVANT = {
     *("use_cache", "output_hidden_states", "_output_attentions", "return_dict", "_name_or_path", "dtype"),
     *("architectures", "transformers_version", "initializer_range", "init_std", "id2label", "label2id", "num_labels"),
     *("problem_type", "tie_word_embeddings", "quantization_config", "final_logit_softcapping", "task_specific_params"),
+    "cpullm_cqil",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -51,7 +52,7 @@ ARGUMENTS = {
 Q_NORMS, K_NORMS = ("q_norm", "q_layernorm"), ("k_norm", "k_layernorm")
 _SCALES = ("scaling", "scale", "softmax_scale", "inv_norm_factor")
 _INVERSE_SCALES = ("scale_attn", "norm_factor")
-_RESIDUAL_SCALES = ("residual_multiplier", "residual_scale")
+RESIDUAL_SCALES = ("residual_multiplier", "residual_scale")
 _HEAD_DIMS = ("head_dim", "head_size", "attention_head_size")
 TABLE = "embed_positions"  # sines, then cosines, of every position: the only buffer that a layer may hold
 # Not settings of a layer: torch's own, and what transformers and a program put on an instance.
@@ -286,20 +287,25 @@ _NORM_ROLES = (  # part of a norm's name -> what it may be; the first that fits
 )
 
 
-def choices(parts: Parts, config: Any, rotary_dim: int) -> list[Choice]:
-    """Every reading of the parts that their names allow, the likeliest first."""
-    roles = [next((roles for word, roles in _NORM_ROLES if word in name), ()) for name in parts.norms]
+def norm_readings(names: Sequence[str]) -> list[tuple[tuple[str, str], ...]]:
+    """Every way to give the norms of these names their roles, as (role, name) each, the likeliest first."""
+    roles = [next((roles for word, roles in _NORM_ROLES if word in name), ()) for name in names]
     if () in roles:
-        raise NoMatchError(f"the norm {list(parts.norms)[roles.index(())]} has no known role")
-    norms = [
-        tuple(zip(picked, parts.norms, strict=True))
+        raise NoMatchError(f"the norm {names[roles.index(())]} has no known role")
+    return [
+        tuple(zip(picked, names, strict=True))
         for picked in itertools.product(*roles)
         if len(set(picked)) == len(picked)
     ]
+
+
+def choices(parts: Parts, config: Any, rotary_dim: int) -> list[Choice]:
+    """Every reading of the parts that their names allow, the likeliest first."""
+    norms = norm_readings(list(parts.norms))
     attention, layer = (own_state(module) for module in (parts.attention, parts.layer))
     scales = [name for name in _SCALES if isinstance(attention.get(name), (int, float))]
     scales += ["1/" + name for name in _INVERSE_SCALES if isinstance(attention.get(name), (int, float))]
-    residual = [name for name in _RESIDUAL_SCALES if isinstance(layer.get(name), (int, float))]
+    residual = [name for name in RESIDUAL_SCALES if isinstance(layer.get(name), (int, float))]
     first = bool(layer.get("use_parallel_residual", "mlp" not in dict(norms[0]) if norms else False))
     return [
         Choice(*values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from .linear import PackedLinear
 from .ops import COMPUTE
 
 _forward = torch.ops.cpullm.layer_forward.default
+_group_forward = torch.ops.cpullm.group_forward.default
+MOST_MEMBERS = 8  # of a group: kMostMembers in csrc/layer.h
 
 
 # The barriers of a program need threads that all run at once.
@@ -52,6 +55,39 @@ class Program:
     def reserve(self, cache: CacheLayer, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]:
         """(k, v, k_scale, v_scale, length) of a cache that has room for x's tokens."""
         return cache.reserve(x.shape[0], x.shape[1], self._kv_heads, self._head_dim, x.dtype)
+
+
+def run_group(programs: Sequence[Program], bypass: int, calls: Sequence[tuple]) -> Tensor | None:
+    """``y = x + sum_l (a_l + m_l)`` of layers that read one x, by one operator; see :func:`layer_group.combine`.
+
+    calls: the arguments of each program, whose x are equal. None where the caches hold different numbers of tokens.
+    """
+    x = calls[-1][0]
+    tensors: list[Tensor] = []
+
+    def place(tensor: Tensor | None) -> int:
+        if tensor is None:
+            return -1
+        found = next((i for i, other in enumerate(tensors) if other is tensor), len(tensors))
+        if found == len(tensors):
+            tensors.append(tensor)
+        return found
+
+    rotary = [place(tensor) for _, cos, sin, _, _ in calls for tensor in (cos, sin)]
+    masks = [place(mask) for _, _, _, mask, _ in calls]
+    caches = [call[4] for call in calls]
+    if all(cache is None for cache in caches):
+        return _group_forward([p.handle for p in programs], x, tensors, rotary, masks, [], 0, bypass)
+    if None in caches:
+        return None
+    held = [program.reserve(cache, x) for program, cache in zip(programs, caches, strict=True)]
+    if len({each[4] for each in held}) > 1 or len({each[2] is None for each in held}) > 1:
+        return None
+    buffers = [tensor for each in held for tensor in each[:4] if tensor is not None]
+    y = _group_forward([p.handle for p in programs], x, tensors, rotary, masks, buffers, held[0][4], bypass)
+    for cache in caches:
+        cache.advance(x.shape[1])
+    return y
 
 
 class _Writer:

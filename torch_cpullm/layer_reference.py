@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -47,15 +48,40 @@ def run_layer(
 
     Raises ValueError for a mask of another shape.
     """
+    return run_group([spec], [(x, cos, sin, mask, cache)], 0, dtype)
+
+
+def run_group(
+    specs: Sequence[LayerSpec], calls: Sequence[tuple], bypass: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The output of layers that read one x; see :func:`torch_cpullm.layer_group.combine`.
+
+    calls: (x, cos, sin, mask, cache) of each layer, as in :func:`run_layer`; all x are equal.
+    """
+    x = calls[0][0]
     wide = x.to(dtype)
-    h = _norm(spec, wide, spec.input_norm)
-    attended = _norm(spec, _attention_block(spec, h, cos, sin, mask, cache, x.dtype), spec.post_attention_norm)
-    if spec.parallel:
-        y = wide + attended + _mlp(spec, h if spec.mlp_norm is None else _norm(spec, wide, spec.mlp_norm))
-    else:
-        r = wide + spec.residual_scale * attended
-        m = _norm(spec, _mlp(spec, _norm(spec, r, spec.mlp_norm)), spec.post_mlp_norm)
-        y = r + spec.residual_scale * m
+    inputs = [_norm(spec, wide, spec.input_norm) for spec in specs]
+    attended = [
+        spec.residual_scale * _norm(spec, _attention_block(spec, h, *call[1:], x.dtype), spec.post_attention_norm)
+        for spec, h, call in zip(specs, inputs, calls, strict=True)
+    ]
+    y = wide
+    if specs[0].parallel:
+        for spec, h, a in zip(specs, inputs, attended, strict=True):
+            y = y + (a + _mlp(spec, h if spec.mlp_norm is None else _norm(spec, wide, spec.mlp_norm)))
+        return y.to(x.dtype)
+    for a in attended:
+        y = y + a
+    fed = []
+    for i, spec in enumerate(specs):
+        r = y
+        if bypass >= 0:
+            r = wide + attended[i]
+            for a in attended[max(0, i - bypass) : i]:
+                r = r + a
+        fed.append(spec.residual_scale * _norm(spec, _mlp(spec, _norm(spec, r, spec.mlp_norm)), spec.post_mlp_norm))
+    for m in fed:
+        y = y + m
     return y.to(x.dtype)
 
 

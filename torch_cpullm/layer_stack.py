@@ -39,13 +39,19 @@ class _Step(threading.local):
 
 
 class LayerStack:
-    """The layers of one decoder, whose programs are ``programs``; see :func:`stack_of`."""
+    """The layers of one decoder, whose programs are ``programs``. groups: sizes of runs of layers that read one input.
 
-    def __init__(self, owner: nn.Module, layers: list[nn.Module], programs: list[Program]) -> None:
+    bypass: see :func:`layer_group.combine`.
+    """
+
+    def __init__(
+        self, owner: nn.Module, layers: list[nn.Module], programs: list[Program], groups: list[int], bypass: int
+    ) -> None:
         self._owner = weakref.ref(owner)
         self._waiting = [each for layer in layers for each in (layer._forward_hooks, layer._forward_pre_hooks)]
         self._programs = programs  # their handles are good as long as they live
         self._handles = [program.handle for program in programs]
+        self._groups, self._bypass = groups, bypass
         self._last = len(programs) - 1
         self._code = inspect.unwrap(type(owner).forward).__code__
         self._step = _Step()
@@ -116,7 +122,7 @@ class LayerStack:
         if ready is None:
             return None
         held, buffers, length = ready
-        y = _forward(self._handles, x, rotary[0], rotary[1], mask, buffers, length)
+        y = _forward(self._handles, x, rotary[0], rotary[1], mask, buffers, length, self._groups, self._bypass)
         for each in held:
             each.advance(x.shape[1])
         return y

@@ -1,0 +1,102 @@
+"""Whether layers are still what they were when they were matched."""
+
+from __future__ import annotations
+
+import operator
+import sys
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
+
+from torch import nn
+
+from .layer_match import IRRELEVANT
+from .layer_parts import own_state
+from .linear import PackedLinear, PackedModule
+
+
+class Watch:
+    """Tells whether anything that the matches of layers were made from has changed: objects by identity, settings by
+    value. ``config`` is that of all the layers.
+
+    Holds no reference to the layers themselves, whose attributes hold the programs.
+    """
+
+    def __init__(self, layers: list[nn.Module], config: Any) -> None:
+        inner = [module for layer in layers for path, module in layer.named_modules() if path]
+        others = [module for module in inner if not isinstance(module, PackedLinear)]
+        self._hooks = [hooks for module in inner for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._own = [
+            (weakref.ref(layer), _getter(["training", *(name for name in own_state(layer) if name != "forward")]))
+            for layer in layers
+        ]
+        self._dicts = [d for m in (*layers, *others) for d in (m._modules, m._parameters, m._buffers) if d]
+        self._copies = [dict(each) for each in self._dicts]
+        self._states = [(module.__dict__, _getter(own_state(module))) for module in others if own_state(module)]
+        self._all = [module.__dict__ for module in others]
+        self._weights = [t for module in others for t in module.parameters(recurse=False)]
+        self._versioned = [t for t in self._weights if not t.is_inference()]  # those have no version
+        self._config = {"": None} if config is None else vars(config)
+        self._settings = _getter(name for name in self._config if name not in IRRELEVANT)
+        self._linears = [module for module in inner if isinstance(module, PackedLinear)]
+        self._held = [(linear.packed, linear.bias) for linear in self._linears]  # so that no other gets their id
+        self._seen, self._slow = self._look(), self._look_closely()
+        self._changes = PackedModule.changes
+
+    def _look(self) -> list[Any]:
+        """What every call compares."""
+        own = [(cast("nn.Module", ref()).__dict__, get) for ref, get in self._own]
+        return [
+            [get(state) for state, get in own],
+            [len(state) for state, _ in own],
+            [*map(len, self._all)],
+            [get(each) for each, get in self._states],
+            [t._version for t in self._versioned],
+            self._settings(self._config),
+        ]
+
+    def _look_closely(self) -> list[Any]:
+        """What is compared where packed modules have changed, in this model or another."""
+        seen: list[Any] = [t.data_ptr() for t in self._weights]
+        for linear in self._linears:
+            seen += [id(linear.packed), id(linear.bias), linear.compute, linear.dtype, len(linear.__dict__)]
+        return seen
+
+    def same(self) -> bool:
+        """Whether nothing has changed, hooks aside."""
+        try:
+            if self._changes != PackedModule.changes:
+                if self._look_closely() != self._slow:
+                    return False
+                self._changes = PackedModule.changes
+            return self._dicts == self._copies and self._look() == self._seen
+        except (AttributeError, KeyError, RuntimeError, TypeError):  # another tensor, an attribute that is gone
+            return False
+
+    def unchanged(self) -> bool:
+        """Whether nothing has changed and no hook waits inside."""
+        return not any(self._hooks) and self.same()
+
+    def hooked(self) -> bool:
+        """Whether a hook inside waits for the module's call.
+
+        transformers leaves hooks behind once outputs were asked for; they wait only while one of theirs is.
+        """
+        capturing = sys.modules.get("transformers.utils.output_capturing")
+        wanted = None if capturing is None else capturing._active_collector.get()
+        for hooks in self._hooks:
+            for hook in hooks.values():
+                if getattr(hook, "__module__", "") != "transformers.utils.output_capturing":
+                    return True
+                if wanted and hook.__closure__ and any(cell.cell_contents in wanted for cell in _texts(hook)):
+                    return True
+        return False
+
+
+def _texts(hook: Any) -> Iterator[Any]:
+    """Cells of a hook's closure that hold text: among them the name of the output that it records."""
+    return (cell for cell in hook.__closure__ if isinstance(cell.cell_contents, str))
+
+
+def _getter(names: Iterable[str]) -> operator.itemgetter:
+    return operator.itemgetter(*names)
