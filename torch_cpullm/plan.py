@@ -51,16 +51,19 @@ class Target:
     def packed(self, stored: Tensor, settings: Settings) -> Packed:
         """The packed form of a weight as the module stores it; ValueError, naming the module, if it has none."""
         weight = stored.detach()
+        if self.kind == "experts":
+            return self.packed_experts(len(weight), lambda i: weight[i], settings)
+        return self._matrix(weight, settings)
+
+    def packed_experts(self, count: int, expert: Callable[[int], Tensor], settings: Settings) -> PackedStack:
+        """:meth:`packed` of experts' weights that come one after the other, each once."""
+        return stack(count, lambda i: self._matrix(expert(i), settings))
+
+    def _matrix(self, weight: Tensor, settings: Settings) -> PackedWeight:
         check_weight(self.name, weight)
         group_size = settings.group_size if self.bits == 4 or settings.bits == 8 else 32
-        scale_dtype = SCALE_DTYPES[settings.scale_dtype]
-
-        def matrix(weight: Tensor) -> PackedWeight:
-            return pack(quantize_rtn(weight, self.bits, group_size, settings.sym, scale_dtype))
-
-        if self.kind == "experts":
-            return stack(len(weight), lambda i: matrix(weight[i]))
-        return matrix(weight.T if self.kind == "conv1d" else weight)
+        weight = weight.T if self.kind == "conv1d" else weight
+        return pack(quantize_rtn(weight, self.bits, group_size, settings.sym, SCALE_DTYPES[settings.scale_dtype]))
 
     def replacement(self, packed: list[Packed], dtype: torch.dtype, compute: str) -> PackedModule:
         """The module that takes this one's place. It remembers this one, without its weights, for restore().
@@ -124,6 +127,7 @@ def find_targets(model: nn.Module, settings: Settings) -> tuple[list[Target], di
     head, embedding = (_method_result(model, name) for name in ("get_output_embeddings", "get_input_embeddings"))
     targets: dict[nn.Module, Target] = {}
     skipped: dict[str, str] = {}
+    mixtures: list[Target] = []  # experts to be packed, or that the settings leave
     closed: list[str] = []  # prefixes of modules that read their children's weights themselves
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, _READS_CHILDREN):
@@ -137,6 +141,7 @@ def find_targets(model: nn.Module, settings: Settings) -> tuple[list[Target], di
         bits = settings.head_bits if module is head or module is embedding else settings.bits
         if not all(map(settings.converts, _names(name, kind))) or bits is None:
             skipped[name] = EXCLUDED
+            mixtures += [Target([name], module, kind, 0)] if kind == "experts" else []
         elif any(name.startswith(prefix) for prefix in closed):
             skipped[name] = "its parent reads the weight without calling it"
         else:
@@ -146,9 +151,9 @@ def find_targets(model: nn.Module, settings: Settings) -> tuple[list[Target], di
                 skipped[name] = reason
             else:
                 targets[module] = target
-    for target in targets.values():
-        if target.kind == "experts":
-            skipped.update(dict.fromkeys(_routers(model, target, targets), ROUTER))
+    mixtures += [target for target in targets.values() if target.kind == "experts"]
+    for target in mixtures:
+        skipped.update(dict.fromkeys(_routers(model, target, targets), ROUTER))
     return list(targets.values()), skipped
 
 

@@ -183,12 +183,14 @@ def _warn(
         if matrix.tensor.ggml_type not in EXACT_TYPES
     ]
     changes += [
-        (
-            ggml_type_name(tensor.ggml_type),
-            f"quantised to {bits_of[name]} bits" if name in bits_of else "dequantised to float",
-        )
+        (f"{ggml_type_name(tensor.ggml_type)} experts", f"quantised to {bits_of[name]} bits")
         for tensor, name in plain
-        if tensor.ggml_type not in _FLOAT_TYPES
+        if name in bits_of
+    ]
+    changes += [
+        (ggml_type_name(tensor.ggml_type), "dequantised to float")
+        for tensor, name in plain
+        if name not in bits_of and tensor.ggml_type not in _FLOAT_TYPES
     ]
     if changes:
         counts = sorted(Counter(changes).items())
