@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from saved_models import BY_NAME, logits, optimised
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import MergeModulelist
 
 import torch_cpullm
 from torch_cpullm import CpuLlmConfig, ops
@@ -235,6 +237,25 @@ def test_quantised_while_loading_saved_and_reloaded(name: str, tmp_path: Path) -
     assert same(restored[1].state_dict(), restored[0].state_dict())
     restored[1].save_pretrained(tmp_path / "restored")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "restored")), logits(restored[0]))
+
+
+@every_mixture
+def test_experts_are_never_joined_in_float(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint has a tensor for each expert's matrix; excluded experts are joined as ever."""
+    BY_NAME[name].build().save_pretrained(tmp_path)
+    assert any("experts.0." in key for key in load_file(tmp_path / "model.safetensors"))
+    want = AutoModelForCausalLM.from_pretrained(tmp_path)
+    config = CpuLlmConfig(modules_to_not_convert=["experts"])
+    excluded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    experts = "model.layers.1.mlp.experts"
+    assert same(excluded.get_submodule(experts).state_dict(), want.get_submodule(experts).state_dict())
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("joined in float")
+
+    monkeypatch.setattr(MergeModulelist, "convert", refuse)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=CpuLlmConfig())
+    assert isinstance(model.get_submodule(experts), PackedExperts)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -127,12 +127,14 @@ def find_targets(model: nn.Module, settings: Settings) -> tuple[list[Target], di
     head, embedding = (_method_result(model, name) for name in ("get_output_embeddings", "get_input_embeddings"))
     targets: dict[nn.Module, Target] = {}
     skipped: dict[str, str] = {}
-    mixtures: list[Target] = []  # experts to be packed, or that the settings leave
+    mixtures: list[tuple[str, int, int]] = []  # experts packed, or left by the settings: name, how many, hidden
     closed: list[str] = []  # prefixes of modules that read their children's weights themselves
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, _READS_CHILDREN):
             closed.append(name + "." if name else "")
         kind = _kind(module, module is embedding)
+        if isinstance(module, PackedExperts):
+            mixtures.append((name, module.num_experts, module.hidden_dim))
         if kind is None:
             continue
         if module in targets:
@@ -141,7 +143,9 @@ def find_targets(model: nn.Module, settings: Settings) -> tuple[list[Target], di
         bits = settings.head_bits if module is head or module is embedding else settings.bits
         if not all(map(settings.converts, _names(name, kind))) or bits is None:
             skipped[name] = EXCLUDED
-            mixtures += [Target([name], module, kind, 0)] if kind == "experts" else []
+            if kind == "experts":
+                count, hidden, _ = module.get_parameter(WEIGHTS[1]).shape
+                mixtures.append((name, count, hidden))
         elif any(name.startswith(prefix) for prefix in closed):
             skipped[name] = "its parent reads the weight without calling it"
         else:
@@ -151,9 +155,12 @@ def find_targets(model: nn.Module, settings: Settings) -> tuple[list[Target], di
                 skipped[name] = reason
             else:
                 targets[module] = target
-    mixtures += [target for target in targets.values() if target.kind == "experts"]
-    for target in mixtures:
-        skipped.update(dict.fromkeys(_routers(model, target, targets), ROUTER))
+    for target in targets.values():
+        if target.kind == "experts":
+            count, hidden, _ = target.parameters[WEIGHTS[1]].shape
+            mixtures += [(name, count, hidden) for name in target.names]
+    for name, count, hidden in mixtures:
+        skipped.update(dict.fromkeys(_routers(model, name, (count, hidden), targets), ROUTER))
     return list(targets.values()), skipped
 
 
@@ -162,15 +169,13 @@ def _names(name: str, kind: str) -> tuple[str, ...]:
     return (name, *(f"{name}.{weight}" for weight in WEIGHTS)) if kind == "experts" else (name,)
 
 
-def _routers(model: nn.Module, target: Target, targets: Collection[nn.Module]) -> Iterator[str]:
-    """Modules beside these experts, still float, with a weight [experts, hidden]: they choose the experts."""
-    count, hidden, _ = target.parameters[WEIGHTS[1]].shape
-    for name in target.names:
-        parent = name.rpartition(".")[0]
-        for child, module in model.get_submodule(parent).named_children():
-            weight = module._parameters.get("weight")
-            if weight is not None and weight.shape == (count, hidden) and module not in targets:
-                yield f"{parent}.{child}" if parent else child
+def _routers(model: nn.Module, experts: str, shape: tuple[int, int], targets: Collection[nn.Module]) -> Iterator[str]:
+    """Modules beside the experts of this name, still float, with a weight [experts, hidden]: they choose."""
+    parent = experts.rpartition(".")[0]
+    for child, module in model.get_submodule(parent).named_children():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.shape == shape and module not in targets:
+            yield f"{parent}.{child}" if parent else child
 
 
 def stored_targets(model: nn.Module, bits: Callable[[str], int | None]) -> list[Target]:
