@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from . import cqil, ops
 from .checkpoint import MARKER, Form, check_files, check_version, form_of, read_forms
 from .config import Settings
+from .experts import WEIGHTS
 from .launch import apply_default_threads
 from .linear import SUFFIXES, Packed, entry
 from .packing import PackedStack
@@ -82,6 +83,7 @@ class CpuLlmQuantizer(HfQuantizer):
         self._frozen: set[str] = set()
         self._forms: dict[str, Form] = {}  # by name of the parameter
         self._saved: dict[str, Any] = {}  # what the model had of its own
+        self._joins: list[tuple[WeightConverter, list[ConversionOps]]] = []  # converters of experts, as they were
         # A float checkpoint: parameter name -> target, names tied to it, the placeholder's weight; the first error.
         self._by_name: dict[str, Target] = {}
         self._tied: dict[str, set[str]] = {}
@@ -142,6 +144,8 @@ class CpuLlmQuantizer(HfQuantizer):
 
     def take(self, name: str, value: Tensor) -> Tensor:
         """Quantise and pack the weight of this name; returns what the module holds until all weights are there."""
+        if name in self._packed:  # experts, see take_experts()
+            return value
         target = self._by_name[name]
         stored = target.parameters[name.rpartition(".")[2]]
         if tuple(value.shape) != tuple(stored.shape):
@@ -163,13 +167,47 @@ class CpuLlmQuantizer(HfQuantizer):
             value = torch.full((), 0 if same else 1, dtype=value.dtype).expand(value.shape)
         return value  # a weight that also serves a module which stays in float is kept as it is
 
+    def take_experts(self, name: str, parts: list[list[Tensor]]) -> Tensor:
+        """As :meth:`take`, from every expert's matrices, which are joined by rows. Empties the lists of ``parts``."""
+        target = self._by_name[name]
+        stored = target.parameters[name.rpartition(".")[2]]
+        rows = sum(len(part[0]) for part in parts)
+        shape = [len(parts[0]), rows, *parts[0][0].shape[1:]]
+        dtype = parts[0][0].dtype
+        if shape != [*stored.shape] or any([len(part), *part[0].shape[1:]] != [shape[0], *shape[2:]] for part in parts):
+            self._error = self._error or ValueError(
+                f"{name} is {shape} in the checkpoint, and must be {list(stored.shape)}"
+            )
+
+        def expert(i: int) -> Tensor:
+            matrices = [part[i] for part in parts]
+            for part in parts:
+                part[i] = part[i].new_empty(0)  # it may be a copy in another dtype
+            return torch.cat(matrices) if len(matrices) > 1 else matrices[0]
+
+        if self._error is None:
+            try:
+                self._packed[name] = target.packed_experts(shape[0], expert, self.quantization_config)
+            except ValueError as error:
+                self._error = error
+        return torch.zeros((), dtype=dtype).expand(stored.shape)
+
     # ---- our own checkpoint ----
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Only what renames: our checkpoints hold the model's own tensors, none to be joined, split or transposed."""
-        if not self.pre_quantized:
-            return super().update_weight_conversions(weight_conversions, model)
-        return [each for each in weight_conversions if not isinstance(each, WeightConverter)]
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """What transformers does to tensors that it reads.
+
+        A float checkpoint: experts are packed one by one instead of being joined in float. Our checkpoints hold the
+        model's own tensors, none to be joined, split or transposed: what renames stays.
+        """
+        if self.pre_quantized:
+            return [each for each in weight_conversions if not isinstance(each, WeightConverter)]
+        found = super().update_weight_conversions(weight_conversions, *args, **kwargs)
+        for each in found:
+            if isinstance(each, WeightConverter) and _joins_experts(each):
+                self._joins.append((each, each.operations))
+                each.operations = [_PackExperts(self, each.operations)]
+        return found
 
     def _expect_stored(self, model: Any, files: Any) -> None:
         """Let the modules that the checkpoint has in packed form hold the stored tensors instead of a weight."""
@@ -260,6 +298,8 @@ class CpuLlmQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Swap the modules and finish the model, as optimize() does."""
         settings = self.quantization_config
+        for converter, operations in self._joins:  # save_pretrained() of the restored model reverses them
+            converter.operations = operations
         if self._error is not None:
             raise self._error
         with torch.no_grad():
@@ -328,6 +368,36 @@ class _Quantize(ConversionOps):
             wanted = self._quantizer.param_needs_quantization(None, name)
             result[name] = self._quantizer.take(name, tensor) if wanted else tensor
         return result
+
+
+class _PackExperts(ConversionOps):
+    """Stands for the operations that join a checkpoint's experts; those of other modules are joined as ever."""
+
+    def __init__(self, quantizer: CpuLlmQuantizer, operations: list[ConversionOps]) -> None:
+        self._quantizer, self._operations = quantizer, operations
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _PackExperts:
+        return self  # transformers copies a converter for every tensor
+
+    @torch.no_grad()
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Pattern -> the experts' tensors, in lists, to target pattern -> what the model gets."""
+        sources, (target,) = kwargs["source_patterns"], kwargs["target_patterns"]
+        name = kwargs["full_layer_name"]
+        if self._quantizer.param_needs_quantization(None, name):
+            parts = [input_dict[source] for source in sources if source in input_dict]
+            return {target: self._quantizer.take_experts(name, parts)}
+        for operation in self._operations:
+            input_dict = operation.convert(input_dict, *args, **kwargs)
+        return input_dict
+
+
+def _joins_experts(converter: WeightConverter) -> bool:
+    """Whether a converter makes one of :data:`experts.WEIGHTS` of experts' matrices: stacked, and joined by rows."""
+    targets = [pattern.rpartition(".")[2] for pattern in converter.target_patterns]
+    steps = [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]
+    joins = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
+    return len(targets) == 1 and targets[0] in WEIGHTS and steps in joins
 
 
 def _is_cpu(place: Any) -> bool:

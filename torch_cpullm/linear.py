@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 
 import torch
@@ -32,7 +33,7 @@ def entry(module: str, parameter: str) -> str:
     return f"{module}.{parameter}" if module else parameter
 
 
-class PackedModule(nn.Module):
+class PackedModule(nn.Module, ABC):
     """Holds packed weights outside the reach of ``.to(dtype)``; saves and loads them in canonical row-major form.
 
     changes: counts the attributes set on any packed module of the process, so that who has seen one need not look at
@@ -53,9 +54,9 @@ class PackedModule(nn.Module):
         self.dtype = dtype
         self.training = False  # until somebody calls train(), which check_inference() then refuses
 
+    @abstractmethod
     def weights(self) -> Mapping[str, Packed]:
         """Name of the float module's parameter -> its packed form."""
-        raise NotImplementedError
 
     def check_movable(self, fn: Callable[[Tensor], Tensor]) -> Tensor:
         """``fn`` of a small tensor of this module's dtype; RuntimeError if that is no longer on the CPU."""

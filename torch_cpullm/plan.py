@@ -51,16 +51,19 @@ class Target:
     def packed(self, stored: Tensor, settings: Settings) -> Packed:
         """The packed form of a weight as the module stores it; ValueError, naming the module, if it has none."""
         weight = stored.detach()
+        if self.kind == "experts":
+            return self.packed_experts(len(weight), lambda i: weight[i], settings)
+        return self._matrix(weight, settings)
+
+    def packed_experts(self, count: int, expert: Callable[[int], Tensor], settings: Settings) -> PackedStack:
+        """:meth:`packed` of experts' weights that come one after the other, each once."""
+        return stack(count, lambda i: self._matrix(expert(i), settings))
+
+    def _matrix(self, weight: Tensor, settings: Settings) -> PackedWeight:
         check_weight(self.name, weight)
         group_size = settings.group_size if self.bits == 4 or settings.bits == 8 else 32
-        scale_dtype = SCALE_DTYPES[settings.scale_dtype]
-
-        def matrix(weight: Tensor) -> PackedWeight:
-            return pack(quantize_rtn(weight, self.bits, group_size, settings.sym, scale_dtype))
-
-        if self.kind == "experts":
-            return stack(len(weight), lambda i: matrix(weight[i]))
-        return matrix(weight.T if self.kind == "conv1d" else weight)
+        weight = weight.T if self.kind == "conv1d" else weight
+        return pack(quantize_rtn(weight, self.bits, group_size, settings.sym, SCALE_DTYPES[settings.scale_dtype]))
 
     def replacement(self, packed: list[Packed], dtype: torch.dtype, compute: str) -> PackedModule:
         """The module that takes this one's place. It remembers this one, without its weights, for restore().
@@ -124,11 +127,14 @@ def find_targets(model: nn.Module, settings: Settings) -> tuple[list[Target], di
     head, embedding = (_method_result(model, name) for name in ("get_output_embeddings", "get_input_embeddings"))
     targets: dict[nn.Module, Target] = {}
     skipped: dict[str, str] = {}
+    mixtures: list[tuple[str, int, int]] = []  # experts packed, or left by the settings: name, how many, hidden
     closed: list[str] = []  # prefixes of modules that read their children's weights themselves
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, _READS_CHILDREN):
             closed.append(name + "." if name else "")
         kind = _kind(module, module is embedding)
+        if isinstance(module, PackedExperts):
+            mixtures.append((name, module.num_experts, module.hidden_dim))
         if kind is None:
             continue
         if module in targets:
@@ -137,6 +143,9 @@ def find_targets(model: nn.Module, settings: Settings) -> tuple[list[Target], di
         bits = settings.head_bits if module is head or module is embedding else settings.bits
         if not all(map(settings.converts, _names(name, kind))) or bits is None:
             skipped[name] = EXCLUDED
+            if kind == "experts":
+                count, hidden, _ = module.get_parameter(WEIGHTS[1]).shape
+                mixtures.append((name, count, hidden))
         elif any(name.startswith(prefix) for prefix in closed):
             skipped[name] = "its parent reads the weight without calling it"
         else:
@@ -148,7 +157,10 @@ def find_targets(model: nn.Module, settings: Settings) -> tuple[list[Target], di
                 targets[module] = target
     for target in targets.values():
         if target.kind == "experts":
-            skipped.update(dict.fromkeys(_routers(model, target, targets), ROUTER))
+            count, hidden, _ = target.parameters[WEIGHTS[1]].shape
+            mixtures += [(name, count, hidden) for name in target.names]
+    for name, count, hidden in mixtures:
+        skipped.update(dict.fromkeys(_routers(model, name, (count, hidden), targets), ROUTER))
     return list(targets.values()), skipped
 
 
@@ -157,15 +169,13 @@ def _names(name: str, kind: str) -> tuple[str, ...]:
     return (name, *(f"{name}.{weight}" for weight in WEIGHTS)) if kind == "experts" else (name,)
 
 
-def _routers(model: nn.Module, target: Target, targets: Collection[nn.Module]) -> Iterator[str]:
-    """Modules beside these experts, still float, with a weight [experts, hidden]: they choose the experts."""
-    count, hidden, _ = target.parameters[WEIGHTS[1]].shape
-    for name in target.names:
-        parent = name.rpartition(".")[0]
-        for child, module in model.get_submodule(parent).named_children():
-            weight = module._parameters.get("weight")
-            if weight is not None and weight.shape == (count, hidden) and module not in targets:
-                yield f"{parent}.{child}" if parent else child
+def _routers(model: nn.Module, experts: str, shape: tuple[int, int], targets: Collection[nn.Module]) -> Iterator[str]:
+    """Modules beside the experts of this name, still float, with a weight [experts, hidden]: they choose."""
+    parent = experts.rpartition(".")[0]
+    for child, module in model.get_submodule(parent).named_children():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.shape == shape and module not in targets:
+            yield f"{parent}.{child}" if parent else child
 
 
 def stored_targets(model: nn.Module, bits: Callable[[str], int | None]) -> list[Target]:

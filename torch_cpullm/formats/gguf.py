@@ -26,7 +26,7 @@ from torch import nn
 from ..config import SCALE_DTYPES, Settings
 from ..linear import PackedEmbedding, PackedLinear
 from ..packing import PackedWeight, pack
-from ..plan import Target, find_targets, head_compute, keep_original
+from ..plan import find_targets, head_compute, keep_original
 from ..quant import quantize_rtn
 from ..swap import optimize, swap_module
 from .gguf_blocks import EXACT_TYPES, GROUP, quantized_weight
@@ -111,11 +111,7 @@ def _fill(
             plain.append((matrix.tensor, f"{matrix.module}.weight"))
         else:
             chosen.append((matrix, bits))
-    experts, bits_of = _experts(model, plain, settings, recipe)
-    _warn(file, chosen, plain, bits_of)
     _fill_plain(file, model, plan, plain, dtype)
-    for target in experts:
-        swap_module(model, target, settings, {})
     packed: dict[str, PackedWeight] = {}
     with (
         _workers() as pool,
@@ -132,6 +128,7 @@ def _fill(
             _swap(model, target, packed[origin], settings, dtype)
         else:
             model.get_submodule(target).weight = model.get_submodule(origin).weight
+    _warn(file, chosen, plain, _pack_experts(model, plain, settings, recipe))
 
 
 @contextmanager
@@ -159,36 +156,38 @@ def _release_freed_memory() -> None:
             trim(0)
 
 
-def _experts(
-    model: Any, plain: list[tuple[GgufTensor, str]], settings: Settings, recipe: bool
-) -> tuple[list[Target], dict[str, int]]:
-    """Experts to pack, which transformers' processor joins as floats, and name -> bits of their parameters."""
-    experts = [target for target in find_targets(model, settings)[0] if target.kind == "experts"]
-    bits_of = {}
-    for target in experts:
-        names = [f"{target.name}.{parameter}" for parameter in target.parameters]
+def _pack_experts(model: Any, plain: list[tuple[GgufTensor, str]], settings: Settings, recipe: bool) -> dict[str, int]:
+    """Packs the experts, which transformers' processor has joined as floats; name -> bits of their parameters."""
+    bits_of: dict[str, int] = {}
+    for experts in find_targets(model, settings)[0]:
+        if experts.kind != "experts":
+            continue
+        names = [f"{experts.name}.{parameter}" for parameter in experts.parameters]
         if not recipe and any(name in names and tensor.ggml_type not in _FLOAT_TYPES for tensor, name in plain):
-            target.bits = 8
-        bits_of.update(dict.fromkeys(names, target.bits))
-    return experts, bits_of
+            experts.bits = 8
+        bits_of.update(dict.fromkeys(names, experts.bits))
+        swap_module(model, experts, settings, {})
+    return bits_of
 
 
 def _warn(
     file: GgufFile, matrices: list[tuple[Matrix, int]], plain: list[tuple[GgufTensor, str]], bits_of: dict[str, int]
 ) -> None:
-    """One warning that says which storage types could not be taken over. bits_of: float tensors to be quantised."""
+    """One warning that says which storage types could not be taken over. bits_of: those of experts, see above."""
     changes = [
         (ggml_type_name(matrix.tensor.ggml_type), f"quantised to {bits} bits")
         for matrix, bits in matrices
         if matrix.tensor.ggml_type not in EXACT_TYPES
     ]
     changes += [
-        (
-            ggml_type_name(tensor.ggml_type),
-            f"quantised to {bits_of[name]} bits" if name in bits_of else "dequantised to float",
-        )
+        (f"{ggml_type_name(tensor.ggml_type)} experts", f"quantised to {bits_of[name]} bits")
         for tensor, name in plain
-        if tensor.ggml_type not in _FLOAT_TYPES
+        if name in bits_of
+    ]
+    changes += [
+        (ggml_type_name(tensor.ggml_type), "dequantised to float")
+        for tensor, name in plain
+        if name not in bits_of and tensor.ggml_type not in _FLOAT_TYPES
     ]
     if changes:
         counts = sorted(Counter(changes).items())
