@@ -61,7 +61,9 @@ networkx==3.4.2; python_version < "3.11"
 numpy==2.4.6; python_version >= "3.11"
 numpy==2.2.6; python_version < "3.11"
 packaging==26.3
+peft==0.21.2
 pluggy==1.7.0
+psutil==7.2.2
 pydantic==2.14.3
 pydantic_core==2.50.4
 Pygments==2.21.0
