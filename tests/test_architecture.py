@@ -26,6 +26,7 @@ LAYERS = [
     ["swap", "backend", "cqil", "distributed"],  # transforms: model -> model
     ["formats.gguf"],  # unlike the readers of the format it builds whole models, by optimize
     ["hf"],
+    ["loading"],
     ["runner", "run", "bench", "doctor", "cli", "__main__", "_autoload"],
 ]
 TRANSFORMS = ["swap", "backend", "cqil", "distributed"]
@@ -36,6 +37,7 @@ USE_TRANSFORMERS = {
     "hf",
     "kv_cache",
     "layer_probe",
+    "loading",
     "runner",
     "formats.gguf",
     "formats.gguf_hf",

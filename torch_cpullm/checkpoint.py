@@ -3,9 +3,11 @@
     X.weight_codes    uint8 [n, ceil(k/2)] (4 bits: even input low) or [n, k] (8 bits: int8 value + 128)
     X.weight_scales   float16 | bfloat16 [n, groups]
     X.weight_zeros    uint8 or the scales' dtype [n, groups], or absent: see packing.QuantizedWeight
+    X.weight_order    int32 [k], or absent: input j of the weight is input order[j] of the linear
 
     quantization_config   quant_method "cpullm", format_version, the settings, and
-        modules   pattern -> form {bits, group_size, zeros, scales}; "*" in a pattern stands for any layer number
+        modules   pattern -> form {bits, group_size, zeros, scales, and ordered where it is true};
+                  "*" in a pattern stands for any layer number
         tensors   how many tensors the files hold in all
         hint      for people who do not have this package
 
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import SCALE_DTYPES, Settings
-from .linear import STORED, PackedEmbedding, PackedLinear
+from .linear import ORDER, STORED, PackedEmbedding, PackedLinear, check_order
 from .packing import PackedWeight, check_bits, check_group_size, pack_stored, resolve_group, stored_width
 
 FORMAT_VERSION = 1
@@ -40,6 +42,7 @@ _ZEROS = ("none", "point", "minimum")
 @dataclass(frozen=True)
 class Form:
     """How one weight is stored. zeros: "none", "point" (integers) or "minimum" (floats). scales: a dtype's name.
+    ordered: whether inputs are in an order of their own.
 
     Raises ValueError naming the field that is wrong.
     """
@@ -48,6 +51,7 @@ class Form:
     group_size: int
     zeros: str
     scales: str
+    ordered: bool = False
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
@@ -56,12 +60,21 @@ class Form:
             raise ValueError(f"zeros must be one of {', '.join(_ZEROS)}, and none for bits=8, got {self.zeros!r}")
         if not isinstance(self.scales, str) or self.scales not in SCALE_DTYPES:
             raise ValueError(f"scales must be one of {', '.join(SCALE_DTYPES)}, got {self.scales!r}")
+        if not isinstance(self.ordered, bool):
+            raise ValueError(f"ordered must be True or False, got {self.ordered!r}")
 
     @staticmethod
-    def of(packed: PackedWeight) -> Form:
-        """The form of a packed weight."""
+    def of(module: PackedLinear | PackedEmbedding) -> Form:
+        """The form of a module's packed weight."""
+        packed = module.packed
         zeros = "none" if packed.zeros is None else "point" if packed.zeros.dtype == torch.uint8 else "minimum"
-        return Form(packed.bits, packed.group_size, zeros, str(packed.scales.dtype).removeprefix("torch."))
+        scales = str(packed.scales.dtype).removeprefix("torch.")
+        return Form(packed.bits, packed.group_size, zeros, scales, getattr(module, "order", None) is not None)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors, by the last part of their names."""
+        return tuple(self.tensors(1, 1))
 
     def tensors(self, n: int, k: int) -> dict[str, tuple[list[int], torch.dtype]]:
         """Name -> (shape, dtype) of what is stored for a weight [n, k]."""
@@ -70,10 +83,12 @@ class Form:
         found = {STORED[0]: ([n, stored_width(k, self.bits)], torch.uint8), STORED[1]: (groups, scales)}
         if self.zeros != "none":
             found[STORED[2]] = (groups, torch.uint8 if self.zeros == "point" else scales)
+        if self.ordered:
+            found[ORDER] = ([k], torch.int32)
         return found
 
-    def packed(self, tensors: dict[str, Tensor], n: int, k: int) -> PackedWeight:
-        """The packed weight [n, k] of stored tensors; ValueError says which of them does not fit."""
+    def packed(self, tensors: dict[str, Tensor], n: int, k: int) -> tuple[PackedWeight, Tensor | None]:
+        """(packed weight [n, k], order or None) of stored tensors; ValueError says which of them does not fit."""
         for name, (shape, dtype) in self.tensors(n, k).items():
             got = tensors[name]
             if list(got.shape) != shape or got.dtype != dtype:
@@ -82,7 +97,8 @@ class Form:
         codes, scales, zeros = (None if value is None else value.detach() for value in values)
         assert codes is not None
         assert scales is not None
-        return pack_stored(codes, scales, zeros, n, k, self.bits, self.group_size)
+        order = check_order(tensors[ORDER].detach(), k) if self.ordered else None
+        return pack_stored(codes, scales, zeros, n, k, self.bits, self.group_size), order
 
 
 # ---- the description ------------------------------------------------------------------------------------------------
@@ -110,12 +126,14 @@ def _patterns(model: nn.Module) -> dict[str, dict[str, Any]]:
     groups: dict[str, dict[str, Form | None]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         packed = isinstance(module, (PackedLinear, PackedEmbedding))
-        groups.setdefault(_starred(name), {})[name] = Form.of(module.packed) if packed else None
+        groups.setdefault(_starred(name), {})[name] = Form.of(module) if packed else None
     found: dict[str, dict[str, Any]] = {}
     for pattern, names in groups.items():
         forms = set(names.values())
         alike = {pattern: next(iter(forms))} if len(forms) == 1 else names
-        found.update({name: asdict(form) for name, form in alike.items() if form is not None})
+        for name, form in alike.items():
+            if form is not None:
+                found[name] = {key: value for key, value in asdict(form).items() if key != "ordered" or value}
     return found
 
 
@@ -151,30 +169,58 @@ def check_version(version: Any) -> None:
 
 # ---- the files ------------------------------------------------------------------------------------------------------
 
-_FLOATS = {"F16", "BF16"}
-_STORED_DTYPES = {STORED[0]: {"U8"}, STORED[1]: _FLOATS, STORED[2]: {"U8", *_FLOATS}}
+Headers = dict[str, tuple[tuple[int, ...], "torch.dtype | None"]]
+
+_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+_HALVES = (torch.float16, torch.bfloat16)
+_STORED_DTYPES = {
+    STORED[0]: (torch.uint8,),
+    STORED[1]: _HALVES,
+    STORED[2]: (torch.uint8, *_HALVES),
+    ORDER: (torch.int32,),
+}
 
 
-def check_files(files: Iterable[str | os.PathLike[str]], tensors: Any) -> None:
-    """ValueError for files that are no whole safetensors, hold another number of tensors, or codes of a wrong dtype."""
+def read_headers(files: Iterable[str | os.PathLike[str]]) -> Headers:
+    """Tensor name -> (shape, dtype; None for one that no weight has) of these files.
+
+    ValueError for a file that is no whole safetensors, and for a tensor that two of them have.
+    """
     from safetensors import SafetensorError, safe_open
 
-    found = 0
+    found: Headers = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
-                names = list(opened.keys())
-                found += len(names)
-                for name in names:
-                    dtypes = _STORED_DTYPES.get(name.rpartition(".")[2])
-                    dtype = opened.get_slice(name).get_dtype() if dtypes else ""
-                    if dtypes and dtype not in dtypes:
-                        raise ValueError(f"{file}: {name} is {dtype}, and must be {' or '.join(sorted(dtypes))}")
+                for name in opened.keys():  # noqa: SIM118 (it is no dict)
+                    if name in found:
+                        raise ValueError(f"{file}: {name} is in another file, too")
+                    view = opened.get_slice(name)
+                    found[name] = tuple(view.get_shape()), _DTYPES.get(view.get_dtype())
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: no whole safetensors file: {error}") from error
-    if type(tensors) is not int or found != tensors:
+    return found
+
+
+def check_headers(headers: Headers, tensors: Any) -> None:
+    """ValueError for files that hold another number of tensors than ``tensors``, or codes of a wrong dtype."""
+    for name, (_, dtype) in headers.items():
+        dtypes = _STORED_DTYPES.get(name.rpartition(".")[2], (dtype,))
+        if dtype not in dtypes:
+            got, *allowed = (str(kind).removeprefix("torch.") for kind in (dtype, *dtypes))
+            raise ValueError(f"{name} is {got}, and must be {' or '.join(allowed)}")
+    if type(tensors) is not int or len(headers) != tensors:
         raise ValueError(
-            f"this checkpoint is not whole: config.json speaks of {tensors!r} tensors, and its files hold {found}"
+            f"this checkpoint is not whole: config.json speaks of {tensors!r} tensors, and its files hold "
+            f"{len(headers)}"
         )
 
 
@@ -189,7 +235,7 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     state = {
         name: value
         for name, value in model.state_dict().items()
-        if not (name.rpartition(".")[2] in STORED and name[: name.rindex(".") + 1] in again)
+        if not (name.rpartition(".")[2] in (*STORED, ORDER) and name[: name.rindex(".") + 1] in again)
     }
     real = next((name.removesuffix("_codes") for name in state if name.endswith(".weight_codes")), None)
     for name in (MARKER, real):

@@ -5,12 +5,14 @@ Loaded only when asked for, since it imports transformers; importing it register
     float checkpoint    each weight is quantised and packed when transformers reads it; a placeholder of one element
                         stands for it until all are there, so transformers ties and initialises what it always does
     ours                the stored tensors take the place of the weight's; packed when all are there
+    another program's   the same with its tensors (formats/importing.py); see :func:`torch_cpullm.load`
 
 Either way the modules are then swapped and finished as :func:`torch_cpullm.optimize` does it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, cast
 
 import torch
@@ -21,10 +23,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import ops
-from .checkpoint import MARKER, Form, check_files, check_version, form_of, read_forms
+from .checkpoint import MARKER, Form, Headers, check_headers, check_version, form_of, read_forms, read_headers
 from .config import Settings
+from .formats.importing import stored_weights
+from .formats.stored import StoredWeight
 from .launch import apply_default_threads
-from .linear import STORED
 from .packing import PackedWeight
 from .plan import Target, check_strict, find_targets, stored_targets
 from .swap import finish, freeze, put_in_place, restore, swap_module
@@ -55,7 +58,7 @@ class CpuLlmConfig(Settings, QuantizationConfigMixin):
         self.strict = strict
         if "format_version" in kwargs:  # of a checkpoint
             check_version(kwargs["format_version"])
-            for name in ("format_version", "modules", "tensors", "hint"):
+            for name in ("format_version", "modules", "tensors", "hint", "source"):
                 setattr(self, name, kwargs.get(name))
         Settings.__init__(
             self, bits, group_size, sym, compute, head_bits, scale_dtype, modules_to_not_convert, kv_cache
@@ -78,9 +81,11 @@ class CpuLlmQuantizer(HfQuantizer):
 
     def _clear(self) -> None:
         self._targets: list[Target] = []
+        self._later: list[Target] = []  # float in a packed checkpoint, and quantised when it is loaded
         self._skipped: dict[str, str] = {}
         self._frozen: set[str] = set()
-        self._forms: dict[int, Form] = {}  # by id of the target
+        self._forms: dict[int, Form | StoredWeight] = {}  # by id of the target
+        self._biases: set[int] = set()  # targets that have a bias in the files alone
         self._saved: dict[str, Any] = {}  # what the model had of its own
         # A float checkpoint: parameter name -> target, names tied to it, the placeholder's weight; the first error.
         self._by_name: dict[str, Target] = {}
@@ -162,45 +167,78 @@ class CpuLlmQuantizer(HfQuantizer):
             value = torch.full((), 0 if same else 1, dtype=value.dtype).expand(value.shape)
         return value  # a weight that also serves a module which stays in float is kept as it is
 
-    # ---- our own checkpoint ----
+    # ---- packed checkpoints: ours, and those of other programs ----
 
     def _expect_stored(self, model: Any, files: Any) -> None:
         """Let the modules that the checkpoint has in packed form hold the stored tensors instead of a weight."""
         description = self.quantization_config
-        forms = read_forms(getattr(description, "modules", None))
-        if files:
-            check_files(files, getattr(description, "tensors", None))
+        headers = read_headers(files or ())
+        source = getattr(description, "source", None)
+        forms: dict[str, Any]  # Form or StoredWeight
+        if source is None:
+            forms = read_forms(getattr(description, "modules", None))
+            if files:
+                check_headers(headers, getattr(description, "tensors", None))
+        else:
+            forms = dict(stored_weights(source, headers))
+            likely = Counter((form.bits, form.group_size, form.sym) for form in forms.values()).most_common(1)
+            description.bits, description.group_size, description.sym = likely[0][0]
         prefix = getattr(model, "base_model_prefix", "")
         by_name = {name: form_of(name, forms, prefix) for name, _ in model.named_modules(remove_duplicate=False)}
         ours = stored_targets(model, lambda name: getattr(by_name[name], "bits", None))
         packed = {name for target in ours for name in target.names}
+        if source is not None and forms.keys() - packed:
+            name = min(forms.keys() - packed)
+            raise ValueError(f"{type(model).__name__} has no linear {name}, and the checkpoint has a weight for it")
         planned = [name for target in self._targets for name in target.names]
         self._skipped.update({name: "float in the checkpoint" for name in planned if name not in packed})
+        self._later = [] if source is None else self._of_float(packed)
         for target in ours:
-            self._forms[id(target)] = form = cast("Form", by_name[target.name])
+            self._forms[id(target)] = form = cast("Form | StoredWeight", by_name[target.name])
             weight, shape = target.stored, target.shape
+            try:
+                tensors = form.tensors(*shape)
+            except ValueError as error:
+                raise ValueError(f"{target.name}: {error}") from error
             del target.module._parameters["weight"]
             weight._is_hf_initialized = True  # type: ignore[attr-defined]
             target.module.__dict__["weight"] = weight  # for code that looks at it
-            for name, (size, dtype) in form.tensors(*shape).items():
+            for name, (size, dtype) in tensors.items():
                 empty = torch.empty(size, dtype=dtype, device="meta")
                 target.module.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+            if source is not None and "bias" in target.module._parameters and target.module.bias is None:
+                self._expect_bias(target, headers)
         self._targets = ours
-        self._set_aside(model)
+        self._set_aside(model, markers=source is None)
 
-    def _set_aside(self, model: Any) -> None:
-        """Tie stored tensors where transformers would tie weights, and expect the markers."""
+    def _of_float(self, packed: set[str]) -> list[Target]:
+        """Head and embedding, if another program has left them in float: they follow head_bits like those of a float
+        model. What else it has left in float stays so.
+        """
+        later = [t for t in self._targets if (t.head or t.kind == "embedding") and not packed & set(t.names)]
+        for name in (name for target in later for name in target.names):
+            del self._skipped[name]
+        return later
+
+    def _expect_bias(self, target: Target, headers: Headers) -> None:
+        """Some programs give every linear a bias, of zeros where the model has none."""
+        if f"{target.name}.bias" in headers:
+            empty = torch.empty(target.shape[0], dtype=target.stored.dtype, device="meta")
+            target.module.register_parameter("bias", nn.Parameter(empty, requires_grad=False))
+            self._biases.add(id(target))
+
+    def _set_aside(self, model: Any, *, markers: bool) -> None:
+        """Tie stored tensors where transformers would tie weights, and expect the markers of our own checkpoints."""
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         forms = {f"{name}.weight": self._forms[id(target)] for target in self._targets for name in target.names}
         now = {}
         for target, source in tied.items():
             if forms.get(target) != forms.get(source):
                 continue  # two weights of their own in the checkpoint
-            tensors = forms[target].tensors(1, 1) if target in forms else ()
-            names = [f"_{name.removeprefix('weight_')}" for name in tensors] or [""]
-            now.update({target + name: source + name for name in names})
-        markers = {rf"^{MARKER}$", *(rf"^{name}$".replace(".", r"\.") for name in forms)}
-        ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()) | markers
+            for name in forms[target].names if target in forms else ("weight",):
+                now[target.removesuffix("weight") + name] = source.removesuffix("weight") + name
+        expected = {rf"^{MARKER}$", *(rf"^{name}$".replace(".", r"\.") for name in forms)} if markers else set()
+        ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()) | expected
         for name, value in (("all_tied_weights_keys", now), ("_keys_to_ignore_on_load_unexpected", ignored)):
             if name in model.__dict__:
                 self._saved[name] = model.__dict__[name]
@@ -214,28 +252,30 @@ class CpuLlmQuantizer(HfQuantizer):
         missing = [
             f"{target.name}.{name}"
             for target in self._targets
-            for name in STORED
-            if name in target.module._parameters
-            and not getattr(target.module._parameters[name], "_is_hf_initialized", False)
+            for name in self._forms[id(target)].names
+            if not getattr(target.module._parameters[name], "_is_hf_initialized", False)
         ]
         if missing:
             more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
             raise ValueError(f"this checkpoint lacks, or has in another shape: {', '.join(missing[:4])}{more}")
-        packed: dict[tuple[int, Form], PackedWeight] = {}
+        packed: dict[tuple[int, Any], tuple[PackedWeight, Tensor | None]] = {}
         for target in self._targets:
             module, form = target.module, self._forms[id(target)]
             weight = module.__dict__.pop("weight")
-            tensors = {name: module._parameters.pop(name) for name in STORED if name in module._parameters}
+            tensors = {name: cast("Tensor", module._parameters.pop(name)) for name in form.names}
             module._parameters["weight"] = None
-            key = id(tensors[STORED[0]]), form
-            if key not in packed:
-                n, k = weight.shape if target.kind != "conv1d" else weight.shape[::-1]
-                try:
-                    packed[key] = form.packed(cast("dict[str, Tensor]", tensors), n, k)
-                except ValueError as error:
-                    raise ValueError(f"this checkpoint is damaged: {target.name}: {error}") from error
+            key = id(tensors[form.names[0]]), form
+            n, k = weight.shape if target.kind != "conv1d" else weight.shape[::-1]
+            if id(target) in self._biases and not bool(cast("Tensor", module.bias).any()):
+                module._parameters["bias"] = None
+            try:
+                if key not in packed:
+                    packed[key] = form.packed(tensors, n, k)
+            except ValueError as error:
+                raise ValueError(f"this checkpoint is damaged: {target.name}: {error}") from error
+            new, order = packed[key]
             compute = self.quantization_config.compute
-            put_in_place(model, target, target.replacement(packed[key], weight.dtype, compute))
+            put_in_place(model, target, target.replacement(new, weight.dtype, compute, order))
 
     # ---- transformers' protocol: after ----
 
@@ -247,13 +287,11 @@ class CpuLlmQuantizer(HfQuantizer):
         with torch.no_grad():
             if self.pre_quantized:
                 self._pack_stored(model)
-                freeze(model)
-            else:
-                parameters = {name: target.stored for name, target in self._by_name.items()}
-                packed = {id(parameters[name]): weight for name, weight in self._packed.items()}
-                freeze(model)
-                for target in self._targets:
-                    swap_module(model, target, settings, packed)
+            parameters = {name: target.stored for name, target in self._by_name.items()}
+            packed = {id(parameters[name]): weight for name, weight in self._packed.items()}
+            freeze(model)
+            for target in self._later if self.pre_quantized else self._targets:
+                swap_module(model, target, settings, packed)
         skipped, frozen = self._skipped, self._frozen
         self._clear()
         finish(model, settings, skipped, frozen)

@@ -56,16 +56,24 @@ class Target:
         weight = weight.T if self.kind == "conv1d" else weight
         return pack(quantize_rtn(weight, self.bits, group_size, settings.sym, scale_dtype))
 
-    def replacement(self, packed: PackedWeight, dtype: torch.dtype, compute: str) -> PackedLinear | PackedEmbedding:
-        """The module that takes this one's place. It remembers this one, without its weight, for restore()."""
+    def replacement(
+        self, packed: PackedWeight, dtype: torch.dtype, compute: str, order: Tensor | None = None
+    ) -> PackedLinear | PackedEmbedding:
+        """The module that takes this one's place. It remembers this one, without its weight, for restore().
+
+        order: of a linear's inputs, see :class:`PackedLinear`; ValueError for one of an embedding.
+        """
         new: PackedLinear | PackedEmbedding
         if isinstance(self.module, nn.Embedding):
+            if order is not None:
+                raise ValueError(f"{self.name} is an embedding, and cannot have its inputs in another order")
             plain = type(self.module).forward is nn.Embedding.forward
             multiplier = None if plain else embedding_multiplier(self.module)
             new = PackedEmbedding(packed, dtype=dtype, padding_idx=self.module.padding_idx, multiplier=multiplier)
         else:
             compute = head_compute(compute) if self.head else compute
-            new = PackedLinear(packed, cast("Tensor | None", self.module.bias), dtype=dtype, compute=compute)
+            bias = cast("Tensor | None", self.module.bias)
+            new = PackedLinear(packed, bias, dtype=dtype, compute=compute, order=order)
         new.train(self.module.training)
         keep_original(new, self.module)
         return new

@@ -107,14 +107,17 @@ def restore(model: nn.Module) -> nn.Module:
     was never optimised is returned as it is.
     """
     remove_programs(model)
-    weights: dict[tuple[int, torch.dtype], nn.Parameter] = {}
+    weights: dict[tuple[int, int, torch.dtype], nn.Parameter] = {}
     originals: dict[nn.Module, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(module, (PackedLinear, PackedEmbedding)):
             continue
-        key = (id(module.packed), module.dtype)
+        order = module.order if isinstance(module, PackedLinear) else None
+        key = (id(module.packed), id(order), module.dtype)
         if key not in weights:
-            weights[key] = nn.Parameter(ops.dequantize(module.packed).to(module.dtype), requires_grad=False)
+            weight = ops.dequantize(module.packed)
+            weight = module.in_order(weight) if isinstance(module, PackedLinear) else weight
+            weights[key] = nn.Parameter(weight.to(module.dtype), requires_grad=False)
         if module not in originals:
             originals[module] = _original(module, weights[key])
         _set_module(model, name, originals[module])
