@@ -26,8 +26,8 @@ LAYERS = [
     ["swap", "backend", "cqil", "distributed"],  # transforms: model -> model
     ["formats.gguf"],  # unlike the readers of the format it builds whole models, by optimize
     ["hf"],
-    ["loading"],
-    ["runner", "run", "bench", "doctor", "cli", "__main__", "_autoload"],
+    ["loading", "convert"],
+    ["runner", "run", "bench", "doctor", "cli", "cli_quantize", "cli_options", "__main__", "_autoload"],
 ]
 TRANSFORMS = ["swap", "backend", "cqil", "distributed"]
 

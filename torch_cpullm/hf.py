@@ -30,7 +30,7 @@ from .formats.stored import StoredWeight
 from .launch import apply_default_threads
 from .packing import PackedWeight
 from .plan import Target, check_strict, find_targets, stored_targets
-from .swap import finish, freeze, put_in_place, restore, swap_module
+from .swap import finish, freeze, progress, put_in_place, restore, swap_module
 
 
 class CpuLlmConfig(Settings, QuantizationConfigMixin):
@@ -206,7 +206,7 @@ class CpuLlmQuantizer(HfQuantizer):
             for name, (size, dtype) in tensors.items():
                 empty = torch.empty(size, dtype=dtype, device="meta")
                 target.module.register_parameter(name, nn.Parameter(empty, requires_grad=False))
-            if source is not None and "bias" in target.module._parameters and target.module.bias is None:
+            if source is not None and target.module._parameters.get("bias", weight) is None:
                 self._expect_bias(target, headers)
         self._targets = ours
         self._set_aside(model, markers=source is None)
@@ -259,7 +259,7 @@ class CpuLlmQuantizer(HfQuantizer):
             more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
             raise ValueError(f"this checkpoint lacks, or has in another shape: {', '.join(missing[:4])}{more}")
         packed: dict[tuple[int, Any], tuple[PackedWeight, Tensor | None]] = {}
-        for target in self._targets:
+        for target in progress(self._targets):
             module, form = target.module, self._forms[id(target)]
             weight = module.__dict__.pop("weight")
             tensors = {name: cast("Tensor", module._parameters.pop(name)) for name in form.names}

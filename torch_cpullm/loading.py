@@ -44,65 +44,71 @@ def load(
     Only safetensors and GGUF files are read. Raises OSError where a file is missing; ValueError, naming what is wrong,
     for a damaged, incomplete or unsupported checkpoint.
     """
-    settings = config if config is not None else Settings()
-    if not isinstance(settings, Settings):
-        raise TypeError(f"config must be a CpuLlmConfig, got {type(config).__name__}")
     if Path(path).is_file():
         if options:
             raise TypeError(f"a GGUF file takes no option {min(options)!r}")
         return load_gguf(path, dtype=dtype or torch.float32, compute=compute, config=config)
-    return _load_directory(path, settings, config is not None, compute, {"dtype": dtype or "auto"}, options)
+    model = load_directory(path, config=config, compute=compute, dtype=dtype, **options)
+    return model, _tokenizer(path, {"trust_remote_code": False, **options})
 
 
-def _load_directory(
-    path: Any, settings: Settings, chosen: bool, compute: str | None, arguments: dict[str, Any], options: dict[str, Any]
-) -> tuple[Any, Any]:
-    """chosen: whether the settings are the caller's. arguments: for the model alone."""
+def load_directory(
+    path: Any,
+    *,
+    config: Settings | None = None,
+    compute: str | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Any:
+    """The model of :func:`load` for a directory, or for a name that transformers looks up."""
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from .hf import CpuLlmConfig
-
+    settings = config if config is not None else Settings()
+    if not isinstance(settings, Settings):
+        raise TypeError(f"config must be a CpuLlmConfig, got {type(config).__name__}")
     options = {"trust_remote_code": False, **options}
-    values = {field.name: getattr(settings, field.name) for field in fields(Settings)}
-    values["compute"] = compute or settings.compute
+    arguments: dict[str, Any] = {"dtype": dtype or "auto", "use_safetensors": True, "output_loading_info": True}
     try:
-        config = AutoConfig.from_pretrained(path, **options)
-        stored = _stored_settings(config)
-        if stored is None:
-            arguments["quantization_config"] = CpuLlmConfig(**values)
-        elif stored.get("quant_method") == "cpullm":
-            if chosen:
-                raise ValueError("it was saved with settings of its own, and takes no config")
-            config.quantization_config = {**stored, **({"compute": compute} if compute else {})}
-        elif stored.get("quant_method") in METHODS:
-            own = {"quant_method": "cpullm", "format_version": FORMAT_VERSION, "source": stored}
-            config.quantization_config = {**values, **own}
-        else:
-            known = ", ".join(METHODS)
-            raise ValueError(f"it is quantised by {stored.get('quant_method')!r}, and what can be read is {known}")
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, config=config, use_safetensors=True, output_loading_info=True, **arguments, **options
-        )
+        described = AutoConfig.from_pretrained(path, **options)
+        arguments |= _description(described, settings, config is not None, compute)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, config=described, **arguments, **options)
         model, info = loaded
         _check_complete(info)
     except _OF_DAMAGE as error:
         raise ValueError(f"{path}: {error}") from error
     except SafetensorError as error:
         raise ValueError(f"{path}: no whole safetensors file: {error}") from error
-    return model, _tokenizer(path, options)
+    return model
+
+
+def _description(described: Any, settings: Settings, chosen: bool, compute: str | None) -> dict[str, Any]:
+    """Let the config of the checkpoint say what hf.py has to do, or return the argument that says it.
+
+    chosen: whether the settings are the caller's.
+    """
+    from .hf import CpuLlmConfig
+
+    values = {field.name: getattr(settings, field.name) for field in fields(Settings)}
+    values["compute"] = compute or settings.compute
+    stored = getattr(described, "quantization_config", None)
+    if stored is None:
+        return {"quantization_config": CpuLlmConfig(**values, strict=getattr(settings, "strict", False))}
+    method = stored.get("quant_method") if isinstance(stored, dict) else stored
+    if method == "cpullm":
+        if chosen:
+            raise ValueError("it was saved with settings of its own, and takes no config")
+        described.quantization_config = {**stored, **({"compute": compute} if compute else {})}
+    elif method in METHODS:
+        own = {"quant_method": "cpullm", "format_version": FORMAT_VERSION, "source": stored}
+        described.quantization_config = {**values, **own}
+    else:
+        raise ValueError(f"it is quantised by {method!r}, and what can be read is {', '.join(METHODS)}")
+    return {}
 
 
 # What transformers raises, besides OSError, for settings and tensors that disagree with each other.
 _OF_DAMAGE = (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, ArithmeticError)
-
-
-def _stored_settings(config: Any) -> dict[str, Any] | None:
-    """The quantization_config of a checkpoint, None if it has none; ValueError if it is nothing of the kind."""
-    stored = getattr(config, "quantization_config", None)
-    if stored is not None and not isinstance(stored, dict):
-        raise ValueError(f"quantization_config is {stored!r}")
-    return stored
 
 
 def _check_complete(info: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import ctypes
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -58,10 +58,15 @@ def optimize(model: nn.Module, config: Settings | None = None, *, strict: bool =
     model.eval()
     frozen = freeze(model)
     packed: dict[int, PackedWeight] = {}
-    for target in tqdm(targets, desc="torch_cpullm", unit="module", disable=not targets or _progress_disabled()):
+    for target in progress(targets):
         swap_module(model, target, settings, packed)
     finish(model, settings, skipped, frozen)
     return model
+
+
+def progress(targets: list[Target]) -> Iterable[Target]:
+    """The targets, with a bar on a terminal."""
+    return tqdm(targets, desc="torch_cpullm", unit="module", disable=not targets or _progress_disabled())
 
 
 def swap_module(model: nn.Module, target: Target, settings: Settings, packed: dict[int, PackedWeight]) -> None:
