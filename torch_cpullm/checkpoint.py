@@ -192,7 +192,7 @@ _STORED_DTYPES = {
 def read_headers(files: Iterable[str | os.PathLike[str]]) -> Headers:
     """Tensor name -> (shape, dtype; None for one that no weight has) of these files.
 
-    ValueError for a file that is no whole safetensors, and for a tensor that two of them have.
+    ValueError for a file that is no whole safetensors, and for a tensor that two of them have; FileNotFoundError.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -205,6 +205,8 @@ def read_headers(files: Iterable[str | os.PathLike[str]]) -> Headers:
                         raise ValueError(f"{file}: {name} is in another file, too")
                     view = opened.get_slice(name)
                     found[name] = tuple(view.get_shape()), _DTYPES.get(view.get_dtype())
+        except FileNotFoundError:
+            raise
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: no whole safetensors file: {error}") from error
     return found

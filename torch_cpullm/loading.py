@@ -61,6 +61,7 @@ def load_directory(
     **options: Any,
 ) -> Any:
     """The model of :func:`load` for a directory, or for a name that transformers looks up."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -75,7 +76,7 @@ def load_directory(
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, config=described, **arguments, **options)
         model, info = loaded
         _check_complete(info)
-    except _OF_DAMAGE as error:
+    except (*_OF_DAMAGE, StrictDataclassError) as error:
         raise ValueError(f"{path}: {error}") from error
     except SafetensorError as error:
         raise ValueError(f"{path}: no whole safetensors file: {error}") from error
