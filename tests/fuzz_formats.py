@@ -109,11 +109,11 @@ def _change_settings(path: Path, chance: random.Random) -> None:
     file = path / "config.json"
     config = json.loads(file.read_text())
     place = config if chance.random() < 0.25 else config["quantization_config"]
-    *outer, last = chance.choice(_leaves(place))
+    *outer, last = chance.choice(_leaves(place) or [("quant_method",)])
     for key in outer:
         place = place[key]
     if chance.random() < 0.15:
-        del place[last]
+        place.pop(last, None) if isinstance(place, dict) else place.clear()
     elif last != "num_hidden_layers":  # transformers makes as many as it is told
         place[last] = chance.choice(_VALUES)
     file.write_text(json.dumps(config))
