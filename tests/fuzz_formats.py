@@ -3,7 +3,7 @@
 Each case takes a tiny checkpoint (GPTQ, AWQ, AutoRound, compressed-tensors, our own, GGUF), changes some of its bytes,
 tensors or settings, and loads it. What may happen is a ValueError or an OSError that names the file, or a model that
 computes; anything else, a crash above all, ends the run with the case's number, which ``--first`` and ``--cases 1``
-repeat. ``make sanitize SANITIZE_TESTS=tests/test_formats_bad_input.py`` runs some of them under the sanitizers.
+repeat.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ def _leaves(value: Any, path: tuple = ()) -> list[tuple]:
 def _change_settings(path: Path, chance: random.Random) -> None:
     file = path / "config.json"
     config = json.loads(file.read_text())
-    place = config if chance.random() < 0.25 else config["quantization_config"]
+    stored = config.get("quantization_config")
+    place = stored if isinstance(stored, dict) and chance.random() < 0.75 else config
     *outer, last = chance.choice(_leaves(place) or [("quant_method",)])
     for key in outer:
         place = place[key]

@@ -19,7 +19,7 @@ from saved_models import logits, tree
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import torch_cpullm
-from torch_cpullm import CpuLlmConfig, cli
+from torch_cpullm import CpuLlmConfig, cli, runner
 from torch_cpullm.convert import convert
 from torch_cpullm.linear import ORDER
 
@@ -75,6 +75,17 @@ def test_converts_and_reloads_bit_for_bit(name, source, tmp_path, capsys):
     model.save_pretrained(tmp_path / "again")
     ours = [tree(path)["model.safetensors"] for path in (target, tmp_path / "again")]
     assert ours[0] == ours[1]
+
+
+@pytest.mark.parametrize("name", ["gptq", "ours"])
+def test_the_command_line_runs_them_as_they_are(name, source):
+    want, _ = torch_cpullm.load(source(name))
+    loaded = runner.load_int4(source(name), tokenizer=False)
+    assert torch.equal(logits(loaded.model), logits(want))
+    assert (loaded.label, loaded.model_bytes) == ("INT4", runner.count(want)[0])
+    plain = runner.load_bf16(source(name), loaded)
+    assert plain.model.dtype == torch.bfloat16
+    assert torch.equal(plain.model.lm_head.weight, torch_cpullm.restore(want).lm_head.weight.bfloat16())
 
 
 def test_options(source, tmp_path, capsys):

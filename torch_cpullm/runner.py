@@ -129,7 +129,7 @@ def quantised_by(path: Path) -> str | None:
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path / 'config.json'}: {error}") from error
+        raise InputError(f"cannot load {path}: config.json: {error}") from error
     stored = config.get("quantization_config") if isinstance(config, dict) else None
     return None if stored is None else str(stored.get("quant_method") if isinstance(stored, dict) else stored)
 
