@@ -150,6 +150,8 @@ def test_linears_in_float_stay_so(tmp_path):
     rows = {row.name: row for row in torch_cpullm.report(model).rows}
     assert (rows[name].state, rows[name].reason) == ("float", "float in the checkpoint")
     assert len(rows) == 16
+    with pytest.raises(ValueError, match=f"strict=True, but .*\\n  {name}: float in the checkpoint"):
+        torch_cpullm.load(tmp_path, config=CpuLlmConfig(strict=True))
 
 
 def test_settings_of_single_modules(tmp_path):

@@ -13,6 +13,7 @@ from .checkpoint import FORMAT_VERSION
 from .config import Settings
 from .formats.gguf import load_gguf
 from .formats.importing import METHODS
+from .plan import check_strict
 
 
 def load(
@@ -76,6 +77,8 @@ def load_directory(
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, config=described, **arguments, **options)
         model, info = loaded
         _check_complete(info)
+        if getattr(settings, "strict", False):
+            check_strict(model, [], model._cpullm_skipped)
     except (*_OF_DAMAGE, StrictDataclassError) as error:
         raise ValueError(f"{path}: {error}") from error
     except SafetensorError as error:
@@ -94,7 +97,7 @@ def _description(described: Any, settings: Settings, chosen: bool, compute: str 
     values["compute"] = compute or settings.compute
     stored = getattr(described, "quantization_config", None)
     if stored is None:
-        return {"quantization_config": CpuLlmConfig(**values, strict=getattr(settings, "strict", False))}
+        return {"quantization_config": CpuLlmConfig(**values)}
     method = stored.get("quant_method") if isinstance(stored, dict) else stored
     if method == "cpullm":
         if chosen:
