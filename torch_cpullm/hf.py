@@ -293,6 +293,7 @@ class CpuLlmQuantizer(HfQuantizer):
             for target in self._later if self.pre_quantized else self._targets:
                 swap_module(model, target, settings, packed)
         skipped, frozen = self._skipped, self._frozen
+        vars(settings).pop("source", None)  # from here on the model is one of ours
         self._clear()
         finish(model, settings, skipped, frozen)
         return model

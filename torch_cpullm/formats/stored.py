@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ Tensors = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]  # (name, shape, 
 
 
 @dataclass(frozen=True)
-class StoredWeight:
+class StoredWeight(ABC):
     """A weight matrix in another program's form: its settings, and (name, shape, dtype) of its tensors in the files.
 
     bits: 4 or 8. group_size: inputs that share a scale, a multiple of 32, or -1 for one group. sym: whether the
@@ -44,13 +45,16 @@ class StoredWeight:
         """Groups of a row of k inputs."""
         return -(-k // resolve_group(self.group_size, k))
 
+    @abstractmethod
     def expected(self, n: int, k: int) -> Shapes:
         """Name -> (shape, possible dtypes) of the tensors of a weight [n, k]; ValueError if there is none."""
-        raise ValueError(f"{type(self).__name__} has no tensors for [{n}, {k}]")
 
+    @abstractmethod
     def quantized(self, tensors: dict[str, Tensor], n: int, k: int) -> tuple[QuantizedWeight, Tensor | None]:
-        """(weight [n, k], order int32 [k] or None): input j of the weight is input order[j] of the linear."""
-        raise ValueError(f"{type(self).__name__} has no weight [{n}, {k}]")
+        """(weight [n, k], order int32 [k] or None): input j of the weight is input order[j] of the linear.
+
+        tensors: by the names of :meth:`expected`, of its shapes and dtypes. ValueError for values that are wrong.
+        """
 
     def tensors(self, n: int, k: int) -> dict[str, tuple[list[int], torch.dtype]]:
         """Name -> (shape, dtype) of what is stored for a weight [n, k]; ValueError where the files have another."""
