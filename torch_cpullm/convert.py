@@ -17,7 +17,7 @@ from .loading import load_directory
 from .saving import replaced, weights_of
 from .swap import packed_modules
 
-# Files that belong to a model besides its weights and config. No code is among them.
+# Files that belong to a model besides its weights and config; code does not.
 _COMPANIONS = (
     "*token*.*",
     "vocab.*",
@@ -73,4 +73,5 @@ def _give_up(module: PackedLinear | PackedEmbedding, *_: Any) -> None:
 def _companions(source: Path) -> list[Path]:
     if not source.is_dir():
         return []
-    return sorted({file for pattern in _COMPANIONS for file in source.glob(pattern) if file.is_file()})
+    found = {file for pattern in _COMPANIONS for file in source.glob(pattern)}
+    return sorted(file for file in found if file.is_file() and file.suffix != ".py")
