@@ -5,12 +5,14 @@ Loaded only when asked for, since it imports transformers; importing it register
     float checkpoint    each weight is quantised and packed when transformers reads it; a placeholder of one element
                         stands for it until all are there, so transformers ties and initialises what it always does
     ours                the stored tensors take the place of the weight's; packed when all are there
+    another program's   the same with its tensors (formats/importing.py); see :func:`torch_cpullm.load`
 
 Either way the modules are then swapped and finished as :func:`torch_cpullm.optimize` does it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, cast
 
 import torch
@@ -21,14 +23,18 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import cqil, ops
-from .checkpoint import MARKER, Form, check_files, check_version, form_of, read_forms
+from .checkpoint import MARKER, Form, Headers, check_headers, check_version, form_of, read_forms, read_headers
 from .config import Settings
 from .experts import WEIGHTS
+from .formats.importing import stored_weights
+from .formats.stored import StoredWeight
 from .launch import apply_default_threads
-from .linear import SUFFIXES, Packed, entry
+from .linear import Packed, entry
 from .packing import PackedStack
 from .plan import Target, check_strict, find_targets, stored_targets
-from .swap import finish, freeze, put_in_place, restore, swap_module
+from .swap import finish, freeze, progress, put_in_place, restore, swap_module
+
+_Packed = tuple[Packed, Tensor | None]  # a weight, and the order of its inputs
 
 
 class CpuLlmConfig(Settings, QuantizationConfigMixin):
@@ -56,7 +62,7 @@ class CpuLlmConfig(Settings, QuantizationConfigMixin):
         self.strict = strict
         if "format_version" in kwargs:  # of a checkpoint
             check_version(kwargs["format_version"])
-            for name in ("format_version", "modules", "tensors", "hint"):
+            for name in ("format_version", "modules", "tensors", "hint", "source"):
                 setattr(self, name, kwargs.get(name))
         Settings.__init__(
             self, bits, group_size, sym, compute, head_bits, scale_dtype, modules_to_not_convert, kv_cache
@@ -79,9 +85,11 @@ class CpuLlmQuantizer(HfQuantizer):
 
     def _clear(self) -> None:
         self._targets: list[Target] = []
+        self._later: list[Target] = []  # float in a packed checkpoint, and quantised when it is loaded
         self._skipped: dict[str, str] = {}
         self._frozen: set[str] = set()
-        self._forms: dict[str, Form] = {}  # by name of the parameter
+        self._forms: dict[str, Form | StoredWeight] = {}  # by name of the parameter
+        self._biases: set[int] = set()  # targets that have a bias in the files alone
         self._saved: dict[str, Any] = {}  # what the model had of its own
         self._joins: list[tuple[WeightConverter, list[ConversionOps]]] = []  # converters of experts, as they were
         # A float checkpoint: parameter name -> target, names tied to it, the placeholder's weight; the first error.
@@ -192,18 +200,19 @@ class CpuLlmQuantizer(HfQuantizer):
                 self._error = error
         return torch.zeros((), dtype=dtype).expand(stored.shape)
 
-    # ---- our own checkpoint ----
+    # ---- packed checkpoints: ours, and those of other programs ----
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
         """What transformers does to tensors that it reads.
 
         A float checkpoint: experts are packed one by one instead of being joined in float. Our checkpoints hold the
-        model's own tensors, none to be joined, split or transposed: what renames stays.
+        model's own tensors, none to be joined, split or transposed: what renames stays. Another program's: as ever.
         """
-        if self.pre_quantized:
+        foreign = getattr(self.quantization_config, "source", None) is not None
+        if self.pre_quantized and not foreign:
             return [each for each in weight_conversions if not isinstance(each, WeightConverter)]
         found = super().update_weight_conversions(weight_conversions, *args, **kwargs)
-        for each in found:
+        for each in () if foreign else found:
             if isinstance(each, WeightConverter) and _joins_experts(each):
                 self._joins.append((each, each.operations))
                 each.operations = [_PackExperts(self, each.operations)]
@@ -212,39 +221,77 @@ class CpuLlmQuantizer(HfQuantizer):
     def _expect_stored(self, model: Any, files: Any) -> None:
         """Let the modules that the checkpoint has in packed form hold the stored tensors instead of a weight."""
         description = self.quantization_config
-        forms = read_forms(getattr(description, "modules", None))
-        if files:
-            check_files(files, getattr(description, "tensors", None))
+        headers = read_headers(files or ())
+        source = getattr(description, "source", None)
+        forms: dict[str, Any]  # Form or StoredWeight
+        if source is None:
+            forms = read_forms(getattr(description, "modules", None))
+            if files:
+                check_headers(headers, getattr(description, "tensors", None))
+        else:
+            forms = dict(stored_weights(source, headers))
+            likely = Counter((form.bits, form.group_size, form.sym) for form in forms.values()).most_common(1)
+            description.bits, description.group_size, description.sym = likely[0][0]
         prefix = getattr(model, "base_model_prefix", "")
         ours = stored_targets(model, lambda name: getattr(form_of(name, forms, prefix), "bits", None))
         packed = {name for target in ours for name in target.names}
+        if source is not None and forms.keys() - packed:
+            name = min(forms.keys() - packed)
+            raise ValueError(f"{type(model).__name__} has no linear {name}, and the checkpoint has a weight for it")
         planned = [name for target in self._targets for name in target.names]
         self._skipped.update({name: "float in the checkpoint" for name in planned if name not in packed})
+        self._later = [] if source is None else self._of_float(packed)
         for target in ours:
             for parameter, weight in target.parameters.items():
-                form = cast("Form", form_of(entry(target.name, parameter), forms, prefix))
+                form = cast("Form | StoredWeight", form_of(entry(target.name, parameter), forms, prefix))
+                try:
+                    tensors = form.tensors(target.shape(weight), parameter)
+                except ValueError as error:
+                    raise ValueError(f"{entry(target.name, parameter)}: {error}") from error
                 self._forms.update({f"{name}.{parameter}": form for name in target.names})
                 del target.module._parameters[parameter]
                 weight._is_hf_initialized = True  # type: ignore[attr-defined]
                 target.module.__dict__[parameter] = weight  # for code that looks at it
-                for suffix, (size, dtype) in form.tensors(target.shape(weight)).items():
+                for name, (size, dtype) in tensors.items():
                     empty = torch.empty(size, dtype=dtype, device="meta")
-                    target.module.register_parameter(parameter + suffix, nn.Parameter(empty, requires_grad=False))
+                    target.module.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+                if source is not None and target.module._parameters.get("bias", weight) is None:
+                    self._expect_bias(target, weight, headers)
         self._targets = ours
-        self._set_aside(model)
+        self._set_aside(model, markers=source is None)
 
-    def _set_aside(self, model: Any) -> None:
-        """Tie stored tensors where transformers would tie weights, and expect the markers."""
+    def _of_float(self, packed: set[str]) -> list[Target]:
+        """Head and embedding, if another program has left them in float: they follow head_bits like those of a float
+        model. What else it has left in float stays so.
+        """
+        later = [t for t in self._targets if (t.head or t.kind == "embedding") and not packed & set(t.names)]
+        for name in (name for target in later for name in target.names):
+            del self._skipped[name]
+        return later
+
+    def _expect_bias(self, target: Target, weight: Tensor, headers: Headers) -> None:
+        """Some programs give every linear a bias, of zeros where the model has none."""
+        if f"{target.name}.bias" in headers:
+            empty = torch.empty(target.shape(weight)[0], dtype=weight.dtype, device="meta")
+            target.module.register_parameter("bias", nn.Parameter(empty, requires_grad=False))
+            self._biases.add(id(target))
+
+    def _set_aside(self, model: Any, *, markers: bool) -> None:
+        """Tie stored tensors where transformers would tie weights, and expect the markers of our own checkpoints."""
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         forms = self._forms
         now = {}
         for target, source in tied.items():
             if forms.get(target) != forms.get(source):
                 continue  # two weights of their own in the checkpoint
-            suffixes = forms[target].tensors([1, 1]) if target in forms else [""]
-            now.update({target + suffix: source + suffix for suffix in suffixes})
-        markers = {rf"^{MARKER}$", *(rf"^{name}$".replace(".", r"\.") for name in forms)}
-        ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()) | markers
+            own, _, parameter = target.rpartition(".")
+            if target in forms:
+                other = source.rpartition(".")[0]
+                now.update({f"{own}.{name}": f"{other}.{name}" for name in forms[target].names(parameter)})
+            else:
+                now[target] = source
+        expected = {rf"^{MARKER}$", *(rf"^{name}$".replace(".", r"\.") for name in forms)} if markers else set()
+        ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()) | expected
         for name, value in (("all_tied_weights_keys", now), ("_keys_to_ignore_on_load_unexpected", ignored)):
             if name in model.__dict__:
                 self._saved[name] = model.__dict__[name]
@@ -259,38 +306,37 @@ class CpuLlmQuantizer(HfQuantizer):
             f"{target.name}.{name}"
             for target in self._targets
             for parameter in target.parameters
-            for name in (parameter + suffix for suffix in SUFFIXES)
-            if name in target.module._parameters
-            and not getattr(target.module._parameters[name], "_is_hf_initialized", False)
+            for name in self._forms[f"{target.name}.{parameter}"].names(parameter)
+            if not getattr(target.module._parameters[name], "_is_hf_initialized", False)
         ]
         if missing:
             more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
             raise ValueError(f"this checkpoint lacks, or has in another shape: {', '.join(missing[:4])}{more}")
-        packed: dict[tuple[int, Form], Packed] = {}
-        for target in self._targets:
+        packed: dict[tuple[int, Any], _Packed] = {}
+        for target in progress(self._targets):
             weights = target.parameters
             own = [self._pack_one(target, parameter, weight, packed) for parameter, weight in weights.items()]
-            dtype = next(iter(weights.values())).dtype
-            put_in_place(model, target, target.replacement(own, dtype, self.quantization_config.compute))
+            if id(target) in self._biases and not bool(cast("Tensor", target.module.bias).any()):
+                target.module._parameters["bias"] = None
+            dtype, compute, order = next(iter(weights.values())).dtype, self.quantization_config.compute, own[0][1]
+            put_in_place(model, target, target.replacement([new for new, _ in own], dtype, compute, order))
 
     def _pack_one(
-        self, target: Target, parameter: str, weight: Tensor, packed: dict[tuple[int, Form], Packed]
-    ) -> Packed:
-        """The packed form of one weight from its stored tensors, which leave the module; packed: those made so far."""
+        self, target: Target, parameter: str, weight: Tensor, packed: dict[tuple[int, Any], _Packed]
+    ) -> _Packed:
+        """The packed form of one weight, and its order, from its stored tensors, which leave the module; packed: those
+        made so far.
+        """
         module, form = target.module, self._forms[f"{target.name}.{parameter}"]
         del module.__dict__[parameter]
-        tensors = {
-            suffix: module._parameters.pop(parameter + suffix)
-            for suffix in SUFFIXES
-            if parameter + suffix in module._parameters
-        }
+        tensors = {name: cast("Tensor", module._parameters.pop(name)) for name in form.names(parameter)}
         module._parameters[parameter] = None
-        key = id(tensors[SUFFIXES[0]]), form
-        if key not in packed:
-            try:
-                packed[key] = form.packed(cast("dict[str, Tensor]", tensors), target.shape(weight))
-            except ValueError as error:
-                raise ValueError(f"this checkpoint is damaged: {entry(target.name, parameter)}: {error}") from error
+        key = id(next(iter(tensors.values()))), form
+        try:
+            if key not in packed:
+                packed[key] = form.packed(tensors, target.shape(weight), parameter)
+        except ValueError as error:
+            raise ValueError(f"this checkpoint is damaged: {entry(target.name, parameter)}: {error}") from error
         return packed[key]
 
     # ---- transformers' protocol: after ----
@@ -305,14 +351,14 @@ class CpuLlmQuantizer(HfQuantizer):
         with torch.no_grad():
             if self.pre_quantized:
                 self._pack_stored(model)
-                freeze(model)
-            else:
-                parameters = {n: p for target in self._targets for n, p in _parameters(target).items()}
-                packed = {id(parameters[name]): weight for name, weight in self._packed.items()}
-                freeze(model)
-                for target in self._targets:
-                    swap_module(model, target, settings, packed)
+            targets = self._later if self.pre_quantized else self._targets
+            parameters = {name: weight for target in targets for name, weight in _parameters(target).items()}
+            packed = {id(parameters[name]): weight for name, weight in self._packed.items()}
+            freeze(model)
+            for target in targets:
+                swap_module(model, target, settings, packed)
         skipped, frozen = self._skipped, self._frozen
+        vars(settings).pop("source", None)  # from here on the model is one of ours
         self._clear()
         finish(model, settings, skipped, frozen)
         if cqil.saved_plan(model) is not None:

@@ -86,7 +86,7 @@ def run_group(
 
 
 def _linear(linear: PackedLinear, x: Tensor) -> Tensor:
-    return reference.linear(x, linear.packed, linear.bias, None, linear.compute)
+    return reference.linear(x, linear.packed, linear.bias, linear.order, linear.compute)
 
 
 def _norm(spec: LayerSpec, x: Tensor, norm: Norm | None) -> Tensor:

@@ -22,8 +22,18 @@ from .packing import (
 
 SUFFIXES = ("_codes", "_scales", "_zeros")  # of the three tensors of a packed parameter in a state dict
 STORED = tuple("weight" + suffix for suffix in SUFFIXES)
+ORDER = "weight_order"  # the name of a PackedLinear's order there
 
 Packed = PackedWeight | PackedStack
+
+
+def check_order(order: Tensor, k: int) -> Tensor:
+    """``order`` as contiguous int32 [k]; ValueError unless it holds each of 0..k-1 once."""
+    if order.dtype != torch.int32 or list(order.shape) != [k]:
+        raise ValueError(f"{ORDER} must be int32 {[k]}, got {order.dtype} {list(order.shape)}")
+    if not torch.equal(order.sort().values, torch.arange(k, dtype=torch.int32)):
+        raise ValueError(f"{ORDER} must hold every input 0..{k - 1} once")
+    return order.contiguous()
 
 
 def entry(module: str, parameter: str) -> str:
@@ -161,31 +171,70 @@ class PackedMatrix(PackedModule):
 class PackedLinear(PackedMatrix):
     """``y = x W^T + bias`` with packed W [out_features, in_features]; x [.., in_features] fp32 | bf16 | fp16.
 
-    For inference only. compute: ``"int8"`` or ``"fp32"``, see :func:`torch_cpullm.ops.linear`.
+    For inference only. compute: ``"int8"`` or ``"fp32"``, see :func:`torch_cpullm.ops.linear`. order: None, or int32
+    [in_features]: input j of ``packed`` is input order[j] of x, so that the inputs of a group are neighbours (GPTQ's
+    desc_act). ValueError where it is no permutation.
     """
 
     bias: nn.Parameter | None
     compute: str
 
     def __init__(
-        self, packed: PackedWeight, bias: Tensor | None = None, *, dtype: torch.dtype, compute: str = "int8"
+        self,
+        packed: PackedWeight,
+        bias: Tensor | None = None,
+        *,
+        dtype: torch.dtype,
+        compute: str = "int8",
+        order: Tensor | None = None,
     ) -> None:
         super().__init__(packed, dtype)
         ops.check_compute(compute)
         self.in_features, self.out_features = packed.k, packed.n
         self.compute = compute
+        self.order = None if order is None else check_order(order, packed.k)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., in_features] -> [.., out_features] of x's dtype; RuntimeError where a gradient is asked for."""
         self.check_inference(x)
-        return ops.linear(x, self.packed, self.bias, None, self.compute)
+        return ops.linear(x, self.packed, self.bias, self.order, self.compute)
+
+    def in_order(self, weight: Tensor) -> Tensor:
+        """A weight [n, k] whose inputs are those of ``packed`` with its inputs as those of x."""
+        if self.order is None:
+            return weight
+        return torch.empty_like(weight).index_copy_(1, self.order.long(), weight)
+
+    def dequantize(self) -> Tensor:
+        """The weight the kernels use, float32 [n, k], inputs as those of x."""
+        return self.in_order(super().dequantize())
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.order is not None:
+            destination[prefix + ORDER] = self.order
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        name = prefix + ORDER
+        order = state_dict.get(name)
+        if order is None or self.order is None:
+            if order is not self.order:
+                errors.append(f"{prefix.rstrip('.')}: {ORDER} is {'missing' if order is None else 'not expected'}")
+        else:
+            try:
+                self.order.copy_(check_order(order, self.in_features))
+            except ValueError as error:
+                errors.append(f"{prefix.rstrip('.')}: {error}")
+        rest = {key: value for key, value in state_dict.items() if key != name}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def extra_repr(self) -> str:
         """The text between the brackets of ``repr()``."""
+        order = "" if self.order is None else ", inputs in an order of their own"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"{self._form(self.packed)}, compute={self.compute}"
+            f"{self._form(self.packed)}, compute={self.compute}{order}"
         )
 
 

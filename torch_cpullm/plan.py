@@ -65,10 +65,13 @@ class Target:
         weight = weight.T if self.kind == "conv1d" else weight
         return pack(quantize_rtn(weight, self.bits, group_size, settings.sym, SCALE_DTYPES[settings.scale_dtype]))
 
-    def replacement(self, packed: list[Packed], dtype: torch.dtype, compute: str) -> PackedModule:
+    def replacement(
+        self, packed: list[Packed], dtype: torch.dtype, compute: str, order: Tensor | None = None
+    ) -> PackedModule:
         """The module that takes this one's place. It remembers this one, without its weights, for restore().
 
-        packed: of the weights, in the order of :attr:`parameters`.
+        packed: of the weights, in the order of :attr:`parameters`. order: of a linear's inputs, see
+        :class:`PackedLinear`; ValueError for one of an embedding.
         """
         if self.kind == "experts":
             gate_up, down = cast("list[PackedStack]", packed)
@@ -79,12 +82,15 @@ class Target:
         (matrix,) = cast("list[PackedWeight]", packed)
         new: PackedLinear | PackedEmbedding
         if isinstance(self.module, nn.Embedding):
+            if order is not None:
+                raise ValueError(f"{self.name} is an embedding, and cannot have its inputs in another order")
             plain = type(self.module).forward is nn.Embedding.forward
             multiplier = None if plain else embedding_multiplier(self.module)
             new = PackedEmbedding(matrix, dtype=dtype, padding_idx=self.module.padding_idx, multiplier=multiplier)
         else:
             compute = head_compute(compute) if self.head else compute
-            new = PackedLinear(matrix, cast("Tensor | None", self.module.bias), dtype=dtype, compute=compute)
+            bias = cast("Tensor | None", self.module.bias)
+            new = PackedLinear(matrix, bias, dtype=dtype, compute=compute, order=order)
         new.train(self.module.training)
         keep_original(new, self.module)
         return new

@@ -6,7 +6,7 @@ import ctypes
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -61,10 +61,15 @@ def optimize(model: nn.Module, config: Settings | None = None, *, strict: bool =
     model.eval()
     frozen = freeze(model)
     packed: dict[int, Packed] = {}
-    for target in tqdm(targets, desc="torch_cpullm", unit="module", disable=not targets or _progress_disabled()):
+    for target in progress(targets):
         swap_module(model, target, settings, packed)
     finish(model, settings, skipped, frozen)
     return model
+
+
+def progress(targets: list[Target]) -> Iterable[Target]:
+    """The targets, with a bar on a terminal."""
+    return tqdm(targets, desc="torch_cpullm", unit="module", disable=not targets or _progress_disabled())
 
 
 def swap_module(model: nn.Module, target: Target, settings: Settings, packed: dict[int, Packed]) -> None:
@@ -112,17 +117,20 @@ def restore(model: nn.Module) -> nn.Module:
     was never optimised is returned as it is.
     """
     remove_programs(model)
-    weights: dict[tuple[int, torch.dtype], nn.Parameter] = {}
+    weights: dict[tuple[int, int, torch.dtype], nn.Parameter] = {}
     originals: dict[nn.Module, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(module, PackedModule):
             continue
         if module not in originals:
             own = {}
+            order = module.order if isinstance(module, PackedLinear) else None
             for key, packed in module.weights().items():
-                known = (id(packed), module.dtype)
+                known = (id(packed), id(order), module.dtype)
                 if known not in weights:
-                    weights[known] = nn.Parameter(_dequantized(packed, module.dtype), requires_grad=False)
+                    value = _dequantized(packed, module.dtype)
+                    value = module.in_order(value) if isinstance(module, PackedLinear) else value
+                    weights[known] = nn.Parameter(value, requires_grad=False)
                 own[key] = weights[known]
             originals[module] = _original(module, own)
         _set_module(model, name, originals[module])
