@@ -156,14 +156,8 @@ def test_what_comes_along(source, tmp_path):
         "LICENSE",
         "spm.model",
     )
-    for name in (
-        *along,
-        "modeling_mine.py",
-        "tokenization_mine.py",
-        "pytorch_model.bin",
-        "quantize_config.json",
-        "notes.txt",
-    ):
+    code = ("modeling_mine.py", "tokenization_mine.py")
+    for name in (*along, *code, "pytorch_model.bin", "quantize_config.json", "notes.txt"):
         (path / name).write_text(name)
     FAMILIES["llama"].build().save_pretrained(target, max_shard_size="40KB")
     (target / "notes.md").write_text("mine")
