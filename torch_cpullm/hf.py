@@ -34,8 +34,8 @@ from .swap import finish, freeze, put_in_place, restore, swap_module
 class CpuLlmConfig(Settings, QuantizationConfigMixin):
     """Settings of torch_cpullm with the conventions of transformers' quantisation configs.
 
-    Arguments as :class:`torch_cpullm.config.Settings`. strict: raise instead of leaving a weight matrix in float; it is
-    not saved. Unknown keyword arguments are accepted and ignored, as in transformers, so that a newer config loads; a
+    Arguments as :class:`torch_cpullm.config.Settings`. strict: raise instead of leaving a weight matrix in float,
+    routers of packed experts aside; it is not saved. Unknown keyword arguments are accepted and ignored, as in transformers, so that a newer config loads; a
     ``format_version`` beyond what this package reads does not. Raises ValueError naming the field that is wrong.
     """
 
