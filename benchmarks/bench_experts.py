@@ -159,7 +159,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compute", choices=["int8", "bf16", "fp32"], default="int8")
     parser.add_argument("--json", type=Path, help="append rows to this file")
     args = parser.parse_args(argv)
-    args.threads = args.threads or default_threads().count
+    args.threads = default_threads().count if args.threads is None else args.threads
     least = min(getattr(args, name.replace("-", "_")) for name in sizes)
     if least < 1 or args.threads < 1 or args.top_k > args.experts or args.hidden % 64:
         parser.error("sizes must be at least 1, --top-k at most --experts, --hidden a multiple of 64")

@@ -40,9 +40,10 @@ _Packed = tuple[Packed, Tensor | None]  # a weight, and the order of its inputs
 class CpuLlmConfig(Settings, QuantizationConfigMixin):
     """Settings of torch_cpullm with the conventions of transformers' quantisation configs.
 
-    Arguments as :class:`torch_cpullm.config.Settings`. strict: raise instead of leaving a weight matrix in float; it is
-    not saved. Unknown keyword arguments are accepted and ignored, as in transformers, so that a newer config loads; a
-    ``format_version`` beyond what this package reads does not. Raises ValueError naming the field that is wrong.
+    Arguments as :class:`torch_cpullm.config.Settings`. strict: raise instead of leaving a weight matrix in float,
+    routers of packed experts aside; it is not saved. Unknown keyword arguments are accepted and ignored, as in
+    transformers, so that a newer config loads; a ``format_version`` beyond what this package reads does not. Raises
+    ValueError naming the field that is wrong.
     """
 
     def __init__(

@@ -39,7 +39,7 @@ def optimize(model: nn.Module, config: Settings | None = None, *, strict: bool =
     (:func:`torch_cpullm.launch.apply_default_threads`).
 
     config: :class:`torch_cpullm.CpuLlmConfig` or :class:`torch_cpullm.config.Settings`; default INT4, group 32, zero
-    points, int8 compute. strict: raise instead of leaving a weight matrix in float.
+    points, int8 compute. strict: raise instead of leaving a weight matrix in float, routers of packed experts aside.
 
     Raises TypeError or ValueError, before anything is changed: ``model`` is no module, is on another device or on meta,
     is quantised by another method or with other settings, holds NaN or inf (named), or ``strict`` cannot be met. Raises
