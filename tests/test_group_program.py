@@ -151,7 +151,7 @@ def barriers(programs, specs, bypass, position):
 )
 @pytest.mark.parametrize("large", [False, True])
 def test_a_group_has_no_more_barriers_than_one_layer(structure, large):
-    sizes = {"hidden": 4096, "intermediate": 12800, "head_dim": 64, "heads": 16, "kv_heads": 4} if large else {}
+    sizes = {"intermediate": 12800} if large else {}  # more than a thread quantises on its own
     if large and structure != "llama":
         return
     specs = members(structure, 4, "int8", **sizes)
