@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -125,11 +125,10 @@ class Form:
 
 def describe(model: nn.Module, settings: Settings, tensors: int) -> dict[str, Any]:
     """The quantization_config of ``model`` as JSON has it. tensors: how many the files hold."""
-    values = {field.name: getattr(settings, field.name) for field in fields(Settings)}
     return {
         "quant_method": "cpullm",
         "format_version": FORMAT_VERSION,
-        **values,
+        **settings.plain(),
         "modules": _patterns(model),
         "tensors": tensors,
         "hint": HINT,
@@ -250,7 +249,7 @@ def check_headers(headers: Headers, tensors: Any) -> None:
 
 
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict to save: packed weights that transformers ties once, and the markers."""
+    """The state dict to save: weights that transformers ties once, and the markers."""
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     again = {
         target.removesuffix(".weight") + "."
@@ -262,6 +261,9 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
         for name, value in model.state_dict().items()
         if not (name.rpartition(".")[2] in (*STORED, ORDER) and name[: name.rindex(".") + 1] in again)
     }
+    for target, source in tied.items():  # of those that stay in float transformers would drop one, too
+        if target in state and source in state and state[target].data_ptr() == state[source].data_ptr():
+            del state[target]
     real = next((name.removesuffix("_codes") for name in state if name.endswith(".weight_codes")), None)
     for name in (MARKER, real):
         if name is not None:

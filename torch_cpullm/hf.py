@@ -31,8 +31,8 @@ from .formats.stored import StoredWeight
 from .launch import apply_default_threads
 from .linear import Packed, entry
 from .packing import PackedStack
-from .plan import Target, check_strict, find_targets, stored_targets
-from .swap import finish, freeze, progress, put_in_place, restore, swap_module
+from .plan import Target, check_overrides, check_strict, find_targets, stored_targets
+from .swap import dequantize, finish, freeze, progress, put_in_place, swap_module
 
 _Packed = tuple[Packed, Tensor | None]  # a weight, and the order of its inputs
 
@@ -56,6 +56,7 @@ class CpuLlmConfig(Settings, QuantizationConfigMixin):
         scale_dtype: str = "float16",
         modules_to_not_convert: list[str] | None = None,
         kv_cache: str = "auto",
+        overrides: dict[str, dict[str, Any]] | None = None,
         strict: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -66,12 +67,12 @@ class CpuLlmConfig(Settings, QuantizationConfigMixin):
             for name in ("format_version", "modules", "tensors", "hint", "source"):
                 setattr(self, name, kwargs.get(name))
         Settings.__init__(
-            self, bits, group_size, sym, compute, head_bits, scale_dtype, modules_to_not_convert, kv_cache
+            self, bits, group_size, sym, compute, head_bits, scale_dtype, modules_to_not_convert, kv_cache, overrides
         )
 
     def to_dict(self) -> dict[str, Any]:
         """The serialised fields."""
-        return {name: value for name, value in vars(self).items() if name != "strict"}
+        return {**{name: value for name, value in vars(self).items() if name != "strict"}, **self.plain()}
 
 
 class CpuLlmQuantizer(HfQuantizer):
@@ -128,7 +129,9 @@ class CpuLlmQuantizer(HfQuantizer):
             self._expect_stored(model, kwargs.get("checkpoint_files"))
         else:
             self._by_name = {name: target for target in self._targets for name in _parameters(target)}
-            for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+            tied = getattr(model, "all_tied_weights_keys", None) or {}
+            check_overrides(settings, self._targets, self._skipped, tied)
+            for target, source in tied.items():
                 self._tied.setdefault(source, {source}).add(target)
             self._tied.update({name: names for names in list(self._tied.values()) for name in names})
         if settings.strict:
@@ -164,7 +167,7 @@ class CpuLlmQuantizer(HfQuantizer):
         tied = self._tied.get(name, {name})
         if self._error is None:
             try:
-                self._packed[name] = target.packed(value, self.quantization_config)
+                self._packed[name] = target.packed(value)
             except ValueError as error:
                 self._error = error
         if self._error is not None:  # raised when transformers is through: it would only log it here
@@ -196,7 +199,7 @@ class CpuLlmQuantizer(HfQuantizer):
 
         if self._error is None:
             try:
-                self._packed[name] = target.packed_experts(shape[0], expert, self.quantization_config)
+                self._packed[name] = target.packed_experts(shape[0], expert)
             except ValueError as error:
                 self._error = error
         return torch.zeros((), dtype=dtype).expand(stored.shape)
@@ -234,7 +237,7 @@ class CpuLlmQuantizer(HfQuantizer):
             likely = Counter((form.bits, form.group_size, form.sym) for form in forms.values()).most_common(1)
             description.bits, description.group_size, description.sym = likely[0][0]
         prefix = getattr(model, "base_model_prefix", "")
-        ours = stored_targets(model, lambda name: getattr(form_of(name, forms, prefix), "bits", None))
+        ours = stored_targets(model, lambda name: form_of(name, forms, prefix) is not None)
         packed = {name for target in ours for name in target.names}
         if source is not None and forms.keys() - packed:
             name = min(forms.keys() - packed)
@@ -292,7 +295,8 @@ class CpuLlmQuantizer(HfQuantizer):
             else:
                 now[target] = source
         expected = {rf"^{MARKER}$", *(rf"^{name}$".replace(".", r"\.") for name in forms)} if markers else set()
-        ignored = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()) | expected
+        before = getattr(model, "_keys_to_ignore_on_load_unexpected", None)  # a list or None in transformers 5.0
+        ignored = before | expected if isinstance(before, set) else [*(before or ()), *expected]
         for name, value in (("all_tied_weights_keys", now), ("_keys_to_ignore_on_load_unexpected", ignored)):
             if name in model.__dict__:
                 self._saved[name] = model.__dict__[name]
@@ -367,16 +371,11 @@ class CpuLlmQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        if isinstance(dtype, str):  # as transformers leaves it in a config that was saved
-            dtype = cast("torch.dtype", getattr(torch, dtype))
         quantizer = model.__dict__.get("hf_quantizer")
-        restore(model)
+        dequantize(model, dtype)
         if quantizer is not None:
             model.hf_quantizer = quantizer  # transformers removes it next
         model.is_quantized = False
-        if dtype is not None:  # of parameters alone: rotary frequencies are float32 whatever the model is
-            for parameter in model.parameters():
-                parameter.data = parameter.data.to(dtype)
         return model
 
     def remove_quantization_config(self, model: Any) -> None:

@@ -278,7 +278,7 @@ class LayerProgram:
                 cos, sin = rotary(positions)
         elif self._rotates:
             cos, sin = get("position_embeddings") or (None, None)
-            usable = usable and cos is not None
+            usable = usable and cos is not None and cos.dim() == 3  # 4: one per axis of a picture, which layers mix
         return (x, cos, sin, mask, cache) if usable else None
 
     def _shared(self, kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:

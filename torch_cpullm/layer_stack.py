@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
-from .layer_program import Program
+from .layer_program import Program, fitting
 
 _forward = torch.ops.cpullm.layers_forward.default
 MOST_TOKENS = 8  # of a sequence in one step; beyond, the operators' own cost does not matter
@@ -122,6 +122,7 @@ class LayerStack:
         if ready is None:
             return None
         held, buffers, length = ready
+        mask = fitting(mask, length + x.shape[1])
         y = _forward(self._handles, x, rotary[0], rotary[1], mask, buffers, length, self._groups, self._bypass)
         for each in held:
             each.advance(x.shape[1])

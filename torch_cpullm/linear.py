@@ -43,6 +43,21 @@ def entry(module: str, parameter: str) -> str:
     return f"{module}.{parameter}" if module else parameter
 
 
+class _NoValues(Tensor):
+    """Shape, dtype and device of a packed weight; whoever asks for its data would go on with other values."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # results are plain tensors
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        """RuntimeError: it has none. (Merging an adapter would add to it, resizing an embedding copy it.)"""
+        raise RuntimeError(
+            "this weight is packed: it cannot be merged with an adapter, resized or written. "
+            "torch_cpullm.restore(model) gives a float model back; merge there and optimize() again, "
+            "or leave the adapter unmerged"
+        )
+
+
 class PackedModule(nn.Module, ABC):
     """Holds packed weights outside the reach of ``.to(dtype)``; saves and loads them in canonical row-major form.
 
@@ -58,7 +73,7 @@ class PackedModule(nn.Module, ABC):
         super().__setattr__(name, value)  # type: ignore[arg-type]  # torch names tensors and modules only
 
     def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
         self.dtype = dtype
@@ -105,6 +120,11 @@ class PackedModule(nn.Module, ABC):
         for parameter, packed in self.weights().items():
             own = [prefix + parameter + suffix for suffix in SUFFIXES]
             names += own
+            if prefix + parameter in state_dict:
+                errors.append(
+                    f"{prefix}{parameter} is a float weight, and the module is packed: name it in "
+                    "modules_to_not_convert, or load into torch_cpullm.restore(model)"
+                )
             codes, scales, zeros = (state_dict.get(name) for name in own)
             if codes is None or scales is None:
                 missing.extend(name for name, value in zip(own, (codes, scales), strict=False) if value is None)
@@ -159,24 +179,26 @@ class PackedMatrix(PackedModule):
     def weight(self) -> Tensor:
         """A placeholder [n, k] for code that reads the weight's shape, dtype or device: every element is NaN.
 
-        The values are in :attr:`packed`; :meth:`dequantize` gives them.
+        The values are in :attr:`packed`; :meth:`dequantize` gives them. ``weight.data`` is a RuntimeError.
         """
-        return torch.full((), torch.nan, dtype=self.dtype).expand(self.packed.n, self.packed.k)
+        empty = torch.full((), torch.nan, dtype=self.dtype).expand(self.packed.n, self.packed.k)
+        return empty if torch.compiler.is_compiling() else empty.as_subclass(_NoValues)
 
     def dequantize(self) -> Tensor:
         """The weight the kernels use, float32 [n, k]."""
         return dequantize(self.packed)
 
 
-class PackedLinear(PackedMatrix):
+class PackedLinear(PackedMatrix, nn.Linear):  # type: ignore[override]  # weight is read only
     """``y = x W^T + bias`` with packed W [out_features, in_features]; x [.., in_features] fp32 | bf16 | fp16.
 
+    An nn.Linear, so that adapters (PEFT) take it for a base layer: they call it and add what they have learnt.
     For inference only. compute: ``"int8"`` or ``"fp32"``, see :func:`torch_cpullm.ops.linear`. order: None, or int32
     [in_features]: input j of ``packed`` is input order[j] of x, so that the inputs of a group are neighbours (GPTQ's
     desc_act). ValueError where it is no permutation.
     """
 
-    bias: nn.Parameter | None
+    bias: nn.Parameter | None  # type: ignore[assignment]
     compute: str
 
     def __init__(
@@ -236,6 +258,11 @@ class PackedLinear(PackedMatrix):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"{self._form(self.packed)}, compute={self.compute}{order}"
         )
+
+
+def has_adapter(module: nn.Module) -> bool:
+    """Whether ``module`` stands around another one, ``base_layer``, and adds to what that computes, as PEFT has it."""
+    return isinstance(module._modules.get("base_layer"), nn.Module) and hasattr(module, "_disable_adapters")
 
 
 class PackedEmbedding(PackedMatrix):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +92,7 @@ def _description(described: Any, settings: Settings, chosen: bool, compute: str 
     """
     from .hf import CpuLlmConfig
 
-    values = {field.name: getattr(settings, field.name) for field in fields(Settings)}
-    values["compute"] = compute or settings.compute
+    values = {**settings.plain(), "compute": compute or settings.compute}
     stored = getattr(described, "quantization_config", None)
     if stored is None:
         return {"quantization_config": CpuLlmConfig(**values)}
