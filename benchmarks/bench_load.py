@@ -129,7 +129,7 @@ def measure(step: str, float_folder: Path, folder: Path) -> dict[str, Any]:
         return {"s": round(saved_s, 2), "peak_mib": (watch.stop()[0] + final) // MIB, "final_mib": final // MIB}
     peak, final = watch.stop()
     model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=1, do_sample=False)
-    weights = {id(module.packed): module.packed for _, module in packed_modules(model)}
+    weights = {id(w): w for _, module in packed_modules(model) for w in module.weights().values()}
     return {
         "s": round(loaded_s, 2),
         "first_s": round(time.perf_counter() - start, 2),

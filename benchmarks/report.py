@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 
 from . import rows
+from .matrix import TOPICS
 from .rows import Row
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -349,6 +350,23 @@ def models(found: Sequence[Row]) -> str:
     return _with_legend(parts, "Tokens per second of prompt (pp) and of generation (tg), engines interleaved.")
 
 
+def support(found: Sequence[Row]) -> str:
+    """Topic x version of transformers, the newest row of each: yes, or the tests that passed of those that ran."""
+    newest = {(row["topic"], row["transformers"]): row for row in sorted(found, key=lambda row: row["date"])}
+    if not newest:
+        return ""
+    versions = sorted({version for _, version in newest}, key=lambda version: [*map(int, version.split(".")[:3])])
+
+    def cell(row: Row | None) -> str:
+        if row is None:
+            return ""
+        ran = row["passed"] + row["failed"]
+        return f"yes, {ran} tests" if ran and not row["failed"] else f"{row['passed']} of {ran} tests"
+
+    body = [[topic, *(cell(newest.get((topic, version))) for version in versions)] for topic in TOPICS]
+    return f"{short_caption(list(newest.values()))}\n\n" + markdown(["transformers", *versions], body)
+
+
 def plain_table(found: Sequence[Row]) -> str:
     """Rows of any other benchmark as they are: their keys are the columns, the newest date of each machine is shown."""
     parts = []
@@ -389,6 +407,7 @@ OTHER: dict[str, Callable[[Sequence[Row]], str]] = {
     "quality": plain_table,
     "cqil_quality": plain_table,
     "cqil_speed": plain_table,
+    "support": support,
 }
 """Name -> the function that makes it from the rows in NAME*.jsonl."""
 

@@ -170,17 +170,6 @@ FAMILIES = [
         experts=True,
     ),
     Family(
-        "qwen2-moe",
-        "Qwen2MoeConfig",
-        llama_like(
-            num_experts=6,
-            num_experts_per_tok=3,
-            moe_intermediate_size=36,
-            shared_expert_intermediate_size=52,
-        ),
-        experts=True,
-    ),
-    Family(
         "qwen3-moe",
         "Qwen3MoeConfig",
         llama_like(
@@ -194,3 +183,16 @@ FAMILIES = [
         experts=True,
     ),
 ]
+
+# Beside FAMILIES, all of which the README names: a mixture with an expert for every token.
+SHARED_EXPERT = Family(
+    "qwen2-moe",
+    "Qwen2MoeConfig",
+    llama_like(
+        num_experts=6,
+        num_experts_per_tok=3,
+        moe_intermediate_size=36,
+        shared_expert_intermediate_size=52,
+    ),
+    experts=True,
+)

@@ -26,7 +26,8 @@ LAYERS = [
     ["swap", "backend", "cqil", "distributed"],  # transforms: model -> model
     ["formats.gguf", "cqil_repair"],  # they use transforms: a model from a file by optimize, training a grouped model
     ["hf"],
-    ["runner", "run", "bench", "doctor", "cli", "__main__", "_autoload"],
+    ["loading", "convert"],
+    ["runner", "run", "bench", "doctor", "cli", "cli_quantize", "cli_options", "__main__", "_autoload"],
 ]
 TRANSFORMS = ["swap", "backend", "cqil", "distributed"]
 
@@ -36,6 +37,7 @@ USE_TRANSFORMERS = {
     "hf",
     "kv_cache",
     "layer_probe",
+    "loading",
     "runner",
     "formats.gguf",
     "formats.gguf_hf",

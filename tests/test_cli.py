@@ -179,7 +179,7 @@ def test_unusable_models_give_one_line_and_exit_code_2(call, places, name):
 def test_recipe_of_a_gguf_file_cannot_be_chosen(call, places):
     code, _, err = call("generate", "--model", places / "short.gguf", "--bits", 8)
     assert code == 2
-    assert "a GGUF file keeps its own weights" in err
+    assert "--bits does not apply to short.gguf: its weights are quantised already (gguf)" in err
 
 
 def test_model_without_tokenizer(call, llama):

@@ -5,17 +5,24 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import json
 import re
 import shlex
+import socket
+import subprocess
 import sys
+import time
+import urllib.request
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
 import typer.main
 from families import FAMILIES
+from peft import LoraConfig, get_peft_model
 from smollm2 import gguf_path, smollm2
 
 import torch_cpullm
@@ -26,9 +33,13 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 TUTORIALS = sorted((ROOT / "tutorials").glob("*.md"))
-DOCS = [README, CONTRIBUTING, ROOT / "CHANGELOG.md", *TUTORIALS]
-RUNNABLE = [README, *TUTORIALS]  # every python block in them runs, in order, in one namespace per document
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+DOCS = [README, CONTRIBUTING, ROOT / "CHANGELOG.md", *TUTORIALS, *PAGES]
+SERVE = ROOT / "tutorials/03_serve.md"  # its blocks want a server
+RUNNABLE = [path for path in (README, *TUTORIALS, *PAGES) if path != SERVE]
+"""Every python block in them runs, in order, in one namespace per document."""
 
+ignore_peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 every_document = pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
 
 
@@ -55,7 +66,7 @@ def inline_code(path: Path) -> list[str]:
 
 def commands(path: Path) -> list[list[str]]:
     """Words of every command line of the bash blocks, and of inline code that is one."""
-    lines = [line for _, block in blocks(path, "bash") for line in block.splitlines()]
+    lines = [line for _, block in blocks(path, "bash") for line in block.replace("\\\n", " ").splitlines()]
     lines += [code for code in inline_code(path) if re.match(r"(\w+=\S+ )*(cpullm|make|pip|python) ", code)]
     found = []
     for line in lines:
@@ -72,7 +83,7 @@ def commands(path: Path) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder where the documents' model names are paths: SmolLM2 with 3 of its 30 layers, and its whole GGUF file.
+    """A folder where the documents' names are paths: SmolLM2 with 3 of its 30 layers, an adapter, the whole GGUF file.
 
     A local folder of the name that a document gives goes before the hub, so the blocks run unchanged.
     """
@@ -82,22 +93,68 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.model.layers = model.model.layers[:3]
     model.config.num_hidden_layers = 3
     torch_cpullm.restore(model).to(torch.bfloat16).save_pretrained(folder / "HuggingFaceTB/SmolLM2-135M-Instruct")
+    adapter = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(model, adapter).save_pretrained(folder / "my-adapter")
     tokenizer.save_pretrained(folder / "HuggingFaceTB/SmolLM2-135M-Instruct")
     (folder / gguf_path().name).symlink_to(gguf_path())
     return folder
 
 
+def run_blocks(path: Path, found: list[tuple[int, str]], namespace: dict[str, Any]) -> None:
+    for line, block in found:
+        exec(compile("\n" * line + block, str(path), "exec"), namespace)
+
+
+@ignore_peft
 @pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.name)
 def test_python_blocks_run(path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(hub)
     torch.set_num_threads(1)  # three layers: on a busy machine two threads would mostly wait for each other
-    namespace: dict[str, Any] = {"__name__": path.stem}
     found = blocks(path, "python")
-    assert len(found) >= 3
-    for line, block in found:
-        code = compile("\n" * line + block, str(path), "exec")
-        exec(code, namespace)
+    assert len(found) >= 2
+    run_blocks(path, found, {"__name__": path.stem})
     torch._dynamo.reset()
+
+
+@ignore_peft
+def test_the_tutorial_that_serves(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its server runs while its client blocks do, both as the page has them, but for a port that is free."""
+    monkeypatch.chdir(hub)
+    torch.set_num_threads(1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    (save, *talk), namespace = blocks(SERVE, "python"), {"__name__": "serve"}
+    run_blocks(SERVE, [save], namespace)
+    (serve,) = [words for words in commands(SERVE) if words[:2] == ["transformers", "serve"]]
+    (curl,) = [words for words in commands(SERVE) if words[0] == "curl"]
+    program = [sys.executable, "-c", "from transformers.cli.transformers import main; main()"]
+    command = [*program, *(port if word == "8000" else word for word in serve[1:])]
+    installed = fresh.install_into(tmp_path / "site")
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(command, env=fresh.environment(installed), stdout=log, stderr=log)
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health", server)
+        body, address = json.loads(curl[curl.index("-d") + 1]), curl[1].replace("8000", port)
+        request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as answer:
+            assert json.loads(answer.read())["choices"][0]["message"]["content"]
+        run_blocks(SERVE, [(line, block.replace(":8000/", f":{port}/")) for line, block in talk], namespace)
+    finally:
+        server.terminate()
+        server.wait(30)
+        print((tmp_path / "log").read_text())
+
+
+def wait_for(address: str, server: subprocess.Popen) -> None:
+    for _ in range(600):
+        assert server.poll() is None, "the server has ended"
+        try:
+            urllib.request.urlopen(address).close()
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise TimeoutError(address)
 
 
 # ---- what is named --------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, VOCAB, Family
+from families import FAMILIES, SHARED_EXPERT, VOCAB, Family
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -21,7 +21,7 @@ from torch_cpullm.packing import PackedStack, PackedWeight, dequantize
 PROMPT, STEPS = 9, 16
 TOLERANCE = 1e-4  # of the largest logit of a step; 1e-3 is what the package promises
 BY_NAME = {family.name: family for family in FAMILIES}
-every_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
+every_family = pytest.mark.parametrize("family", [*FAMILIES, SHARED_EXPERT], ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -61,9 +61,9 @@ def decided(logits: Tensor) -> Tensor:
 def with_weights_of(optimised: nn.Module, model: Any) -> Any:
     """`model` with the dequantised weights of `optimised`, found without restore()."""
     with torch.no_grad():
-        for name, module in model.named_modules():
-            packed = optimised.get_submodule(name)
-            for key, weight in packed.weights().items() if isinstance(packed, PackedModule) else ():
+        for name, packed in optimised.named_modules():
+            module = model.get_submodule(name) if isinstance(packed, PackedModule) else None
+            for key, weight in packed.weights().items() if module is not None else ():
                 value = dequantized(weight)
                 getattr(module, key).copy_(value.T if isinstance(module, Conv1D) else value)
     return model

@@ -32,6 +32,7 @@ from gguf_files import (
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast
 
 import torch_cpullm
+from torch_cpullm.experts import PackedExperts
 from torch_cpullm.formats.gguf import load_gguf, quantized_weight
 from torch_cpullm.formats.gguf_reader import GgufFile
 from torch_cpullm.linear import PackedEmbedding, PackedLinear
@@ -293,6 +294,23 @@ def test_config_decides_what_is_not_taken_over(tmp_path: Path) -> None:
     assert first.mlp.down_proj.compute == first.mlp.up_proj.compute == "fp32"
     want = torch.from_numpy(GgufFile(tmp_path / "m.gguf").dequantized("blk.1.ffn_down.weight"))
     assert torch.equal(second.mlp.down_proj.weight, want)
+
+
+@pytest.mark.parametrize(("kind", "bits"), [(Kind.F32, 4), (Kind.Q8_0, 8), (Kind.Q4_0, 8)])
+def test_experts_are_quantised_again(kind: Kind, bits: int, tmp_path: Path) -> None:
+    """By the recipe where they are floats, else to 8 bits, and the warning says so."""
+    oracle = write_model(
+        tmp_path / "m.gguf", "qwen3moe", lambda name, shape: kind if "exps" in name else kind_by_name(name, shape)
+    )
+    with pytest.warns(UserWarning, match=rf"F32 experts \(\d\) quantised to {bits} bits"):
+        model, _ = load_gguf(tmp_path / "m.gguf", progress=False)
+    assert torch_cpullm.report(model).left_in_float == []
+    experts, source = model.model.layers[1].mlp.experts, oracle.model.layers[1].mlp.experts
+    assert isinstance(experts, PackedExperts)
+    for name, packed in experts.weights().items():
+        assert (packed.whole.bits, packed.whole.group_size) == (bits, 32)
+        for i, want in enumerate(getattr(source, name)):
+            assert relative_error(dequantize(packed[i]), want) < (0.12 if bits == 4 else 0.01), name
 
 
 def test_rope_scaling_of_the_file_reaches_the_config(tmp_path: Path) -> None:

@@ -48,9 +48,9 @@ def run(programs, specs, bypass, steps=((1, 9), (1, 1), (1, 2)), kind=torch.floa
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_structures(structure, compute, isa):
     parallel = STRUCTURES[structure].get("parallel", False)
-    for count, bypass in ((2, 0),) if parallel else ((2, 0), (2, 1), (3, 2), (2, ALL)):
+    for count, bypass in ((2, 0),) if parallel else ((2, 0), (3, 1), (2, ALL)):
         specs = members(structure, count, compute)
-        run([Program(each) for each in specs], specs, bypass, against=BOUND[compute])
+        run([Program(each) for each in specs], specs, bypass, ((1, 5), (1, 1)), against=BOUND[compute])
 
 
 @pytest.mark.parametrize("compute", BOUND)
@@ -65,7 +65,7 @@ def test_left_padded_batches_and_windows_of_their_own(compute, isa):
 
 @pytest.mark.parametrize("compute", BOUND)
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_a_group_of_one_is_the_layer(structure, compute, isa):
+def test_a_group_of_one_is_the_layer(structure, compute):
     (one,) = members(structure, 1, compute)
     program = Program(one)
     caches = cache_of(torch.float32), cache_of(torch.float32)
@@ -84,9 +84,9 @@ def test_a_group_of_one_is_the_layer(structure, compute, isa):
 def test_threads_change_no_bit(structure, compute, isa):
     specs = members(structure, 3, compute)
     programs, runs = [Program(each) for each in specs], []
-    for threads in (1, 2, 3, 5):
+    for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        steps = ((2, 17), (2, 1), (2, 2))
+        steps = ((2, 9), (2, 1), (2, 2)) if isa == "ref" else ((2, 17), (2, 1), (2, 2))
         bypasses = (0,) if specs[0].parallel else (0, 1, ALL)
         runs.append(torch.cat([run(programs, specs, bypass, steps, torch.bfloat16) for bypass in bypasses]))
     assert all(torch.equal(each, runs[0]) for each in runs)
@@ -151,7 +151,7 @@ def barriers(programs, specs, bypass, position):
 )
 @pytest.mark.parametrize("large", [False, True])
 def test_a_group_has_no_more_barriers_than_one_layer(structure, large):
-    sizes = {"hidden": 4096, "intermediate": 12800, "head_dim": 64, "heads": 16, "kv_heads": 4} if large else {}
+    sizes = {"intermediate": 12800} if large else {}  # more than a thread quantises on its own
     if large and structure != "llama":
         return
     specs = members(structure, 4, "int8", **sizes)

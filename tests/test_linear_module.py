@@ -73,6 +73,10 @@ def test_attributes_of_a_linear():
     assert weight.device.type == "cpu"
     assert weight.untyped_storage().nbytes() <= 4, "the placeholder takes no memory"
     assert bool(weight.isnan().all()), "its values must not be mistaken for the weight's"
+    assert type(weight + 1) is torch.Tensor
+    with pytest.raises(RuntimeError, match="this weight is packed: it cannot be merged"):
+        weight.data += 1
+    assert isinstance(module, nn.Linear)
     assert [name for name, _ in module.named_parameters()] == ["bias"]
     assert not module.bias.requires_grad
     assert a_linear(dtype=torch.bfloat16).weight.dtype == torch.bfloat16
@@ -289,6 +293,15 @@ def test_state_dict_of_a_model():
     assert result.unexpected_keys == ["2.weight_more"]
     with pytest.raises(RuntimeError, match=r"(?s)Missing key.*0\.weight_codes|Unexpected key.*2\.weight_more"):
         target.load_state_dict(state)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_float_weight_is_no_state_of_a_packed_module(strict):
+    model = nn.Sequential(a_linear())
+    with pytest.raises(
+        RuntimeError, match=r"0\.weight is a float weight, and the module is packed: name it in modules"
+    ):
+        model.load_state_dict({"0.weight": torch.zeros(45, 172)}, strict=strict)
 
 
 @pytest.mark.parametrize(

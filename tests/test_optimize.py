@@ -146,6 +146,7 @@ OTHER = {
     "scale_dtype": "bfloat16",
     "modules_to_not_convert": ["head"],
     "kv_cache": "int8",
+    "overrides": {"up": {"bits": 8}},
 }
 
 
@@ -180,6 +181,22 @@ def test_restore(tied, dtype):
     assert torch_cpullm.report(model).bytes_after == torch_cpullm.report(model).bytes_before
     torch_cpullm.optimize(model, Settings(bits=8))
     assert isinstance(model.head, PackedLinear)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_dequantize_of_transformers(dtype):
+    """The same as restore(); of a copy it reaches the copy."""
+    model = torch_cpullm.optimize(llama())
+    want = copy.deepcopy(model).dequantize(dtype)
+    assert type(model.lm_head) is PackedLinear
+    restored = torch_cpullm.restore(model)
+    with pytest.raises(ValueError, match="You need to first quantize your model"):
+        restored.dequantize()
+    assert type(want.lm_head) is nn.Linear
+    assert want.dtype == (dtype or torch.float32)
+    assert want.model.rotary_emb.inv_freq.dtype == torch.float32
+    for name, value in restored.state_dict().items():
+        assert torch.equal(want.state_dict()[name], value.to(dtype)), name
 
 
 def test_restore_of_a_model_that_was_never_optimised():

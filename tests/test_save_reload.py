@@ -118,6 +118,18 @@ def test_from_pretrained_save_reload_and_save_again(name, dtype, tmp_path):
     assert other.dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    "options", [{"head_bits": None}, {"modules_to_not_convert": ["lm_head", "embed_tokens", "wte"]}], ids=str
+)
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2"])
+def test_ends_that_stay_in_float(name, options, tmp_path):
+    model = torch_cpullm.optimize(BY_NAME[name].build(), torch_cpullm.CpuLlmConfig(**options))
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    assert (again.lm_head.weight is again.get_input_embeddings().weight) == BY_NAME[name].tied
+
+
 def test_shards(tmp_path, saved):
     model = optimised("llama-tied")
     model.save_pretrained(tmp_path / "m", max_shard_size="30KB")

@@ -18,14 +18,16 @@ if TYPE_CHECKING:
     from .coverage import Report, report
     from .formats.gguf import load_gguf
     from .hf import CpuLlmConfig
+    from .loading import load
     from .swap import optimize, restore
 
 __version__ = "0.1.0"
-__all__ = ["CpuLlmConfig", "Report", "__version__", "cqil", "load_gguf", "optimize", "report", "restore"]
+__all__ = ["CpuLlmConfig", "Report", "__version__", "cqil", "load", "load_gguf", "optimize", "report", "restore"]
 
 _HOME = {
     "CpuLlmConfig": ".hf",
     "Report": ".coverage",
+    "load": ".loading",
     "load_gguf": ".formats.gguf",
     "optimize": ".swap",
     "report": ".coverage",

@@ -29,7 +29,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -39,8 +39,9 @@ from torch._dynamo.source import AttrSource
 from torch._guards import TracingContext
 
 from . import ops
-from .config import SCALE_DTYPES, Settings
+from .config import Recipe, Settings
 from .packing import PANEL, PackedWeight, pack
+from .plan import check_recipes, sharing_inputs
 from .quant import quantize_rtn
 
 log = logging.getLogger("torch_cpullm")
@@ -59,8 +60,9 @@ def cpullm(gm: fx.GraphModule, example_inputs: list[Any], **kw: Any) -> Callable
 
     options: ``inductor`` (bool, default False: compile what is not a linear with Inductor, which needs a C++ compiler)
     and the fields of :class:`torch_cpullm.config.Settings`: bits, group_size, sym, compute, head_bits, scale_dtype,
-    modules_to_not_convert. ``head_bits`` holds for the output head; an input embedding stays in float here. mode: see
-    :data:`MODES`. Raises ValueError naming the option that is wrong. For inference only: outputs have no gradient.
+    modules_to_not_convert, overrides. ``head_bits`` holds for the output head; an input embedding stays in float here.
+    mode: see :data:`MODES`. Raises ValueError naming the option that is wrong. For inference only: outputs have no
+    gradient.
     """
     settings, inductor = parse_options(**kw)
     ops.isa()
@@ -74,7 +76,7 @@ def cpullm(gm: fx.GraphModule, example_inputs: list[Any], **kw: Any) -> Callable
     found = _find(gm.graph, values, settings, left)
     with _plain_mode():
         for linears in _share_inputs(gm.graph, found):
-            packed += _pack_all(linears, settings, left)
+            packed += _pack_all(linears, left)
     groups = list({group: None for _, group in packed})
     for linears, group in packed:
         _rewrite(gm, linears, group, f"_cpullm_{groups.index(group)}", settings.compute, inductor)
@@ -135,7 +137,7 @@ class _Linear:
     view: Any = None
     transposed: bool = False
     name: str = ""
-    bits: int = 4
+    recipe: Recipe | None = None
     parameter: Any = None
     bias_parameter: Any = None
 
@@ -171,18 +173,17 @@ def _find(graph: fx.Graph, values: dict[Any, Any], settings: Settings, left: dic
         linear.name, owner = _owner(node)
         tied = any(getattr(user.target, "__name__", "") == "embedding" for user in linear.weight.users)
         head = tied or linear.name.rpartition(".")[2] in HEAD_NAMES
-        bits = settings.head_bits if head else settings.bits
-        reason = _unsuitable(linear, weight, owner)
-        if not reason and (bits is None or not settings.converts(linear.name)):
-            reason = "excluded by the options"
-        if reason or bits is None:
+        linear.recipe = settings.recipe(linear.name, head)
+        reason = _unsuitable(linear, weight, owner) or ("" if linear.recipe else "excluded by the options")
+        if reason:
             left.setdefault(reason, []).append(linear.name)
             continue
-        linear.bits = bits
         linear.parameter = weight
         bias = values.get(linear.bias)
         linear.bias_parameter = bias if type(bias) is nn.Parameter else None
         found.append(linear)
+    recipes: Any = {linear.name: linear.recipe for linear in found}
+    check_recipes(recipes, sharing_inputs(recipes), "an input")
     return found
 
 
@@ -226,7 +227,7 @@ def _share_inputs(graph: fx.Graph, found: list[_Linear]) -> list[list[_Linear]]:
     together: dict[tuple, list[_Linear]] = {}
     for linear in found:
         dtype = getattr(linear.node.meta.get("example_value"), "dtype", None)
-        together.setdefault((linear.x, before[linear.node], linear.bits, linear.transposed, dtype), []).append(linear)
+        together.setdefault((linear.x, before[linear.node], linear.recipe, linear.transposed, dtype), []).append(linear)
     result: list[list[_Linear]] = []
     for linears in together.values():
         whole = all(linear.n % PANEL == 0 for linear in linears[:-1])
@@ -249,8 +250,7 @@ class _Group:
     linears: list[tuple[str, int, bool]]  # name, rows, whether bias holds its bias
     parameters: list[weakref.ref]
     transposed: bool
-    bits: int
-    settings: Settings
+    recipe: Recipe
     stamps: list[tuple[int, int]]
     packed: PackedWeight
     bias: Tensor | None
@@ -264,7 +264,7 @@ class _Group:
                 return
             names, count = ", ".join(name for name, _, _ in self.linears), len(self.linears)
             try:
-                new = _pack(parameters[:count], self.transposed, self.bits, self.settings)
+                new = _pack(parameters[:count], self.transposed, self.recipe)
             except ValueError as error:
                 raise ValueError(f"{names} was written and cannot be packed again: {error}") from error
             self.packed.codes.copy_(new.codes)
@@ -297,19 +297,17 @@ def _stamp(parameter: Tensor) -> tuple[int, int]:
     return (-1 if parameter.is_inference() else parameter._version, parameter.data_ptr())
 
 
-def _pack(weights: list[Tensor], transposed: bool, bits: int, settings: Settings) -> PackedWeight:
+def _pack(weights: list[Tensor], transposed: bool, recipe: Recipe) -> PackedWeight:
     """Quantise and pack [n_i, k] matrices (or [k, n_i], transposed) as one. Raises ValueError: NaN, inf."""
-    group_size = settings.group_size if bits == 4 or settings.bits == 8 else 32
-    scale_dtype = SCALE_DTYPES[settings.scale_dtype]
     matrices = [weight.detach().T if transposed else weight.detach() for weight in weights]
-    parts = [pack(quantize_rtn(matrix, bits, group_size, settings.sym, scale_dtype)) for matrix in matrices]
+    parts = [pack(quantize_rtn(matrix, *recipe)) for matrix in matrices]
     if len(parts) == 1:
         return parts[0]
     codes = torch.cat([part.codes for part in parts])
     scales = torch.cat([part.scales for part in parts])
     zeros = [part.zeros for part in parts if part.zeros is not None]
     n = sum(part.n for part in parts)
-    return PackedWeight(codes, scales, torch.cat(zeros) if zeros else None, n, parts[0].k, bits, group_size)
+    return PackedWeight(codes, scales, torch.cat(zeros) if zeros else None, n, parts[0].k, *recipe[:2])
 
 
 def _join_biases(linears: list[tuple[str, int, bool]], biases: list[Tensor]) -> Tensor:
@@ -318,35 +316,34 @@ def _join_biases(linears: list[tuple[str, int, bool]], biases: list[Tensor]) -> 
     return torch.cat([next(given).detach() if present else biases[0].new_zeros(n) for _, n, present in linears])
 
 
-def _group(linears: list[_Linear], settings: Settings) -> _Group:
+def _group(linears: list[_Linear]) -> _Group:
     """The packed weights of ``linears``: those of an earlier graph, or new ones. Raises ValueError: NaN, inf."""
-    bits, transposed = linears[0].bits, linears[0].transposed
+    recipe, transposed = cast("Recipe", linears[0].recipe), linears[0].transposed
     biases = [linear.bias_parameter if len(linears) > 1 else None for linear in linears]
     given = [bias for bias in biases if bias is not None]
     parameters = [linear.parameter for linear in linears] + given
-    recipe = (bits, settings.bits, settings.group_size, settings.sym, settings.scale_dtype, transposed)
     rows = [(linear.name, linear.n, bias is not None) for linear, bias in zip(linears, biases, strict=True)]
-    key = (recipe, *(present for _, _, present in rows), *((id(p), p.shape) for p in parameters))
+    key = (recipe, transposed, *(present for _, _, present in rows), *((id(p), p.shape) for p in parameters))
     group = _groups.get(key)
     if group is not None and all(ref() is p for ref, p in zip(group.parameters, parameters, strict=True)):
         group.refresh()
         return group
     refs, stamps = [weakref.ref(p) for p in parameters], [_stamp(p) for p in parameters]
-    packed = _pack(parameters[: len(linears)], transposed, bits, settings)
+    packed = _pack(parameters[: len(linears)], transposed, recipe)
     bias = _join_biases(rows, given) if given else None
-    _groups[key] = group = _Group(rows, refs, transposed, bits, settings, stamps, packed, bias)
+    _groups[key] = group = _Group(rows, refs, transposed, recipe, stamps, packed, bias)
     return group
 
 
-def _pack_all(linears: list[_Linear], settings: Settings, left: dict[str, list[str]]) -> _Packed:
+def _pack_all(linears: list[_Linear], left: dict[str, list[str]]) -> _Packed:
     """Pack linears that share an input as one, or one by one if a weight of theirs cannot be quantised."""
     try:
-        return [(linears, _group(linears, settings))]
+        return [(linears, _group(linears))]
     except ValueError as error:
         if len(linears) == 1:
             left.setdefault(str(error), []).append(linears[0].name)
             return []
-    return [pair for linear in linears for pair in _pack_all([linear], settings, left)]
+    return [pair for linear in linears for pair in _pack_all([linear], left)]
 
 
 # ---- the new graph --------------------------------------------------------------------------------------------------
@@ -434,7 +431,7 @@ def _log_graph(packed: _Packed, left: dict[str, list[str]]) -> None:
     """One line per graph, and one for what stays."""
     count = sum(len(linears) for linears, _ in packed)
     size = sum(group.packed.nbytes for group in {group for _, group in packed})
-    head = sum(linear.bits == 8 for linears, _ in packed for linear in linears)
+    head = sum(len(linears) for linears, group in packed if group.recipe.bits == 8)
     log.info("graph: %d linears in %d packed operators (%d in 8 bits), %.1f MB", count, len(packed), head, size / 1e6)
     for reason, names in left.items():
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""

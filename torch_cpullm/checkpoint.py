@@ -3,11 +3,12 @@
     X.weight_codes    uint8 [n, ceil(k/2)] (4 bits: even input low) or [n, k] (8 bits: int8 value + 128)
     X.weight_scales   float16 | bfloat16 [n, groups]
     X.weight_zeros    uint8 or the scales' dtype [n, groups], or absent: see packing.QuantizedWeight
+    X.weight_order    int32 [k], or absent: input j of the weight is input order[j] of the linear
     X.gate_up_proj_codes, X.down_proj_codes, ..    the same of experts, each with a first dimension [experts]
 
     quantization_config   quant_method "cpullm", format_version, the settings, and
-        modules   pattern -> form {bits, group_size, zeros, scales}; "*" in a pattern stands for any layer number;
-                  experts have one for each parameter
+        modules   pattern -> form {bits, group_size, zeros, scales, and ordered where it is true}; "*" in a pattern
+                  stands for any layer number; experts have one for each parameter
         tensors   how many tensors the files hold in all
         hint      for people who do not have this package
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from .config import SCALE_DTYPES, Settings
 from .experts import WEIGHTS
-from .linear import STORED, SUFFIXES, Packed, PackedModule, entry
+from .linear import ORDER, STORED, SUFFIXES, Packed, PackedLinear, PackedModule, check_order, entry
 from .packing import (
     PackedStack,
     check_bits,
@@ -51,6 +52,7 @@ _ZEROS = ("none", "point", "minimum")
 @dataclass(frozen=True)
 class Form:
     """How one weight is stored. zeros: "none", "point" (integers) or "minimum" (floats). scales: a dtype's name.
+    ordered: whether inputs are in an order of their own.
 
     Raises ValueError naming the field that is wrong.
     """
@@ -59,6 +61,7 @@ class Form:
     group_size: int
     zeros: str
     scales: str
+    ordered: bool = False
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
@@ -67,37 +70,54 @@ class Form:
             raise ValueError(f"zeros must be one of {', '.join(_ZEROS)}, and none for bits=8, got {self.zeros!r}")
         if not isinstance(self.scales, str) or self.scales not in SCALE_DTYPES:
             raise ValueError(f"scales must be one of {', '.join(SCALE_DTYPES)}, got {self.scales!r}")
+        if not isinstance(self.ordered, bool):
+            raise ValueError(f"ordered must be True or False, got {self.ordered!r}")
 
     @staticmethod
-    def of(weight: Packed) -> Form:
+    def of(weight: Packed, *, ordered: bool = False) -> Form:
         """The form of a packed weight."""
         packed = weight.whole if isinstance(weight, PackedStack) else weight
         zeros = "none" if packed.zeros is None else "point" if packed.zeros.dtype == torch.uint8 else "minimum"
-        return Form(packed.bits, packed.group_size, zeros, str(packed.scales.dtype).removeprefix("torch."))
+        scales = str(packed.scales.dtype).removeprefix("torch.")
+        return Form(packed.bits, packed.group_size, zeros, scales, ordered)
 
-    def tensors(self, shape: list[int]) -> dict[str, tuple[list[int], torch.dtype]]:
-        """Suffix -> (shape, dtype) of what is stored for a weight [n, k] or for experts [experts, n, k]."""
+    def names(self, parameter: str = "weight") -> tuple[str, ...]:
+        """The tensors of a weight of this name, by the last part of their names."""
+        return tuple(self.tensors([1, 1], parameter))
+
+    def tensors(self, shape: list[int], parameter: str = "weight") -> dict[str, tuple[list[int], torch.dtype]]:
+        """Name -> (shape, dtype) of what is stored for a weight [n, k] or for experts [experts, n, k]."""
         *rows, k = shape
         scales = SCALE_DTYPES[self.scales]
         groups = [*rows, -(-k // resolve_group(self.group_size, k))]
-        found = {SUFFIXES[0]: ([*rows, stored_width(k, self.bits)], torch.uint8), SUFFIXES[1]: (groups, scales)}
+        codes = [*rows, stored_width(k, self.bits)]
+        found = {parameter + SUFFIXES[0]: (codes, torch.uint8), parameter + SUFFIXES[1]: (groups, scales)}
         if self.zeros != "none":
-            found[SUFFIXES[2]] = (groups, torch.uint8 if self.zeros == "point" else scales)
+            found[parameter + SUFFIXES[2]] = (groups, torch.uint8 if self.zeros == "point" else scales)
+        if self.ordered:
+            if len(shape) != 2:
+                raise ValueError(f"ordered must be False for a weight {shape}")
+            found[ORDER] = ([k], torch.int32)
         return found
 
-    def packed(self, tensors: dict[str, Tensor], shape: list[int]) -> Packed:
-        """The packed weight of this shape from stored tensors, by suffix; ValueError says which does not fit."""
-        for suffix, (size, dtype) in self.tensors(shape).items():
-            got = tensors[suffix]
+    def packed(
+        self, tensors: dict[str, Tensor], shape: list[int], parameter: str = "weight"
+    ) -> tuple[Packed, Tensor | None]:
+        """(packed weight of this shape, order or None) of stored tensors; ValueError says which does not fit."""
+        for name, (size, dtype) in self.tensors(shape, parameter).items():
+            got = tensors[name]
             if list(got.shape) != size or got.dtype != dtype:
-                raise ValueError(f"{suffix[1:]} must be {dtype} {size}, got {got.dtype} {list(got.shape)}")
-        values = (tensors.get(suffix) for suffix in SUFFIXES)
+                raise ValueError(f"{name} must be {dtype} {size}, got {got.dtype} {list(got.shape)}")
+        values = (tensors.get(parameter + suffix) for suffix in SUFFIXES)
         codes, scales, zeros = (None if value is None else value.detach() for value in values)
         assert codes is not None
         assert scales is not None
         if len(shape) == 3:
-            return pack_stored_stack(codes, scales, zeros, shape[0], shape[1], shape[2], self.bits, self.group_size)
-        return pack_stored(codes, scales, zeros, shape[0], shape[1], self.bits, self.group_size)
+            stack = pack_stored_stack(codes, scales, zeros, *shape, self.bits, self.group_size)
+            return stack, None
+        n, k = shape
+        order = check_order(tensors[ORDER].detach(), k) if self.ordered else None
+        return pack_stored(codes, scales, zeros, n, k, self.bits, self.group_size), order
 
 
 # ---- the description ------------------------------------------------------------------------------------------------
@@ -105,11 +125,10 @@ class Form:
 
 def describe(model: nn.Module, settings: Settings, tensors: int) -> dict[str, Any]:
     """The quantization_config of ``model`` as JSON has it. tensors: how many the files hold."""
-    values = {field.name: getattr(settings, field.name) for field in fields(Settings)}
     return {
         "quant_method": "cpullm",
         "format_version": FORMAT_VERSION,
-        **values,
+        **settings.plain(),
         "modules": _patterns(model),
         "tensors": tensors,
         "hint": HINT,
@@ -126,14 +145,17 @@ def _patterns(model: nn.Module) -> dict[str, dict[str, Any]]:
     for name, module in model.named_modules(remove_duplicate=False):
         own: dict[str, Form | None] = {entry(name, key): None for key in ("weight", *module._parameters)}
         if isinstance(module, PackedModule):
-            own.update({entry(name, key): Form.of(packed) for key, packed in module.weights().items()})
+            ordered = isinstance(module, PackedLinear) and module.order is not None
+            own.update({entry(name, key): Form.of(packed, ordered=ordered) for key, packed in module.weights().items()})
         for each, form in own.items():
             groups.setdefault(_starred(each), {})[each] = form
     found: dict[str, dict[str, Any]] = {}
     for pattern, names in groups.items():
         forms = set(names.values())
         alike = {pattern: next(iter(forms))} if len(forms) == 1 else names
-        found.update({name: asdict(form) for name, form in alike.items() if form is not None})
+        for name, form in alike.items():
+            if form is not None:
+                found[name] = {key: value for key, value in asdict(form).items() if key != "ordered" or value}
     return found
 
 
@@ -169,39 +191,65 @@ def check_version(version: Any) -> None:
 
 # ---- the files ------------------------------------------------------------------------------------------------------
 
-_FLOATS = {"F16", "BF16"}
-_STORED_DTYPES = {
+Headers = dict[str, tuple[tuple[int, ...], "torch.dtype | None"]]
+
+_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+_HALVES = (torch.float16, torch.bfloat16)
+_STORED_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     parameter + suffix: dtypes
     for parameter in ("weight", *WEIGHTS)
-    for suffix, dtypes in zip(SUFFIXES, ({"U8"}, _FLOATS, {"U8", *_FLOATS}), strict=True)
+    for suffix, dtypes in zip(SUFFIXES, ((torch.uint8,), _HALVES, (torch.uint8, *_HALVES)), strict=True)
 }
+_STORED_DTYPES[ORDER] = (torch.int32,)
 
 
-def check_files(files: Iterable[str | os.PathLike[str]], tensors: Any) -> None:
-    """ValueError for files that are no whole safetensors, hold another number of tensors, or codes of a wrong dtype."""
+def read_headers(files: Iterable[str | os.PathLike[str]]) -> Headers:
+    """Tensor name -> (shape, dtype; None for one that no weight has) of these files.
+
+    ValueError for a file that is no whole safetensors, and for a tensor that two of them have; FileNotFoundError.
+    """
     from safetensors import SafetensorError, safe_open
 
-    found = 0
+    found: Headers = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
-                names = list(opened.keys())
-                found += len(names)
-                for name in names:
-                    dtypes = _STORED_DTYPES.get(name.rpartition(".")[2])
-                    dtype = opened.get_slice(name).get_dtype() if dtypes else ""
-                    if dtypes and dtype not in dtypes:
-                        raise ValueError(f"{file}: {name} is {dtype}, and must be {' or '.join(sorted(dtypes))}")
+                for name in opened.keys():  # noqa: SIM118 (it is no dict)
+                    if name in found:
+                        raise ValueError(f"{file}: {name} is in another file, too")
+                    view = opened.get_slice(name)
+                    found[name] = tuple(view.get_shape()), _DTYPES.get(view.get_dtype())
+        except FileNotFoundError:
+            raise
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: no whole safetensors file: {error}") from error
-    if type(tensors) is not int or found != tensors:
+    return found
+
+
+def check_headers(headers: Headers, tensors: Any) -> None:
+    """ValueError for files that hold another number of tensors than ``tensors``, or codes of a wrong dtype."""
+    for name, (_, dtype) in headers.items():
+        dtypes = _STORED_DTYPES.get(name.rpartition(".")[2], (dtype,))
+        if dtype not in dtypes:
+            got, *allowed = (str(kind).removeprefix("torch.") for kind in (dtype, *dtypes))
+            raise ValueError(f"{name} is {got}, and must be {' or '.join(allowed)}")
+    if type(tensors) is not int or len(headers) != tensors:
         raise ValueError(
-            f"this checkpoint is not whole: config.json speaks of {tensors!r} tensors, and its files hold {found}"
+            f"this checkpoint is not whole: config.json speaks of {tensors!r} tensors, and its files hold "
+            f"{len(headers)}"
         )
 
 
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict to save: packed weights that transformers ties once, and the markers."""
+    """The state dict to save: weights that transformers ties once, and the markers."""
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     again = {
         target.removesuffix(".weight") + "."
@@ -211,8 +259,11 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     state = {
         name: value
         for name, value in model.state_dict().items()
-        if not (name.rpartition(".")[2] in STORED and name[: name.rindex(".") + 1] in again)
+        if not (name.rpartition(".")[2] in (*STORED, ORDER) and name[: name.rindex(".") + 1] in again)
     }
+    for target, source in tied.items():  # of those that stay in float transformers would drop one, too
+        if target in state and source in state and state[target].data_ptr() == state[source].data_ptr():
+            del state[target]
     real = next((name.removesuffix("_codes") for name in state if name.endswith(".weight_codes")), None)
     for name in (MARKER, real):
         if name is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,6 +21,18 @@ KV_CACHES = {
 }
 
 
+class Recipe(NamedTuple):
+    """How one weight is quantised; fields as in :class:`Settings`, in the order of ``quantize_rtn``'s arguments."""
+
+    bits: int
+    group_size: int
+    sym: bool  # always, with 8 bits
+    scale_dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"bits={self.bits}, group_size={self.group_size}, sym={self.sym}"
+
+
 @dataclass
 class Settings:
     """Settings of :func:`torch_cpullm.optimize`. Raises ValueError naming the field that is wrong.
@@ -32,6 +46,9 @@ class Settings:
     ``"float16"`` or ``"bfloat16"``. modules_to_not_convert: names, suffixes after a dot, or regular expressions
     (matched from the start) of modules that stay as they are. kv_cache: how keys and values are stored: ``"auto"`` in
     the model's dtype, or ``"fp32"``, ``"bf16"``, ``"fp16"``, ``"int8"`` (a scale per token and head).
+    overrides: pattern -> some of bits, group_size and sym, for modules that the pattern matches as it would in
+    modules_to_not_convert. The first pattern that matches a module decides; fields that it lacks are those of all
+    others. Modules that share an input (q, k, v; gate, up) or a weight must get the same. As JSON, a list of pairs.
     """
 
     bits: int = 4
@@ -42,6 +59,7 @@ class Settings:
     scale_dtype: str = "float16"
     modules_to_not_convert: list[str] | None = None
     kv_cache: str = "auto"
+    overrides: dict[str, dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         self.validate()
@@ -50,8 +68,7 @@ class Settings:
         """Raise ValueError for the first field that is out of range."""
         check_bits(self.bits)
         check_group_size(self.group_size)
-        if not isinstance(self.sym, bool):
-            raise ValueError(f"sym must be True or False, got {self.sym!r}")
+        _check_sym(self.sym)
         if self.compute not in ("int8", "fp32", "bf16"):
             raise ValueError(f"compute must be 'int8', 'bf16' or 'fp32', got {self.compute!r}")
         if self.head_bits is not None and (type(self.head_bits) is not int or self.head_bits not in (4, 8)):
@@ -65,22 +82,78 @@ class Settings:
             raise ValueError(f"modules_to_not_convert must be a list of strings, got {names!r}")
         if not isinstance(self.kv_cache, str) or self.kv_cache not in KV_CACHES:
             raise ValueError(f"kv_cache must be one of {', '.join(KV_CACHES)}, got {self.kv_cache!r}")
+        if self.overrides is not None:
+            self.overrides = _checked_overrides(self.overrides)
 
     def converts(self, name: str) -> bool:
         """Whether the module of this dotted name is to be converted."""
-        return not any(
-            name == item or name.endswith("." + item) or _matches(item, name)
-            for item in self.modules_to_not_convert or ()
-        )
+        return not any(matches(pattern, name) for pattern in self.modules_to_not_convert or ())
+
+    def recipe(self, name: str, end: bool = False) -> Recipe | None:
+        """How the weight of the module of this dotted name is quantised; None: it stays as it is.
+
+        end: the module is the output head or the input embedding.
+        """
+        if not self.converts(name):
+            return None
+        own = next((own for pattern, own in (self.overrides or {}).items() if matches(pattern, name)), {})
+        bits = own.get("bits", self.head_bits if end else self.bits)
+        if bits is None:
+            return None
+        group_size = 32 if end and bits == 8 and self.bits == 4 else self.group_size
+        sym = bits == 8 or own.get("sym", self.sym)
+        return Recipe(bits, own.get("group_size", group_size), sym, SCALE_DTYPES[self.scale_dtype])
+
+    def check_overrides(self, names: Iterable[str]) -> None:
+        """ValueError for a pattern of the overrides that matches none of these modules."""
+        names = list(names)
+        for pattern in self.overrides or ():
+            if not any(matches(pattern, name) for name in names):
+                raise ValueError(f"overrides: {pattern!r} matches no module that could be quantised")
+
+    def plain(self) -> dict[str, Any]:
+        """The fields as JSON has them; the overrides as a list of pairs, since JSON objects have no order."""
+        values = {field.name: getattr(self, field.name) for field in fields(Settings)}
+        if self.overrides is not None:
+            values["overrides"] = [[pattern, dict(own)] for pattern, own in self.overrides.items()]
+        return values
 
     def same_as(self, other: Settings) -> bool:
         """Whether both settings ask for the same model."""
-        names = [set(settings.modules_to_not_convert or ()) for settings in (self, other)]
-        values = ("bits", "group_size", "sym", "compute", "head_bits", "scale_dtype", "kv_cache")
-        return names[0] == names[1] and all(getattr(self, value) == getattr(other, value) for value in values)
+        mine, others = self.plain(), other.plain()
+        for values in (mine, others):
+            values["modules_to_not_convert"] = set(values["modules_to_not_convert"] or ())
+            values["overrides"] = values["overrides"] or []
+        return mine == others
 
 
-def _matches(pattern: str, name: str) -> bool:
+def _checked_overrides(given: Any) -> dict[str, dict[str, Any]]:
+    """Overrides as a dict, from one or from a list of pairs; ValueError names the entry that is wrong."""
+    text = "overrides must be a dict of pattern -> {'bits': .., 'group_size': .., 'sym': ..}"
+    pairs = list(given.items()) if isinstance(given, dict) else given
+    if not isinstance(pairs, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs):
+        raise ValueError(f"{text}, got {given!r}")
+    checks = {"bits": check_bits, "group_size": check_group_size, "sym": _check_sym}
+    for pattern, own in pairs:
+        if not isinstance(pattern, str) or not isinstance(own, dict) or not own or not own.keys() <= checks.keys():
+            raise ValueError(f"{text}, got {pattern!r}: {own!r}")
+        for name, value in own.items():
+            try:
+                checks[name](value)
+            except ValueError as error:
+                raise ValueError(f"overrides: {pattern!r}: {error}") from None
+    return {pattern: dict(own) for pattern, own in pairs}
+
+
+def _check_sym(sym: Any) -> None:
+    if not isinstance(sym, bool):
+        raise ValueError(f"sym must be True or False, got {sym!r}")
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether ``pattern`` is this dotted name, its end after a dot, or a regular expression that matches its start."""
+    if name == pattern or name.endswith("." + pattern):
+        return True
     try:
         return re.match(pattern, name) is not None
     except re.error:

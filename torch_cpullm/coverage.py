@@ -10,7 +10,7 @@ from torch import nn
 
 from . import ops
 from .layer import layer_levels
-from .linear import Packed, PackedLinear, PackedModule, entry
+from .linear import Packed, PackedLinear, PackedModule, entry, has_adapter
 from .packing import PackedStack
 
 
@@ -61,12 +61,12 @@ class Report:
 
     @property
     def left_in_float(self) -> list[Row]:
-        """Weight matrices that are neither quantised nor excluded by the settings.
+        """Weight matrices that stay in float: not those that the settings exclude, adapters' own and lookup tables.
 
-        Lookup tables do not count, nor do the routers of experts that are quantised.
+        Nor do the routers of experts count that are packed or excluded.
         """
-        floats = [row for row in self.rows if row.state == "float" and row.kind != "embedding"]
-        return [row for row in floats if row.reason not in (EXCLUDED, ROUTER)]
+        left = [row for row in self.rows if row.state == "float" and row.kind != "embedding"]
+        return [row for row in left if row.reason not in (EXCLUDED, ROUTER, ADAPTER)]
 
     def __str__(self) -> str:
         merged: dict[tuple, list[Row]] = {}
@@ -106,10 +106,31 @@ class Report:
 
 EXCLUDED = "excluded by modules_to_not_convert or head_bits"
 ROUTER = "router of a mixture of experts: small, and a rounding could choose another expert"
+ADAPTER = "an adapter's own"
+
+
+def optimised(model: nn.Module) -> nn.Module:
+    """The module inside ``model`` that optimize() has seen, or ``model``: adapters and wrappers stand around it."""
+    return next((module for module in model.modules() if "_cpullm_settings" in module.__dict__), model)
+
+
+def of_adapters(model: nn.Module) -> set[str]:
+    """Names of the modules by which adapters add to their base layers."""
+    around = [name + "." for name, module in model.named_modules() if has_adapter(module)]
+    return {
+        name
+        for name, _ in model.named_modules()
+        for start in around
+        if name.startswith(start) and not f"{name}.".startswith(start + "base_layer.")
+    }
 
 
 def report(model: nn.Module) -> Report:
-    """One row per weight of ``model``, read off the model as it is now: swapped or not, and why not."""
+    """One row per weight of ``model``, read off the model as it is now: swapped or not, and why not.
+
+    Of a model inside a wrapper (a PeftModel), the names are those inside.
+    """
+    model = optimised(model)
     return report_with(model, getattr(model, "_cpullm_skipped", {}))
 
 
@@ -117,6 +138,7 @@ def report_with(model: nn.Module, reasons: dict[str, str]) -> Report:
     """:func:`report` with these reasons, by module name, for what stays in float."""
     rows = []
     seen: set[int] = set()
+    adapters = of_adapters(model)
     for name, module in model.named_modules():
         if isinstance(module, PackedModule):
             for key, packed in module.weights().items():
@@ -132,7 +154,9 @@ def report_with(model: nn.Module, reasons: dict[str, str]) -> Report:
             size = parameter.nbytes if first else 0
             full = entry(name, key)
             kind = "embedding" if isinstance(module, nn.Embedding) else "linear" if key == "weight" else "parameter"
-            reason = _recorded(name, reasons) or _why_float(module, kind, parameter.dim())
+            reason = (
+                ADAPTER if name in adapters else _recorded(name, reasons) or _why_float(module, kind, parameter.dim())
+            )
             rows.append(Row(full, kind, "float", reason, None, None, None, size, size))
     return Report(rows, ops.isa(), [LayerRow(*level) for level in layer_levels(model)])
 

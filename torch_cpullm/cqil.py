@@ -396,7 +396,11 @@ def search(
 def _similarities(model: nn.Module, decoder: Decoder, tokens: Tensor, group: int) -> list[float]:
     """Mean cosine of the inputs of layers i and i + group - 1 for every i that has them."""
     inputs: list[Tensor] = []
-    handles = [layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for layer in decoder.layers]
+
+    def note(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        inputs.append(args[0] if args else kwargs["hidden_states"])
+
+    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in decoder.layers]
     total = torch.zeros(len(decoder.layers) - group + 1, dtype=torch.float64)
     try:
         for ids in tokens:

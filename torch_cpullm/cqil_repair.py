@@ -9,6 +9,7 @@ Source: CQIL (Zou et al., ACL 2024): LoRA of rank 32 on all linears of all layer
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -54,7 +55,9 @@ def repair(
     targets = [f"{decoder.name}.{name}" for name in names]
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     modes = [module for module in model.modules() if module.training]
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # PEFT asks transformers by a name that it is about to drop: no business of our caller's.
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
         torch.manual_seed(seed)
         student: Any = get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
     student.eval()  # no dropout; gradients flow all the same

@@ -216,17 +216,17 @@ class LayerProgram:
 
     def _run_group(self, calls: list[Call]) -> Tensor:
         """The output of this program's group, by one operator or in plain torch."""
-        group = cast("GroupMember", self.member).group
-        if self.why_not_together() == "":
-            programs = self._others_of_group()
+        group, programs = cast("GroupMember", self.member).group, self._of_group()
+        if len(programs) == group.size <= MOST_MEMBERS:
             ready = [each._ready((x,), kwargs) for each, (x, kwargs) in zip(programs, calls, strict=True)]
-            runs = [cast("Program", each._run) for each in programs]
-            y = None if None in ready else run_group(runs, group.bypass, cast("list[tuple]", ready))
-            if y is not None:
-                return y
+            if None not in ready and len({each._kind for each in programs}) == 1:
+                runs = [cast("Program", each._run) for each in programs]
+                y = run_group(runs, group.bypass, cast("list[tuple]", ready))
+                if y is not None:
+                    return y
         return group.compute(calls)
 
-    def _others_of_group(self) -> list[LayerProgram]:
+    def _of_group(self) -> list[LayerProgram]:
         """The programs of this program's group, itself among them; fewer than members where some have none."""
         group = cast("GroupMember", self.member).group
         found = [layer.__dict__.get("forward") for layer in group.members()]
@@ -236,14 +236,13 @@ class LayerProgram:
         """Why the group of this layer does not run as one operator; empty if it does, and for a layer in none."""
         if self.member is None:
             return ""
-        group, programs = self.member.group, self._others_of_group()
-        if group.size > MOST_MEMBERS:
+        size, programs = self.member.group.size, self._of_group()
+        if size > MOST_MEMBERS:
             return f"groups of more than {MOST_MEMBERS} have no operator"
-        if len(programs) < group.size or any(each._run is None for each in programs):
+        if len(programs) < size or any(each.why_not() for each in programs):
             return "another layer of its group does not run as one operator"
-        return (
-            "" if len({each._kind for each in programs}) == 1 else "the layers of its group compute in different ways"
-        )
+        alike = len({each._kind for each in programs}) == 1
+        return "" if alike else "the layers of its group compute in different ways"
 
     @property
     def begins(self) -> bool:
@@ -281,7 +280,7 @@ class LayerProgram:
                 cos, sin = rotary(positions)
         elif self._rotates:
             cos, sin = get("position_embeddings") or (None, None)
-            usable = usable and cos is not None
+            usable = usable and cos is not None and cos.dim() == 3  # 4: one per axis of a picture, which layers mix
         return (x, cos, sin, mask, cache) if usable else None
 
     def _shared(self, kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:

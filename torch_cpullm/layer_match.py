@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import layer_probe
 from .layer_execute import Run, prepare
-from .layer_parts import CACHES, Choice, NoMatchError, Parts, build, own_state, read_parts
+from .layer_parts import CACHES, Choice, NoMatchError, Parts, build, own_state, plain_modules, read_parts
 from .layer_spec import LayerSpec
 from .linear import PackedLinear
 
@@ -164,7 +164,7 @@ def _structure(decoder: Decoder, index: int, parts: Parts) -> tuple:
     small = layer_probe.shrink(decoder.owner.config, layer_probe.Sizes.of(parts))
     settings = sorted((name, repr(value)) for name, value in vars(small).items() if name not in IRRELEVANT)
     tree: list[tuple] = []
-    for path, module in parts.layer.named_modules():
+    for path, module in plain_modules(parts.layer):
         if isinstance(module, PackedLinear):
             tree.append((path, PackedLinear, module.bias is None, ()))
             continue

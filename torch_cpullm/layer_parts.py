@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .layer_reference import apply_norm
 from .layer_spec import ACTIVATIONS, NORMS, LayerSpec, Norm, QkvLayout
-from .linear import PackedLinear
+from .linear import PackedLinear, has_adapter
 from .reference import activate
 
 
@@ -116,6 +116,21 @@ def check_forward(layer: nn.Module) -> str:
     return found[0]
 
 
+def plain_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) as named_modules() has them; an adapter that is switched off is its base layer."""
+    while _is_off(module):
+        module = module.base_layer  # type: ignore[assignment]
+    yield path, module
+    for name, child in module.named_children():
+        yield from plain_modules(child, f"{path}.{name}" if path else name)
+
+
+def _is_off(module: nn.Module) -> bool:
+    """Whether this is an adapter as PEFT makes them, disabled and not merged."""
+    state = module.__dict__
+    return has_adapter(module) and state.get("_disable_adapters") is True and not state.get("merged_adapters")
+
+
 def read_parts(layer: nn.Module, config: Any) -> Parts:
     """Find every part of ``layer``; NoMatchError names the first that has no known role."""
     cache_name = check_forward(layer)
@@ -124,7 +139,9 @@ def read_parts(layer: nn.Module, config: Any) -> Parts:
     acts: list[Any] = []
     table = sinks = None
     inside = ""  # a norm whose parts are its own business
-    for path, module in layer.named_modules():
+    for path, module in plain_modules(layer):
+        if has_adapter(module):
+            raise NoMatchError(f"{path} has an adapter")
         if "forward" in module.__dict__ and module is not layer:
             raise NoMatchError(f"the forward of {path} was replaced on the instance")
         if inside and path.startswith(inside):
@@ -135,6 +152,8 @@ def read_parts(layer: nn.Module, config: Any) -> Parts:
             role = ROLE_OF.get(name)
             if role is None or role in linears:
                 raise NoMatchError(f"the linear {path} has no known role")
+            if module.order is not None:
+                raise NoMatchError(f"the inputs of {path} are in an order of their own (desc_act)")
             linears[role] = path, module
         elif isinstance(module, nn.Linear):
             raise NoMatchError(f"the linear {path} is not packed")

@@ -23,6 +23,7 @@ from .layer_parts import (
     build,
     choices,
     own_state,
+    plain_modules,
     read_parts,
     rotary_from_table,
 )
@@ -324,6 +325,8 @@ def try_out(layer: nn.Module, config: Any, calls: dict[str, list[Call]]) -> tupl
     if given is not None and not _is_pair(given):
         raise NoMatchError("its position embeddings are not a pair of cosines and sines")
     best = math.inf
+    if cos is not None and cos.dim() != 3:
+        raise NoMatchError("its positions have several axes, which the layer mixes itself")
     for choice in choices(parts, config, 0 if cos is None else cos.shape[-1]):
         try:
             run = prepare(build(parts, config, choice))
@@ -394,7 +397,7 @@ def adopt_scalars(real: nn.Module, layer: nn.Module) -> None:
     NoMatchError where the two differ in their make: in classes, in attributes, in a number of unknown meaning.
     """
     theirs = dict(layer.named_modules())
-    ours = dict(real.named_modules())
+    ours = dict(plain_modules(real))
     if {p for p, m in ours.items() if not _inside_linear(p, ours)} != {
         p for p in theirs if not _inside_linear(p, theirs)
     }:

@@ -46,8 +46,9 @@ class Program:
     ) -> Tensor:
         """Run the layer once; the cache takes the new tokens."""
         if cache is None:
-            return _forward(self.handle, x, cos, sin, mask, None, None, None, None, 0)
+            return _forward(self.handle, x, cos, sin, fitting(mask, x.shape[1]), None, None, None, None, 0)
         k, v, k_scale, v_scale, length = self.reserve(cache, x)
+        mask = fitting(mask, length + x.shape[1])
         y = _forward(self.handle, x, cos, sin, mask, k, v, k_scale, v_scale, length)
         cache.advance(x.shape[1])
         return y
@@ -74,21 +75,27 @@ def run_group(programs: Sequence[Program], bypass: int, calls: Sequence[tuple]) 
         return found
 
     rotary = [place(tensor) for _, cos, sin, _, _ in calls for tensor in (cos, sin)]
-    masks = [place(mask) for _, _, _, mask, _ in calls]
     caches = [call[4] for call in calls]
     handles, groups = [program.handle for program in programs], [len(programs)]
     if all(cache is None for cache in caches):
+        masks = [place(fitting(mask, x.shape[1])) for _, _, _, mask, _ in calls]
         return _group_forward(handles, x, tensors, rotary, masks, [], 0, groups, bypass)
     if None in caches:
         return None
     held = [program.reserve(cache, x) for program, cache in zip(programs, caches, strict=True)]
     if len({each[4] for each in held}) > 1 or len({each[2] is None for each in held}) > 1:
         return None
+    masks = [place(fitting(mask, held[0][4] + x.shape[1])) for _, _, _, mask, _ in calls]
     buffers = [tensor for each in held for tensor in each[:4] if tensor is not None]
     y = _group_forward(handles, x, tensors, rotary, masks, buffers, held[0][4], groups, bypass)
     for cache in caches:
         cache.advance(x.shape[1])
     return y
+
+
+def fitting(mask: Tensor | None, keys: int) -> Tensor | None:
+    """A mask for this many keys; some models of older transformers make it longer and cut it, as here, in the layer."""
+    return mask if mask is None or mask.shape[-1] <= keys else mask[..., :keys]
 
 
 class _Writer:

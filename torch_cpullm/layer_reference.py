@@ -61,10 +61,10 @@ def run_group(
     x = calls[0][0]
     wide = x.to(dtype)
     inputs = [_norm(spec, wide, spec.input_norm) for spec in specs]
-    attended = [
-        spec.residual_scale * _norm(spec, _attention_block(spec, h, *call[1:], x.dtype), spec.post_attention_norm)
-        for spec, h, call in zip(specs, inputs, calls, strict=True)
-    ]
+    attended = []
+    for spec, h, (_, cos, sin, mask, cache) in zip(specs, inputs, calls, strict=True):
+        a = _attention_block(spec, h, cos, sin, mask, cache, x.dtype)
+        attended.append(spec.residual_scale * _norm(spec, a, spec.post_attention_norm))
     y = wide
     if specs[0].parallel:
         for spec, h, a in zip(specs, inputs, attended, strict=True):
@@ -86,7 +86,7 @@ def run_group(
 
 
 def _linear(linear: PackedLinear, x: Tensor) -> Tensor:
-    return reference.linear(x, linear.packed, linear.bias, None, linear.compute)
+    return reference.linear(x, linear.packed, linear.bias, linear.order, linear.compute)
 
 
 def _norm(spec: LayerSpec, x: Tensor, norm: Norm | None) -> Tensor:

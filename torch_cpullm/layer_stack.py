@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
-from .layer_program import Program
+from .layer_program import Program, fitting
 
 _forward = torch.ops.cpullm.layers_forward.default
 MOST_TOKENS = 8  # of a sequence in one step; beyond, the operators' own cost does not matter
@@ -158,6 +158,8 @@ class LayerStack:
         if ready is None:
             return None
         held, buffers, length = ready
+        for place in {*masks} - {-1}:
+            tensors[place] = cast("Tensor", fitting(tensors[place], length + x.shape[1]))
         y = _forward(self._handles, x, tensors, rotary, masks, buffers, length, self._groups, self._bypass)
         for each in held:
             each.advance(x.shape[1])

@@ -39,7 +39,9 @@ class Watch:
         self._config = {"": None} if config is None else vars(config)
         self._settings = _getter(name for name in self._config if name not in IRRELEVANT)
         self._linears = [module for module in inner if isinstance(module, PackedLinear)]
-        self._held = [(linear.packed, linear.bias) for linear in self._linears]  # so that no other gets their id
+        self._held = [
+            (linear.packed, linear.bias, linear.order) for linear in self._linears
+        ]  # so that no other gets their id
         self._seen, self._slow = self._look(), self._look_closely()
         self._changes = PackedModule.changes
 
@@ -59,7 +61,8 @@ class Watch:
         """What is compared where packed modules have changed, in this model or another."""
         seen: list[Any] = [t.data_ptr() for t in self._weights]
         for linear in self._linears:
-            seen += [id(linear.packed), id(linear.bias), linear.compute, linear.dtype, len(linear.__dict__)]
+            seen += [id(linear.packed), id(linear.bias), id(linear.order)]
+            seen += [linear.compute, linear.dtype, len(linear.__dict__)]
         return seen
 
     def same(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 
 import torch
@@ -21,8 +22,18 @@ from .packing import (
 
 SUFFIXES = ("_codes", "_scales", "_zeros")  # of the three tensors of a packed parameter in a state dict
 STORED = tuple("weight" + suffix for suffix in SUFFIXES)
+ORDER = "weight_order"  # the name of a PackedLinear's order there
 
 Packed = PackedWeight | PackedStack
+
+
+def check_order(order: Tensor, k: int) -> Tensor:
+    """``order`` as contiguous int32 [k]; ValueError unless it holds each of 0..k-1 once."""
+    if order.dtype != torch.int32 or list(order.shape) != [k]:
+        raise ValueError(f"{ORDER} must be int32 {[k]}, got {order.dtype} {list(order.shape)}")
+    if not torch.equal(order.sort().values, torch.arange(k, dtype=torch.int32)):
+        raise ValueError(f"{ORDER} must hold every input 0..{k - 1} once")
+    return order.contiguous()
 
 
 def entry(module: str, parameter: str) -> str:
@@ -32,7 +43,22 @@ def entry(module: str, parameter: str) -> str:
     return f"{module}.{parameter}" if module else parameter
 
 
-class PackedModule(nn.Module):
+class _NoValues(Tensor):
+    """Shape, dtype and device of a packed weight; whoever asks for its data would go on with other values."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # results are plain tensors
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        """RuntimeError: it has none. (Merging an adapter would add to it, resizing an embedding copy it.)"""
+        raise RuntimeError(
+            "this weight is packed: it cannot be merged with an adapter, resized or written. "
+            "torch_cpullm.restore(model) gives a float model back; merge there and optimize() again, "
+            "or leave the adapter unmerged"
+        )
+
+
+class PackedModule(nn.Module, ABC):
     """Holds packed weights outside the reach of ``.to(dtype)``; saves and loads them in canonical row-major form.
 
     changes: counts the attributes set on any packed module of the process, so that who has seen one need not look at
@@ -47,15 +73,15 @@ class PackedModule(nn.Module):
         super().__setattr__(name, value)  # type: ignore[arg-type]  # torch names tensors and modules only
 
     def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
         self.dtype = dtype
         self.training = False  # until somebody calls train(), which check_inference() then refuses
 
+    @abstractmethod
     def weights(self) -> Mapping[str, Packed]:
         """Name of the float module's parameter -> its packed form."""
-        raise NotImplementedError
 
     def check_movable(self, fn: Callable[[Tensor], Tensor]) -> Tensor:
         """``fn`` of a small tensor of this module's dtype; RuntimeError if that is no longer on the CPU."""
@@ -94,6 +120,11 @@ class PackedModule(nn.Module):
         for parameter, packed in self.weights().items():
             own = [prefix + parameter + suffix for suffix in SUFFIXES]
             names += own
+            if prefix + parameter in state_dict:
+                errors.append(
+                    f"{prefix}{parameter} is a float weight, and the module is packed: name it in "
+                    "modules_to_not_convert, or load into torch_cpullm.restore(model)"
+                )
             codes, scales, zeros = (state_dict.get(name) for name in own)
             if codes is None or scales is None:
                 missing.extend(name for name, value in zip(own, (codes, scales), strict=False) if value is None)
@@ -148,44 +179,90 @@ class PackedMatrix(PackedModule):
     def weight(self) -> Tensor:
         """A placeholder [n, k] for code that reads the weight's shape, dtype or device: every element is NaN.
 
-        The values are in :attr:`packed`; :meth:`dequantize` gives them.
+        The values are in :attr:`packed`; :meth:`dequantize` gives them. ``weight.data`` is a RuntimeError.
         """
-        return torch.full((), torch.nan, dtype=self.dtype).expand(self.packed.n, self.packed.k)
+        empty = torch.full((), torch.nan, dtype=self.dtype).expand(self.packed.n, self.packed.k)
+        return empty if torch.compiler.is_compiling() else empty.as_subclass(_NoValues)
 
     def dequantize(self) -> Tensor:
         """The weight the kernels use, float32 [n, k]."""
         return dequantize(self.packed)
 
 
-class PackedLinear(PackedMatrix):
+class PackedLinear(PackedMatrix, nn.Linear):  # type: ignore[override]  # weight is read only
     """``y = x W^T + bias`` with packed W [out_features, in_features]; x [.., in_features] fp32 | bf16 | fp16.
 
-    For inference only. compute: ``"int8"`` or ``"fp32"``, see :func:`torch_cpullm.ops.linear`.
+    An nn.Linear, so that adapters (PEFT) take it for a base layer: they call it and add what they have learnt.
+    For inference only. compute: ``"int8"`` or ``"fp32"``, see :func:`torch_cpullm.ops.linear`. order: None, or int32
+    [in_features]: input j of ``packed`` is input order[j] of x, so that the inputs of a group are neighbours (GPTQ's
+    desc_act). ValueError where it is no permutation.
     """
 
-    bias: nn.Parameter | None
+    bias: nn.Parameter | None  # type: ignore[assignment]
     compute: str
 
     def __init__(
-        self, packed: PackedWeight, bias: Tensor | None = None, *, dtype: torch.dtype, compute: str = "int8"
+        self,
+        packed: PackedWeight,
+        bias: Tensor | None = None,
+        *,
+        dtype: torch.dtype,
+        compute: str = "int8",
+        order: Tensor | None = None,
     ) -> None:
         super().__init__(packed, dtype)
         ops.check_compute(compute)
         self.in_features, self.out_features = packed.k, packed.n
         self.compute = compute
+        self.order = None if order is None else check_order(order, packed.k)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., in_features] -> [.., out_features] of x's dtype; RuntimeError where a gradient is asked for."""
         self.check_inference(x)
-        return ops.linear(x, self.packed, self.bias, None, self.compute)
+        return ops.linear(x, self.packed, self.bias, self.order, self.compute)
+
+    def in_order(self, weight: Tensor) -> Tensor:
+        """A weight [n, k] whose inputs are those of ``packed`` with its inputs as those of x."""
+        if self.order is None:
+            return weight
+        return torch.empty_like(weight).index_copy_(1, self.order.long(), weight)
+
+    def dequantize(self) -> Tensor:
+        """The weight the kernels use, float32 [n, k], inputs as those of x."""
+        return self.in_order(super().dequantize())
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.order is not None:
+            destination[prefix + ORDER] = self.order
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        name = prefix + ORDER
+        order = state_dict.get(name)
+        if order is None or self.order is None:
+            if order is not self.order:
+                errors.append(f"{prefix.rstrip('.')}: {ORDER} is {'missing' if order is None else 'not expected'}")
+        else:
+            try:
+                self.order.copy_(check_order(order, self.in_features))
+            except ValueError as error:
+                errors.append(f"{prefix.rstrip('.')}: {error}")
+        rest = {key: value for key, value in state_dict.items() if key != name}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def extra_repr(self) -> str:
         """The text between the brackets of ``repr()``."""
+        order = "" if self.order is None else ", inputs in an order of their own"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"{self._form(self.packed)}, compute={self.compute}"
+            f"{self._form(self.packed)}, compute={self.compute}{order}"
         )
+
+
+def has_adapter(module: nn.Module) -> bool:
+    """Whether ``module`` stands around another one, ``base_layer``, and adds to what that computes, as PEFT has it."""
+    return isinstance(module._modules.get("base_layer"), nn.Module) and hasattr(module, "_disable_adapters")
 
 
 class PackedEmbedding(PackedMatrix):

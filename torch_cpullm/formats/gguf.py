@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..config import SCALE_DTYPES, Settings
+from ..config import SCALE_DTYPES, Recipe, Settings
 from ..linear import PackedEmbedding, PackedLinear
 from ..packing import PackedWeight, pack
-from ..plan import Target, find_targets, head_compute, keep_original
+from ..plan import check_recipes, find_targets, head_compute, keep_original, sharing_inputs
 from ..quant import quantize_rtn
 from ..swap import optimize, swap_module
 from .gguf_blocks import EXACT_TYPES, GROUP, quantized_weight
@@ -89,39 +89,45 @@ def load_gguf(
 
 
 def _fill(
-    file: GgufFile, model: Any, plan: Plan, settings: Settings, recipe: bool, dtype: torch.dtype, progress: bool
+    file: GgufFile, model: Any, plan: Plan, settings: Settings, asked: bool, dtype: torch.dtype, progress: bool
 ) -> None:
     """Puts every tensor into the model: floats first, since a PackedLinear is made with its bias.
 
-    recipe: whether the settings are the caller's, and so also hold for quantised types that are not taken over.
+    asked: whether the settings are the caller's, and so also hold for quantised types that are not taken over.
     """
     from transformers.utils import logging
 
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     partners = {source.removesuffix(".weight"): name.removesuffix(".weight") for name, source in plan.tied.items()}
-    chosen: list[tuple[Matrix, int]] = []
+    chosen: list[tuple[Matrix, Recipe]] = []
+    recipes: dict[str, Recipe] = {}
+    tied: list[list[str]] = []
+    eight_bits = Recipe(8, GROUP, True, SCALE_DTYPES[settings.scale_dtype])
     plain = list(plan.plain)
     for matrix in plan.matrices:
         module = model.get_submodule(matrix.module)
-        bits = settings.head_bits if module is head or module is embedding else settings.bits
-        if matrix.tensor.ggml_type in EXACT_TYPES or not (recipe or matrix.tensor.ggml_type in _FLOAT_TYPES):
-            bits = 8  # for exact types a placeholder: the file decides
+        kind, end = matrix.tensor.ggml_type, module is head or module is embedding
         users = [matrix.module, *([partners[matrix.module]] if matrix.module in partners else [])]
-        if bits is None or not all(map(settings.converts, users)) or embedding_multiplier(module) is None:
+        recipe = settings.recipe(matrix.module, end)
+        if kind in EXACT_TYPES or not (asked or kind in _FLOAT_TYPES):
+            recipe = eight_bits  # for exact types a placeholder: the file decides
+        elif recipe is not None:
+            recipes.update({user: settings.recipe(user, end) or recipe for user in users})
+            tied.append(users)
+        if recipe is None or not all(map(settings.converts, users)) or embedding_multiplier(module) is None:
             plain.append((matrix.tensor, f"{matrix.module}.weight"))
         else:
-            chosen.append((matrix, bits))
-    experts, bits_of = _experts(model, plain, settings, recipe)
-    _warn(file, chosen, plain, bits_of)
+            chosen.append((matrix, recipe))
+    if asked:
+        check_recipes(recipes, sharing_inputs(recipes), "an input")
+        check_recipes(recipes, tied, "a weight")
     _fill_plain(file, model, plan, plain, dtype)
-    for target in experts:
-        swap_module(model, target, settings, {})
     packed: dict[str, PackedWeight] = {}
     with (
         _workers() as pool,
         logging.tqdm(total=len(chosen), desc="gguf", unit="tensor", disable=None if progress else True) as bar,
     ):
-        jobs = pool.map(lambda job: _packed(file, job[0], job[1], settings), chosen)
+        jobs = pool.map(lambda job: _packed(file, *job), chosen)
         for (matrix, _), weight in zip(chosen, jobs, strict=True):
             packed[matrix.module] = weight
             _swap(model, matrix.module, weight, settings, dtype)
@@ -132,6 +138,7 @@ def _fill(
             _swap(model, target, packed[origin], settings, dtype)
         else:
             model.get_submodule(target).weight = model.get_submodule(origin).weight
+    _warn(file, chosen, plain, _pack_experts(model, plain, settings, None if asked else eight_bits))
 
 
 @contextmanager
@@ -159,36 +166,43 @@ def _release_freed_memory() -> None:
             trim(0)
 
 
-def _experts(
-    model: Any, plain: list[tuple[GgufTensor, str]], settings: Settings, recipe: bool
-) -> tuple[list[Target], dict[str, int]]:
-    """Experts to pack, which transformers' processor joins as floats, and name -> bits of their parameters."""
-    experts = [target for target in find_targets(model, settings)[0] if target.kind == "experts"]
-    bits_of = {}
-    for target in experts:
-        names = [f"{target.name}.{parameter}" for parameter in target.parameters]
-        if not recipe and any(name in names and tensor.ggml_type not in _FLOAT_TYPES for tensor, name in plain):
-            target.bits = 8
-        bits_of.update(dict.fromkeys(names, target.bits))
-    return experts, bits_of
+def _pack_experts(
+    model: Any, plain: list[tuple[GgufTensor, str]], settings: Settings, eight_bits: Recipe | None
+) -> dict[str, int]:
+    """Packs the experts, which transformers' processor has joined as floats; name -> bits of their parameters.
+
+    eight_bits: the recipe of those that the file has in a quantised type; None: that of the settings.
+    """
+    bits_of: dict[str, int] = {}
+    for experts in find_targets(model, settings)[0]:
+        if experts.kind != "experts" or experts.recipe is None:
+            continue
+        names = [f"{experts.name}.{parameter}" for parameter in experts.parameters]
+        if eight_bits and any(name in names and tensor.ggml_type not in _FLOAT_TYPES for tensor, name in plain):
+            experts.recipe = eight_bits
+        bits_of.update(dict.fromkeys(names, experts.recipe.bits))
+        swap_module(model, experts, settings, {})
+    return bits_of
 
 
 def _warn(
-    file: GgufFile, matrices: list[tuple[Matrix, int]], plain: list[tuple[GgufTensor, str]], bits_of: dict[str, int]
+    file: GgufFile, matrices: list[tuple[Matrix, Recipe]], plain: list[tuple[GgufTensor, str]], bits_of: dict[str, int]
 ) -> None:
-    """One warning that says which storage types could not be taken over. bits_of: float tensors to be quantised."""
+    """One warning that says which storage types could not be taken over. bits_of: those of experts, see above."""
     changes = [
-        (ggml_type_name(matrix.tensor.ggml_type), f"quantised to {bits} bits")
-        for matrix, bits in matrices
+        (ggml_type_name(matrix.tensor.ggml_type), f"quantised to {recipe.bits} bits")
+        for matrix, recipe in matrices
         if matrix.tensor.ggml_type not in EXACT_TYPES
     ]
     changes += [
-        (
-            ggml_type_name(tensor.ggml_type),
-            f"quantised to {bits_of[name]} bits" if name in bits_of else "dequantised to float",
-        )
+        (f"{ggml_type_name(tensor.ggml_type)} experts", f"quantised to {bits_of[name]} bits")
         for tensor, name in plain
-        if tensor.ggml_type not in _FLOAT_TYPES
+        if name in bits_of
+    ]
+    changes += [
+        (ggml_type_name(tensor.ggml_type), "dequantised to float")
+        for tensor, name in plain
+        if name not in bits_of and tensor.ggml_type not in _FLOAT_TYPES
     ]
     if changes:
         counts = sorted(Counter(changes).items())
@@ -236,7 +250,7 @@ def _fill_plain(
             module._buffers[attribute] = value.to(expected.dtype)
 
 
-def _packed(file: GgufFile, matrix: Matrix, bits: int, settings: Settings) -> PackedWeight:
+def _packed(file: GgufFile, matrix: Matrix, recipe: Recipe) -> PackedWeight:
     """One matrix in packed form: the file's own codes where its type allows, else the recipe of `optimize`."""
     tensor = matrix.tensor
     if tensor.ggml_type in EXACT_TYPES:
@@ -244,9 +258,8 @@ def _packed(file: GgufFile, matrix: Matrix, bits: int, settings: Settings) -> Pa
     weight = torch.from_numpy(np.array(file.dequantized(tensor.name)))
     if matrix.rows is not None:
         weight = weight[torch.from_numpy(matrix.rows)]
-    group_size = settings.group_size if bits == 4 or settings.bits == 8 else GROUP
     try:
-        return pack(quantize_rtn(weight, bits, group_size, settings.sym, SCALE_DTYPES[settings.scale_dtype]))
+        return pack(quantize_rtn(weight, *recipe))
     except ValueError as error:  # NaN, inf or too large
         raise ValueError(f"{file.path}: tensor {tensor.name!r}: {error}") from error
 
