@@ -22,11 +22,13 @@ LAYERS = [
         *("layer_probe", "layer_program", "layer_graph", "layer_stack"),
         *("layer_match", "attention", "kv_cache", "experts", "coverage"),
         *("plan", "checkpoint", "saving"),
+        *("quality", "calibration", "folding", "calibrated", "layerwise", "sensitivity", "tune_report"),
     ],
     ["swap", "backend", "cqil", "distributed"],  # transforms: model -> model
+    ["trial", "tuning"],  # calibrated weights into a model, by the parts of optimize
     ["formats.gguf"],  # unlike the readers of the format it builds whole models, by optimize
     ["hf"],
-    ["runner", "run", "bench", "doctor", "cli", "__main__", "_autoload"],
+    ["runner", "run", "bench", "doctor", "cli", "cli_options", "cli_quality", "__main__", "_autoload"],
 ]
 TRANSFORMS = ["swap", "backend", "cqil", "distributed"]
 

@@ -17,14 +17,28 @@ if TYPE_CHECKING:
     from .coverage import Report, report
     from .formats.gguf import load_gguf
     from .hf import CpuLlmConfig
+    from .quality import evaluate
     from .swap import optimize, restore
+    from .tuning import autotune
 
 __version__ = "0.1.0"
-__all__ = ["CpuLlmConfig", "Report", "__version__", "load_gguf", "optimize", "report", "restore"]
+__all__ = [
+    "CpuLlmConfig",
+    "Report",
+    "__version__",
+    "autotune",
+    "evaluate",
+    "load_gguf",
+    "optimize",
+    "report",
+    "restore",
+]
 
 _HOME = {
     "CpuLlmConfig": ".hf",
     "Report": ".coverage",
+    "autotune": ".tuning",
+    "evaluate": ".quality",
     "load_gguf": ".formats.gguf",
     "optimize": ".swap",
     "report": ".coverage",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .evaluate import check_ids, logits_of
+from .quality import check_ids, logits_of
 
 SEQUENCES, LENGTH = 128, 512
 _TOGETHER = 16  # sequences that are generated at once
@@ -78,7 +78,9 @@ def _tokens(source: Any, tokenizer: Any) -> Tensor:
         return text_ids("\n\n".join(rows), tokenizer)
     if all(isinstance(row, (Tensor, list, tuple)) for row in rows):
         return torch.cat([torch.as_tensor(row, dtype=torch.int64).flatten() for row in rows])
-    raise TypeError(f"calibration must be a file, texts, token ids or a data set, got a list of {type(rows[0]).__name__}")
+    raise TypeError(
+        f"calibration must be a file, texts, token ids or a data set, got a list of {type(rows[0]).__name__}"
+    )
 
 
 def _cut(ids: Tensor, sequences: int, length: int) -> Tensor:
@@ -100,7 +102,8 @@ def self_generated(model: nn.Module, sequences: int = SEQUENCES, length: int = L
     token does not end a sequence, it cannot be drawn. The same seed gives the same tokens on the same machine.
     """
     generator = torch.Generator().manual_seed(seed)
-    size = model.get_input_embeddings().num_embeddings if hasattr(model, "get_input_embeddings") else None
+    get: Any = getattr(model, "get_input_embeddings", None)
+    size = getattr(get(), "num_embeddings", None) if get is not None else None
     if size is None:
         raise ValueError("model has no get_input_embeddings() and cannot generate its own calibration text; pass one")
     found = []

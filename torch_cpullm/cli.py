@@ -1,4 +1,4 @@
-"""The command line: ``cpullm generate``, ``cpullm bench``, ``cpullm doctor``, ``cpullm run``.
+"""The command line: ``cpullm generate``, ``bench``, ``eval``, ``autotune``, ``doctor``, ``run``.
 
 Exit codes: 0 done, 1 something failed (doctor: something is wrong), 2 wrong arguments or an unusable model,
 130 interrupted. ``run`` ends as the program that it starts.
@@ -21,6 +21,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import __version__
+from .cli_options import (
+    BitsOption,
+    Compute,
+    ComputeOption,
+    DebugOption,
+    GroupOption,
+    ModelOption,
+    ThreadsOption,
+    state,
+)
+from .cli_quality import autotune_command, eval_command
 
 if TYPE_CHECKING:
     from .launch import ThreadChoice
@@ -31,8 +42,6 @@ _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
-_state = {"debug": False}
-
 app = typer.Typer(
     name="cpullm",
     help="INT4 inference of Hugging Face language models on CPUs.",
@@ -42,14 +51,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-
-
-class Compute(str, Enum):
-    """How the linear layers compute."""
-
-    int8 = "int8"
-    bf16 = "bf16"
-    fp32 = "fp32"
 
 
 class Memory(str, Enum):
@@ -79,55 +80,6 @@ def _version(value: bool) -> None:
     if value:
         typer.echo(f"torch_cpullm {__version__}")
         raise typer.Exit()
-
-
-def _debug(value: bool) -> None:
-    _state["debug"] = _state["debug"] or value
-
-
-def _check_bits(value: int | None) -> int | None:
-    if value not in (None, 4, 8):
-        raise typer.BadParameter(f"must be 4 or 8, got {value}")
-    return value
-
-
-def _check_group_size(value: int | None) -> int | None:
-    if value is not None and value != -1 and (value < 32 or value % 32):
-        raise typer.BadParameter(f"must be a positive multiple of 32, or -1 for one group per row, got {value}")
-    return value
-
-
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        metavar="PATH",
-        help="A .gguf file or a Hugging Face directory. Default: the SmolLM2-135M demo.",
-    ),
-]
-BitsOption = Annotated[
-    int | None,
-    typer.Option(callback=_check_bits, metavar="N", help="Bits per weight, 4 (default) or 8; directories only."),
-]
-GroupOption = Annotated[
-    int | None,
-    typer.Option(
-        callback=_check_group_size,
-        metavar="N",
-        help="Weights per scale: a multiple of 32 (default 32), or -1 for one per row; directories only.",
-    ),
-]
-ComputeOption = Annotated[
-    Compute, typer.Option(help="int8: activations in INT8, fast. fp32: exact activations, slower.")
-]
-ThreadsOption = Annotated[
-    int | None,
-    typer.Option(
-        "--threads", "-t", min=1, metavar="N", help="Threads. Default: what affinity, cgroup quota and cores allow."
-    ),
-]
-DebugOption = Annotated[bool, typer.Option("--debug", callback=_debug, help="Show tracebacks and library warnings.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -223,7 +175,7 @@ def _prepare(threads: int | None) -> tuple[str, ThreadChoice]:
     from . import launch, runner
     from .doctor import first_line
 
-    runner.quiet_libraries(debug=_state["debug"])
+    runner.quiet_libraries(debug=state["debug"])
     choice = launch.apply_default_threads() if threads is None else launch.set_threads(threads)
     from . import ops
 
@@ -331,6 +283,10 @@ def bench(
         typer.echo(benchmark.table(rows))
 
 
+app.command("eval", short_help="Measure perplexity, KL divergence and agreement on a text.")(eval_command)
+app.command("autotune", short_help="Find the cheapest INT4 recipe within a loss.")(autotune_command)
+
+
 # ---- doctor ---------------------------------------------------------------------------------------------------------
 
 
@@ -432,9 +388,9 @@ def _fail(error: Exception, code: int, *, hint: str = "") -> int:
     """Say what went wrong (with ``--debug`` the traceback too); returns ``code``."""
     from .doctor import first_line
 
-    if _state["debug"]:
+    if state["debug"]:
         traceback.print_exception(error)
-    _say(f"error: {first_line(error)}{'' if _state['debug'] else hint}")
+    _say(f"error: {first_line(error)}{'' if state['debug'] else hint}")
     return code
 
 
@@ -442,7 +398,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line on ``arguments`` (default: the process's own); returns the exit code."""
     from .runner import InputError
 
-    _state["debug"] = False
+    state["debug"] = False
     for stream in (sys.stdout, sys.stderr):  # a model may say what the terminal cannot show
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

@@ -141,6 +141,20 @@ def load_int4(
     return Loaded(model.eval(), text, path.name, label, seconds, count(model)[0], parameters)
 
 
+def load_float(path: Path) -> tuple[Any, Any]:
+    """(model, tokenizer) in float: of a directory in its own dtype, of a GGUF file dequantised; or InputError."""
+    with _load_errors(path):
+        if path.is_dir():
+            model, text = _load_directory(path, dtype="auto", tokenizer=True)
+        else:
+            from .formats.gguf import load_gguf
+
+            model, text = load_gguf(path, progress=sys.stderr.isatty())
+        import torch_cpullm
+
+        return torch_cpullm.restore(model).eval(), text
+
+
 def load_bf16(path: Path, loaded: Loaded) -> Loaded:
     """The same model as plain Hugging Face in bfloat16. ``loaded.model`` is used up: a GGUF's weights come from it."""
     import torch

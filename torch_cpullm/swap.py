@@ -47,7 +47,7 @@ def optimize(model: nn.Module, config: Settings | None = None, *, strict: bool =
     if not isinstance(settings, Settings):
         raise TypeError(f"config must be a CpuLlmConfig, got {type(config).__name__}")
     settings.validate()
-    _check_model(model, settings)
+    check_model(model, settings)
     ops.isa()
     targets, skipped = find_targets(model, settings)
     for target in targets:
@@ -144,7 +144,8 @@ def _kv_cache() -> Any:
 # ---- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _check_model(model: nn.Module, settings: Settings) -> None:
+def check_model(model: nn.Module, settings: Settings) -> None:
+    """TypeError or ValueError for a model that :func:`optimize` cannot change as ``settings`` say."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, (nn.Linear, nn.Embedding)):

@@ -12,7 +12,7 @@ from .groups import as_groups, check_form
 from .rtn import quantize_rtn
 from .statistics import Statistics, check_statistics, output_error
 
-_GRID = 20
+_GRID = 10
 _TEQ_STEPS, _TEQ_RATE = 60, 0.01
 
 
@@ -30,7 +30,7 @@ def awq_scales(
     scale_dtype: torch.dtype = torch.float16,
     spread: Tensor | None = None,
 ) -> Tensor:
-    """s [channels] > 0, ``E|x|^a`` with the power a of 0, 0.05 .. 0.95 that leaves the least output error; a = 0: ones.
+    """s [channels] > 0, ``E|x|^a`` with the power a of 0, 0.1 .. 0.9 that leaves the least output error; a = 0: ones.
 
     weights: [n_i, k] of all linears that read x. spread: int64 [k], the channel that each input belongs to where
     several share one; None: each has its own. The error is summed over the linears, rounding to nearest.
@@ -41,7 +41,9 @@ def awq_scales(
         check_statistics(statistics, weight.shape[1])
     index = torch.arange(len(statistics.magnitude)) if spread is None else spread
     channels = int(index.max()) + 1
-    magnitude = torch.zeros(channels).index_add(0, index, statistics.magnitude) / torch.bincount(index, minlength=channels)
+    magnitude = torch.zeros(channels).index_add(0, index, statistics.magnitude) / torch.bincount(
+        index, minlength=channels
+    )
     magnitude = magnitude.clamp_min(1e-4 * float(magnitude.mean()) + 1e-12)
     best, found = torch.inf, torch.ones(channels)
     for step in range(_GRID):
@@ -49,7 +51,9 @@ def awq_scales(
         s = s / (s.max() * s.min()).sqrt()
         full = s[index]
         error = sum(
-            output_error(_rounded(w.float() * full, bits, group_size, zeros, scale_dtype) / full - w.float(), statistics)
+            output_error(
+                _rounded(w.float() * full, bits, group_size, zeros, scale_dtype) / full - w.float(), statistics
+            )
             for w in weights
         )
         if error < best:
@@ -68,8 +72,9 @@ def teq_scales(
 ) -> Tensor:
     """s [channels] > 0 as :func:`awq_scales`, found by gradient descent on the output error, from AWQ's s on.
 
-    Rounding passes gradients straight through. The best s of all steps is returned, so it is no worse than AWQ's for
-    full-range levels. Source: Cheng et al. 2023, "TEQ: Trainable Equivalent Transformation for Quantization of LLMs".
+    Rounding passes gradients straight through. The best s of all steps is returned, so it is no worse than AWQ's
+    for full-range levels.
+    Source: Cheng et al. 2023, "TEQ: Trainable Equivalent Transformation for Quantization of LLMs".
     """
     start = awq_scales(weights, statistics, bits, group_size, zeros, scale_dtype, spread)
     index = torch.arange(len(start)) if spread is None else spread
@@ -84,8 +89,9 @@ def teq_scales(
                 w = weight.detach().float()
                 change = _full_range(w * full, bits, group_size, zeros) / full - w
                 error = error + ((change @ statistics.second) * change).sum()
-            if float(error) < best:
-                best, found = float(error), logarithm.detach().exp()
+            now = float(error.detach())
+            if now < best:
+                best, found = now, logarithm.detach().exp()
             optimizer.zero_grad()
             error.log().backward()
             optimizer.step()

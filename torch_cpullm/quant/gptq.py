@@ -60,8 +60,8 @@ def quantize_gptq(
     """Codes that keep ``E|x W^T - x Q^T|^2`` small: rounding errors are made up for by the inputs not yet rounded.
 
     weight: float [n, k]. statistics: of its inputs. zeros: "none" (symmetric), "point" (integer zero points) or
-    "minimum". A group's levels are chosen when its turn comes, for the weights as they are then, errors weighted by what
-    they cost. An input that is always zero gets the weight's own nearest code. Order: :func:`order_by_group`.
+    "minimum". A group's levels are chosen when its turn comes, for the weights as they are then, errors weighted by
+    what they cost. An input that is always zero gets the weight's own nearest code. Order: :func:`order_by_group`.
 
     Raises ValueError for a wrong argument, NaN, or inf.
     Source: Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers".
@@ -120,8 +120,8 @@ def refine(
 ) -> QuantizedWeight:
     """Lower ``E|x W^T - x Q^T|^2`` of codes found before: each sweep fits all scales of a row, then visits every code.
 
-    Scales are the least-squares solution for fixed codes, kept where they help after rounding; a code is set to the best
-    value with all others fixed. Zero points stay. Never worse than before.
+    Scales are the least-squares solution for fixed codes, kept where they help after rounding; a code is set to the
+    best value with all others fixed. Zero points stay. Never worse than before.
     Source: coordinate descent, Behdin et al. 2023, "QuantEase"; the scales' fit is plain linear regression.
     """
     check_statistics(statistics, weight.shape[1])

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..packing import SCALE_DTYPES, QuantizedWeight, check_bits, check_group_size
 
 ZEROS = ("none", "point", "minimum")
-_RATIOS = tuple(1 - 0.04 * step for step in range(11))  # of a group's full range, clipped
+_RATIOS = tuple(1 - 0.05 * step for step in range(8))  # of a group's full range, clipped
 
 
 def check_form(weight: Tensor, bits: int, group_size: int, zeros: str, scale_dtype: torch.dtype) -> None:
@@ -42,9 +42,9 @@ def codes_of(w: Tensor, scale: Tensor, base: Tensor, bits: int) -> Tensor:
 def fit_groups(w: Tensor, weights: Tensor, bits: int, zeros: str, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(scale, zero or minimum) per group, float32 [..], for the least ``sum weights * (w - level)^2`` of those tried.
 
-    w: [.., g]; weights: [.., g], broadcast. Tried are ranges clipped to 60 .. 100 %, zero points one up and down, and
+    w: [.., g]; weights: [.., g], broadcast. Tried are ranges clipped to 65 .. 100 %, zero points one up and down, and
     the best fit of the scale to the codes found. Scales are rounded to ``scale_dtype``; zero is 2^(bits-1) where
-    symmetric.
+    symmetric. Raises ValueError where no scale fits into ``scale_dtype``.
     """
     top, half = (1 << bits) - 1, 1 << (bits - 1)
     low, high = torch.aminmax(w, dim=-1)
@@ -78,6 +78,8 @@ def fit_groups(w: Tensor, weights: Tensor, bits: int, zeros: str, scale_dtype: t
         else:
             s = ratio * (high - low) / top
             try_levels(s, (high + low) / 2 - s * top / 2)
+    if not bool(torch.isfinite(best).all()):
+        raise ValueError(f"weight is too large: a group's scale overflows {scale_dtype}")
     codes = codes_of(w, scale[..., None], base_of(scale, zero, zeros)[..., None], bits)
     if zeros == "minimum":
         total = weights.expand_as(w).sum(-1).clamp_min(1e-30)
@@ -99,11 +101,13 @@ def base_of(scale: Tensor, zero: Tensor, zeros: str) -> Tensor:
 def canonical(
     codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int, zeros: str, scale_dtype: torch.dtype
 ) -> QuantizedWeight:
-    """QuantizedWeight of float codes [n, k], scales and zeros [n, groups]; ValueError where a scale overflows."""
+    """QuantizedWeight of float codes [n, k], scales and zeros [n, groups]."""
     stored = scale.to(scale_dtype)
-    if not bool(torch.isfinite(stored).all()):
-        raise ValueError(f"weight is too large: a group's scale overflows {scale_dtype}")
     kept = {"none": None, "point": zero.to(torch.uint8), "minimum": zero.to(scale_dtype)}[zeros]
     return QuantizedWeight(
-        codes.to(torch.uint8).contiguous(), stored.contiguous(), None if kept is None else kept.contiguous(), bits, group_size
+        codes.to(torch.uint8).contiguous(),
+        stored.contiguous(),
+        None if kept is None else kept.contiguous(),
+        bits,
+        group_size,
     )

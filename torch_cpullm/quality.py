@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -60,7 +60,9 @@ class Quality:
         return "\n".join(lines)
 
 
-def windows(tokens: int, window: int, convention: str = "plain", stride: int | None = None) -> list[tuple[int, int, int]]:
+def windows(
+    tokens: int, window: int, convention: str = "plain", stride: int | None = None
+) -> list[tuple[int, int, int]]:
     """(begin, end, first) of every window: of tokens [begin, end) those from the first-th on are scored.
 
     Raises ValueError for an unknown convention, sizes out of range, and where not one window fits.
@@ -106,8 +108,8 @@ def check_ids(ids: Tensor, model: nn.Module) -> Tensor:
 
 
 def _vocabulary(model: nn.Module) -> int | None:
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    return getattr(embedding, "num_embeddings", None)
+    get: Any = getattr(model, "get_input_embeddings", None)
+    return getattr(get(), "num_embeddings", None) if get is not None else None
 
 
 def evaluate(
@@ -161,14 +163,8 @@ def evaluate(
     if reference is None:
         return found
     difference, spread = _mean(loss - torch.cat(other_losses).double())
-    return Quality(
-        *(getattr(found, name) for name in ("convention", "window", "stride", "tokens", "loss", "loss_interval")),
-        perplexity=found.perplexity,
-        kl=max(0.0, kl / len(loss)),
-        top1=same / len(loss),
-        loss_difference=difference,
-        difference_interval=spread,
-    )
+    kl, top1 = max(0.0, kl / len(loss)), same / len(loss)
+    return replace(found, kl=kl, top1=top1, loss_difference=difference, difference_interval=spread)
 
 
 def _mean(values: Tensor) -> tuple[float, float]:
@@ -204,7 +200,9 @@ def window_logits(
 # ---- tasks ----------------------------------------------------------------------------------------------------------
 
 
-def harness(model: nn.Module, tokenizer: Any, tasks: Sequence[str], *, include_path: str | None = None, **options: Any) -> Mapping[str, Any]:
+def harness(
+    model: nn.Module, tokenizer: Any, tasks: Sequence[str], *, include_path: str | None = None, **options: Any
+) -> Mapping[str, Any]:
     """lm-evaluation-harness's results of ``tasks`` for a loaded model, by the harness's own HFLM.
 
     include_path: a folder with task files of one's own, which may read local data. options: of
