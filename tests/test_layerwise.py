@@ -75,11 +75,11 @@ def test_folds_leave_the_layer_as_it_was(name):
         seen = look(layer, linears, inputs, calls[0], "")
         before = run_layer(layer, inputs[1], calls[0])
         kept = set()
+        x = inputs[0]
         for fold in find_folds(layer, list(seen.shared), seen.sources):
             k = matrix(layer.get_submodule(fold.readers[0])).shape[1]
             channels = k if fold.spread is None else int(fold.spread.max()) + 1
             scales = 0.5 + torch.rand(channels, generator=torch.Generator().manual_seed(1))
-            x = inputs[0]
             state = snapshot(layer)
             if apply_fold(
                 layer, fold, scales, lambda: run_layer(layer, x, calls[0]), run_layer(layer, x, calls[0]) - x

@@ -185,7 +185,7 @@ class _Seen:
 
 
 def look(layer: nn.Module, linears: list[str], inputs: Tensor, call: _Call, where: str) -> _Seen:
-    """Statistics of what ``linears`` read while the layer runs on ``inputs``; ValueError, naming the linear, for NaN."""
+    """Statistics of what ``linears`` read while the layer runs on inputs; ValueError, naming the linear, for NaN."""
     seen = _Seen()
     made: dict[int, tuple[str, Tensor]] = {}  # id of a tensor -> who made it; holds it, so that the id stays its own
     read: dict[int, tuple[str, Tensor]] = {}
