@@ -3,8 +3,7 @@
 The GGUF file's dequantised weights are quantised once more, as in bench_quality, which has the text, the windows and
 the columns. The calibration tokens are drawn from the packed file with a seed; WikiText is only ever scored.
 
-    python -m benchmarks.bench_calibration --text wikitext2_raw_test.txt --json benchmarks/results/calibration.jsonl \\
-        --recipe rtn,none,32 --recipe awq+gptq+2,none,32
+    python -m benchmarks.bench_calibration --text wikitext2_raw_test.txt --recipe awq+gptq+2,none,32
 
 A recipe is rounding (rtn, hqq, clip, gptq; awq+ before it; +SWEEPS of refinement after it), zeros (none, point,
 minimum), group size.
