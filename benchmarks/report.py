@@ -384,7 +384,11 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
 }
 """Name -> the function that makes it from rows of bench_ops: peers from all, others from the newest of each case."""
 
-OTHER: dict[str, Callable[[Sequence[Row]], str]] = {"models": models, "quality": plain_table}
+OTHER: dict[str, Callable[[Sequence[Row]], str]] = {
+    "models": models,
+    "quality": plain_table,
+    "calibration": plain_table,
+}
 """Name -> the function that makes it from the rows in NAME*.jsonl."""
 
 

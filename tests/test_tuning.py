@@ -143,7 +143,7 @@ def test_sensitivities_foretell_kl():
     from torch_cpullm.quant import Statistics
 
     model = llama().eval()
-    ids = tokens(model, 24, 32)
+    ids = tokens(model, 8, 32)
     names = [name for name in forms_of(model, FP32) if "layers" in name]
     units = sensitivities(model, ids, names, CHOICES, progress=False)
     assert sorted(name for unit in units for name in unit.names) == sorted(names)
