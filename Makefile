@@ -37,7 +37,6 @@ charset-normalizer==3.5.2
 clang-format==23.1.5
 click==8.5.1
 contourpy==1.3.3; python_version >= "3.11"
-contourpy==1.3.2; python_version < "3.11"
 cycler==0.12.1
 filelock==4.2.11; python_version >= "3.11"
 fonttools==4.68.0; python_version >= "3.11"
