@@ -118,6 +118,7 @@ def test_bad_arguments():
         ({"budget_bits": 4.0}, r"budget_bits=4 is below what the smallest 4-bit form"),
         ({"recipes": ()}, "recipes must be one or more"),
         ({"config": Settings(bits=8)}, "with bits=8 call optimize"),
+        ({"eval": "a text"}, "a text needs the tokenizer"),
         ({"eval": torch.tensor([1, 2])}, "has 2 tokens, too few"),
         ({"eval": torch.tensor([1, 96, 2, 3, 4])}, r"must lie in 0\.\.95"),
     ):
@@ -127,6 +128,29 @@ def test_bad_arguments():
         torch_cpullm.autotune(model, None, eval=5, **FEW)
     with pytest.raises(ValueError, match="needs the float model"):
         torch_cpullm.autotune(torch_cpullm.optimize(model, FP32), None, **FEW)
+
+
+def test_the_command_saves_model_and_report(tmp_path, monkeypatch, capsys):
+    from transformers import AutoModelForCausalLM
+
+    from torch_cpullm import cli, runner
+
+    class Words:
+        def save_pretrained(self, folder):
+            (folder / "tokenizer.json").write_text("{}")
+
+    monkeypatch.setattr(runner, "find_model", lambda spec: tmp_path)
+    monkeypatch.setattr(runner, "load_float", lambda path: (llama(), Words()))
+    monkeypatch.setattr(runner, "quiet_libraries", lambda debug: None)
+    out = tmp_path / "out"
+    command = ["autotune", "model", str(out), "--target", "5", "--length", "8", "--compute", "fp32"]
+    assert cli.main(command) == 0
+    assert "within the target of 500 %" in capsys.readouterr().out
+    assert {"config.json", "model.safetensors", "tokenizer.json", "autotune.json"} <= {p.name for p in out.iterdir()}
+    again = AutoModelForCausalLM.from_pretrained(out)
+    assert isinstance(again.model.layers[0].mlp.up_proj, PackedLinear)
+    assert cli.main([*command, "--eval", str(tmp_path / "nothing.txt")]) == 2
+    assert "no such file" in capsys.readouterr().err
 
 
 # ---- mixed precision ------------------------------------------------------------------------------------------------

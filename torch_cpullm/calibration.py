@@ -51,7 +51,9 @@ def calibration_ids(
 
 
 def text_ids(text: str, tokenizer: Any) -> Tensor:
-    """int64 [tokens] of a text, without special tokens; ValueError for an empty one."""
+    """int64 [tokens] of a text, without special tokens; ValueError for an empty one, or without a tokenizer."""
+    if tokenizer is None:
+        raise ValueError("a text needs the tokenizer, and none was given")
     if not text.strip():
         raise ValueError("the text is empty")
     return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
