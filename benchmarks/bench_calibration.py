@@ -5,8 +5,8 @@ the columns. The calibration tokens are drawn from the packed file with a seed; 
 
     python -m benchmarks.bench_calibration --text wikitext2_raw_test.txt --recipe awq+gptq+2,none,32
 
-A recipe is rounding (rtn, hqq, clip, gptq; awq+ before it; +SWEEPS of refinement after it), zeros (none, point,
-minimum), group size.
+A recipe is rounding (rtn, hqq, clip, gptq, signround; awq+ before it; +SWEEPS of refinement after it), zeros (none,
+point, minimum), group size.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from torch_cpullm.quant import (
     quantize_gptq,
     quantize_hqq,
     quantize_rtn,
+    quantize_signround,
     refine,
     teq_scales,
 )
@@ -49,6 +50,7 @@ def test_no_recipe_is_worse_than_round_to_nearest(tails, zeros, group):
     gptq = error_of(found, weight, statistics)
     refined = error_of(refine(weight, found, statistics, 2), weight, statistics)
     assert clip <= plain
+    assert error_of(quantize_signround(weight, statistics, 4, group, zeros), weight, statistics) < clip
     assert gptq < 0.9 * plain
     assert refined < gptq
     scales = awq_scales([weight], statistics, 4, group, zeros)

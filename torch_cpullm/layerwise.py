@@ -35,17 +35,18 @@ from .quant import (
     quantize_gptq,
     quantize_hqq,
     quantize_rtn,
+    quantize_signround,
     refine,
     teq_scales,
 )
 
 SCALES: dict[str, Callable[..., Tensor]] = {"awq": awq_scales, "teq": teq_scales}
-ROUNDING = ("rtn", "hqq", "clip", "gptq")
+ROUNDING = ("rtn", "hqq", "clip", "gptq", "signround")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How weights become codes. rounding: "rtn", "hqq", "clip" or "gptq"; scales: "", "awq" or "teq"; sweeps: how often
+    """How weights become codes. rounding: one of ROUNDING; scales: "", "awq" or "teq"; sweeps: how often
     scales and codes are refined afterwards. See torch_cpullm.quant. Raises ValueError naming the field that is wrong.
     """
 
@@ -67,7 +68,7 @@ class Recipe:
     @property
     def needs_data(self) -> bool:
         """Whether it looks at calibration tokens at all."""
-        uses = self.scales, self.sweeps, self.rounding in ("clip", "gptq")
+        uses = self.scales, self.sweeps, self.rounding not in ("rtn", "hqq")
         return any(uses)
 
     def __str__(self) -> str:
@@ -85,6 +86,8 @@ def quantize(weight: Tensor, statistics: Statistics | None, form: Form, recipe: 
         found = quantize_rtn(weight, form.bits, form.group_size, form.zeros == "none", dtype)
     elif recipe.rounding == "clip":
         found = quantize_clip(weight, statistics, *shape)
+    elif recipe.rounding == "signround":
+        found = quantize_signround(weight, statistics, *shape)
     else:
         found = quantize_gptq(weight, statistics, *shape, damping=recipe.damping)
     if recipe.sweeps and statistics is not None and form.bits == 4:

@@ -5,6 +5,7 @@ from .clip import quantize_clip
 from .gptq import quantize_gptq, refine
 from .hqq import quantize_hqq
 from .rtn import quantize_rtn
+from .signround import quantize_signround
 from .statistics import Statistics, output_error
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "quantize_gptq",
     "quantize_hqq",
     "quantize_rtn",
+    "quantize_signround",
     "refine",
     "teq_scales",
 ]
