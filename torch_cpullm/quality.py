@@ -220,7 +220,11 @@ def harness(
     if unknown or not tasks:
         raise ValueError(f"lm-evaluation-harness knows no task {', '.join(unknown) or '(none was named)'}")
     batch = options.pop("batch_size", 1)
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+    model.__dict__["tie_weights"] = lambda *_, **__: None  # HFLM calls it, and packed weights are tied already
+    try:
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+    finally:
+        del model.__dict__["tie_weights"]
     found: dict[str, Any] = simple_evaluate(model=wrapped, tasks=list(tasks), task_manager=manager, **options)
     return found["results"]
 
