@@ -363,44 +363,21 @@ Tensor layer_forward(int64_t handle, const Tensor& x, const OptionalTensor& cos,
   return run_steps(steps, x);
 }
 
-Tensor layers_forward(std::vector<int64_t> handles, const Tensor& x, const OptionalTensor& cos,
-                      const OptionalTensor& sin, const OptionalTensor& mask, std::vector<Tensor> caches, int64_t length,
-                      std::vector<int64_t> groups, int64_t bypass) {
-  const size_t count = handles.size();
-  STD_TORCH_CHECK(count > 0 && (caches.size() == 2 * count || caches.size() == 4 * count),
-                  "cpullm::layers_forward: caches must be 2 or 4 tensors for each of the ", count, " programs, got ",
-                  caches.size());
-  const size_t per = caches.size() / count;
-  Steps steps;
-  steps.layers.reserve(count);
-  for (size_t i = 0; i < count; ++i) {
-    steps.programs.push_back(find_program(handles[i]));
-    const LayerProgram& p = steps.programs[i]->layer;
-    const Tensor* own = &caches[i * per];
-    const OptionalTensor k_scale = per == 4 ? OptionalTensor(own[2]) : OptionalTensor();
-    const OptionalTensor v_scale = per == 4 ? OptionalTensor(own[3]) : OptionalTensor();
-    steps.layers.push_back({&p, check_call(p, x, cos, sin, mask, OptionalTensor(own[0]), OptionalTensor(own[1]),
-                                           k_scale, v_scale, length)});
-  }
-  steps.group(groups.empty() ? std::vector<int64_t>(count, 1) : groups, bypass);
-  return run_steps(steps, x);
-}
-
 // Tensor `index` of a list, none for -1.
 OptionalTensor pick(const std::vector<Tensor>& list, int64_t index, const char* name) {
-  STD_TORCH_CHECK(index >= -1 && index < int64_t(list.size()), "cpullm::group_forward: ", name,
+  STD_TORCH_CHECK(index >= -1 && index < int64_t(list.size()), "cpullm::layers_forward: ", name,
                   " must be -1 or an index below ", list.size(), ", got ", index);
   return index < 0 ? OptionalTensor() : OptionalTensor(list[size_t(index)]);
 }
 
-Tensor group_forward(std::vector<int64_t> handles, const Tensor& x, std::vector<Tensor> tensors,
+Tensor layers_forward(std::vector<int64_t> handles, const Tensor& x, std::vector<Tensor> tensors,
                      std::vector<int64_t> rotary, std::vector<int64_t> masks, std::vector<Tensor> caches,
-                     int64_t length, int64_t bypass) {
+                      int64_t length, std::vector<int64_t> groups, int64_t bypass) {
   const size_t count = handles.size();
   STD_TORCH_CHECK(count > 0 && rotary.size() == 2 * count && masks.size() == count,
-                  "cpullm::group_forward: rotary must be 2 indices and masks 1 for each of the ", count, " programs");
+                  "cpullm::layers_forward: rotary must be 2 indices and masks 1 for each of the ", count, " programs");
   STD_TORCH_CHECK(caches.empty() || caches.size() == 2 * count || caches.size() == 4 * count,
-                  "cpullm::group_forward: caches must be none, or 2 or 4 tensors for each of the ", count,
+                  "cpullm::layers_forward: caches must be none, or 2 or 4 tensors for each of the ", count,
                   " programs, got ", caches.size());
   const size_t per = caches.size() / count;
   Steps steps;
@@ -412,7 +389,7 @@ Tensor group_forward(std::vector<int64_t> handles, const Tensor& x, std::vector<
         {&p, check_call(p, x, pick(tensors, rotary[2 * i], "rotary"), pick(tensors, rotary[2 * i + 1], "rotary"),
                         pick(tensors, masks[i], "masks"), cache(0), cache(1), cache(2), cache(3), length)});
   }
-  steps.group({int64_t(count)}, bypass);
+  steps.group(groups, bypass);
   return run_steps(steps, x);
 }
 
@@ -432,24 +409,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cpullm, m) {
   m.def(
       "layer_forward(int program, Tensor x, Tensor? cos, Tensor? sin, Tensor? mask, Tensor(a!)? k_cache, "
       "Tensor(b!)? v_cache, Tensor(c!)? k_scale, Tensor(d!)? v_scale, int length) -> Tensor");
-  // Several layers, each from the output of the one before, in one parallel region. caches: k and v of every layer, or k,
-  // v and their scales; all hold `length` tokens. groups: sizes of runs of layers that read one input instead, none: 1
-  // each; bypass: members of a group before one whose attention its MLP reads as well, -1: all.
+  // Several layers in one parallel region. groups: sizes of runs of layers that read one input, each run from the output
+  // of the one before; bypass: members of a group before one whose attention its MLP reads as well, -1: all. rotary: cos
+  // and sin of every layer, masks: its mask, as indices into `tensors`, -1 for none. caches: none, or k and v of every
+  // layer, or k, v and their scales; all hold `length` tokens.
   m.def(
-      "layers_forward(int[] programs, Tensor x, Tensor? cos, Tensor? sin, Tensor? mask, Tensor(a!)[] caches, int "
-      "length, int[] groups=[], int bypass=0) -> Tensor");
-  // One group of layers. rotary: cos and sin of every layer, masks: the mask of every layer, as indices into `tensors`,
-  // -1 for none.
-  m.def(
-      "group_forward(int[] programs, Tensor x, Tensor[] tensors, int[] rotary, int[] masks, Tensor(a!)[] caches, int "
-      "length, int bypass) -> Tensor");
+      "layers_forward(int[] programs, Tensor x, Tensor[] tensors, int[] rotary, int[] masks, Tensor(a!)[] caches, int "
+      "length, int[] groups, int bypass) -> Tensor");
   m.def("layer_barriers() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cpullm, CPU, m) {
   m.impl("layer_forward", TORCH_BOX(&cpullm::layer_forward));
   m.impl("layers_forward", TORCH_BOX(&cpullm::layers_forward));
-  m.impl("group_forward", TORCH_BOX(&cpullm::group_forward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cpullm, CompositeExplicitAutograd, m) {

@@ -170,8 +170,8 @@ def test_what_does_not_fit_is_an_error():
     handles = [program.handle for program in programs]
     x, cos, sin = call(specs[0], 1, 3)
     buffers = [torch.zeros(1, 2, 8, 32) for _ in range(4)]
-    good = [handles, x, [cos, sin], [0, 1, 0, 1], [-1, -1], buffers, 0, 0]
-    assert ops.group_forward(*good).shape == x.shape
+    good = [handles, x, [cos, sin], [0, 1, 0, 1], [-1, -1], buffers, 0, [2], 0]
+    assert ops.layers_forward(*good).shape == x.shape
     wide, parallel = spec(hidden=128), members("neox", 2)
     others = [Program(wide), Program(spec(linears={"compute": "int8"})), *(Program(each) for each in parallel)]
     for place, value, text in (
@@ -191,24 +191,23 @@ def test_what_does_not_fit_is_an_error():
         (5, [*buffers[:3], buffers[3][..., :-1]], "v_cache must be"),
         (6, 6, "has room for"),
         (6, -1, "length must not be negative"),
-        (7, -2, r"bypass must lie in \[-1, 8\], got -2"),
-        (7, 9, "bypass must lie"),
+        (7, [1], "must hold all 2"),
+        (7, [3], "1 to 8 layers each, 2 in all, got 3"),
+        (7, [0, 2], "got 0"),
+        (7, [], "must hold all 2"),
+        (8, -2, r"bypass must lie in \[-1, 8\], got -2"),
+        (8, 9, "bypass must lie"),
     ):
         bad = list(good)
         bad[place] = value
         with pytest.raises(RuntimeError, match=text):
-            ops.group_forward(*bad)
+            ops.layers_forward(*bad)
     many = MOST_MEMBERS + 1
     with pytest.raises(RuntimeError, match="1 to 8 layers each"):
-        ops.group_forward([handles[0]] * many, x, [cos, sin], [0, 1] * many, [-1] * many, [], 0, 0)
+        ops.layers_forward([handles[0]] * many, x, [cos, sin], [0, 1] * many, [-1] * many, [], 0, [many], 0)
     x, cos, sin = call(parallel[0], 1, 3)
     with pytest.raises(RuntimeError, match="have no bypass, got 1"):
-        ops.group_forward([p.handle for p in others[2:]], x, [cos, sin], [0, 1, 0, 1], [-1, -1], [], 0, 1)
-    stacked = [handles, *call(specs[0], 1, 1), None, buffers, 0]
-    assert ops.layers_forward(*stacked, [2], 1).shape == (1, 1, 96)
-    for groups, text in (([1], "must hold all 2"), ([3], "1 to 8 layers each, 2 in all, got 3"), ([0, 2], "got 0")):
-        with pytest.raises(RuntimeError, match=text):
-            ops.layers_forward(*stacked, groups, 0)
+        ops.layers_forward([p.handle for p in others[2:]], x, [cos, sin], [0, 1, 0, 1], [-1, -1], [], 0, [2], 1)
 
 
 def test_caches_of_different_lengths_have_no_operator():

@@ -66,21 +66,36 @@ def position_of(cache):
     return torch.tensor([[cache.get_seq_length()]])
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "phi3", "gpt-neox", "olmo2", "smollm3"])
+NAMES = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "phi3",
+    "gpt-neox",
+    "olmo2",
+    "smollm3",
+    "gemma2",
+    "gemma3",
+    "qwen3-window",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kv_cache", ["auto", "int8"])
-def test_the_same_bits_as_the_classs_forward(name, kv_cache, monkeypatch):
+def test_the_same_as_the_classs_forward(name, kv_cache, monkeypatch):
+    """The same bits, but for rounding where a window leaves keys out."""
     model = optimised(name, kv_cache=kv_cache)
     steps = counted(monkeypatch)
-    window = model.config.to_dict().get("sliding_window") or 100
-    ids = ids_of(model, 2, min(9, window // 2))
-    short = generate(model, ids, attention_mask=torch.ones_like(ids))
-    # Of 12: not the prompt, one for the stack (a prompt of up to 8 serves), one to learn from; windows end it early.
-    assert steps[0] == min(9, window - ids.shape[1] - 1)
-    count = steps[0]
-    plain = generate(without(model), ids, attention_mask=torch.ones_like(ids))
-    assert steps[0] == count
+    window = getattr(model.config, "sliding_window", None) or 100
+    ids = ids_of(model, 2, 9)
+    short = generate(model, ids, attention_mask=torch.ones_like(ids), tokens=16)
+    assert steps[0] == 14  # not the prompt's, and not the one that is learnt from
+    plain = generate(without(model), ids, attention_mask=torch.ones_like(ids), tokens=16)
+    assert steps[0] == 14
     assert torch.equal(short.sequences, plain.sequences)
-    assert all(map(torch.equal, short.logits, plain.logits))
+    for position, (mine, its) in enumerate(zip(short.logits, plain.logits, strict=True), start=9):
+        assert torch.equal(mine, its) or (position > window and torch.allclose(mine, its, rtol=1e-3, atol=1e-4))
 
 
 def test_left_padding_goes_the_long_way(monkeypatch):
@@ -165,16 +180,6 @@ def test_a_cache_of_another_make_goes_the_long_way(monkeypatch):
         call(model, cache, ids_of(model, 1, 1), position_ids=torch.tensor([[position]]))
     assert steps[0] == 0
     assert cache.get_seq_length() == 3
-
-
-def test_a_window_that_is_full_goes_the_long_way():
-    model = optimised("mistral")
-    window = model.config.sliding_window
-    assert window
-    ids = ids_of(model, 1, 4)
-    short = generate(model, ids, tokens=window + 6)
-    plain = generate(without(model), ids, tokens=window + 6)
-    assert all(map(torch.equal, short.logits, plain.logits))
 
 
 def test_copies_and_deleted_models():

@@ -89,9 +89,18 @@ def test_generation_modes(kwargs):
     assert torch.equal(together, generate(without(model), ids, **kwargs).sequences)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gpt-j"])
-def test_layers_that_are_not_alike_run_one_by_one(name):
-    assert all(program._stack is None for program in programs(optimised(name)))
+def test_layers_with_tables_of_their_own_run_one_by_one():
+    assert all(program._stack is None for program in programs(optimised("gpt-j")))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_layers_with_different_masks_do_not_run_from_the_first_ones_call(name):
+    model = optimised(name)
+    ids = ids_of(model, 2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    generate(model, ids, attention_mask=mask)
+    assert not stack_of(model)._may_run
 
 
 def step(model, cache, ids, **kwargs):
@@ -186,15 +195,19 @@ def test_bad_arguments_of_the_operator():
     x = torch.randn(1, 1, hidden)
     cos, sin = model.model.rotary_emb(x, torch.tensor([[7]]))
     buffers = [t for layer in cache.layers for t in (layer.k, layer.v)]
-    assert ops.layers_forward(handles, x, cos, sin, None, buffers, 7).shape == x.shape
-    for args, text in (
-        (([], x, cos, sin, None, [], 7), "caches must be 2 or 4 tensors for each of the 0 programs"),
-        ((handles, x, cos, sin, None, buffers[:-1], 7), "caches must be 2 or 4 tensors"),
-        (([*handles[:-1], 10**9], x, cos, sin, None, buffers, 7), "there is no program"),
-        ((handles, x[..., :-1], cos, sin, None, buffers, 7), "x must be a CPU tensor"),
-        ((handles, x, cos, sin, None, buffers, 10**6), "has room for"),
-        ((handles, x, None, sin, None, buffers, 7), "cos must be"),
-        ((handles, x, cos, sin, None, [buffers[0][..., :-1], *buffers[1:]], 7), "k_cache must be"),
+    count = len(handles)
+    rest = [[cos, sin], [0, 1] * count, [-1] * count, buffers, 7, [1] * count]
+    assert ops.layers_forward(handles, x, *rest).shape == x.shape
+    for place, value, text in (
+        (0, [], "rotary must be 2 indices and masks 1 for each of the 0 programs"),
+        (0, [*handles[:-1], 10**9], "there is no program"),
+        (1, x[..., :-1], "x must be a CPU tensor"),
+        (5, buffers[:-1], "caches must be none, or 2 or 4 tensors"),
+        (5, [buffers[0][..., :-1], *buffers[1:]], "k_cache must be"),
+        (3, [-1, 1] * count, "cos must be"),
+        (6, 10**6, "has room for"),
     ):
+        args = [handles, x, *rest]
+        args[place] = value
         with pytest.raises(RuntimeError, match=text):
             ops.layers_forward(*args)

@@ -74,7 +74,8 @@ def _stack_up(decoder: Decoder) -> None:
     """Let the layers of a decoder run as one operator in decode steps, where they are all alike and programs."""
     found = [layer.__dict__.get("forward") for layer in decoder.layers]
     programs = [each for each in found if isinstance(each, LayerProgram) and each._run is not None]
-    alike = {(each.window, each._rotary is None, each._cache_name, each._needs_mask) for each in programs}
+    alike = {(each._rotary is None, each._cache_name, each._needs_mask) for each in programs}
+    windows = [each.window for each in programs]
     groups = [each.member.group for each in programs if each.member is not None]
     in_place = all(each._layer_idx == index for index, each in enumerate(programs))
     if len(programs) != len(found) or len(programs) < 2 or len(alike) != 1 or not in_place:
@@ -86,13 +87,14 @@ def _stack_up(decoder: Decoder) -> None:
     runs = [cast("Program", each._run) for each in programs]
     sizes = [1 if each.member is None else each.member.group.size for each in programs if each.begins]
     layers, owner = list(decoder.layers), decoder.owner
-    stack = LayerStack(owner, layers, runs, sizes, groups[0].bypass if groups else 0)
+    bypass = groups[0].bypass if groups else 0
+    stack = LayerStack(owner, layers, runs, sizes, bypass, len(set(windows)) == 1)
     for each in programs:
         each._stack = stack
     first = programs[0]
     first._others, first._stack_watch = [weakref.ref(each) for each in programs], Watch(layers, owner.config)
     if "forward" not in owner.__dict__:
-        owner.__dict__["forward"] = DecoderStep(owner, stack, first._all_unchanged, first.window)
+        owner.__dict__["forward"] = DecoderStep(owner, stack, first._all_unchanged, windows)
 
 
 def remove_programs(model: nn.Module) -> None:

@@ -2,8 +2,9 @@
 
 transformers' own code between the embedding and the last norm (masks, recorded outputs, a call per layer) takes longer
 than the weights of a small model. It is left out after a step in which it was seen to do nothing else: the first layer
-got the embedding of the tokens, its position embeddings were those of the decoder's module, no mask was made, and the
-result was the last norm of what the layers returned, all bit for bit. Any other call goes through the class's forward.
+got the embedding of the tokens, position embeddings were those of a module of the decoder, no mask hid more than a
+layer's window does, and the result was the last norm of what the layers returned, all bit for bit. Any other call goes
+through the class's forward.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .layer_parts import own_state
-from .layer_stack import LayerStack
+from .layer_stack import LayerStack, Seen
 from .linear import PackedEmbedding
 
 _TAKEN = {"input_ids", "attention_mask", "position_ids", "past_key_values"}
@@ -28,17 +30,34 @@ _HARMLESS = {"use_cache": (None, True), "return_dict": (None, True)}
 _SETTINGS = ("output_hidden_states", "_output_attentions", "output_attentions", "return_dict", "use_cache", "is_causal")
 
 
+@dataclass(frozen=True)
+class _Learnt:
+    """The modules of a decoder that a step needs beside its layers, and the class of its result.
+
+    positions: (module, arguments after x and the positions) of each kind of position embeddings; rotary: see
+    :func:`ops.layers_forward`.
+    """
+
+    embedding: nn.Module
+    positions: tuple[tuple[nn.Module, tuple], ...]
+    rotary: list[int]
+    norm: nn.Module
+    kind: type
+
+
 class DecoderStep:
     """``forward`` of one decoder instance. Holds no strong reference to it, so that a deleted model is gone at once."""
 
-    def __init__(self, owner: nn.Module, stack: LayerStack | None, unchanged: Callable[[], bool], window: int) -> None:
+    def __init__(
+        self, owner: nn.Module, stack: LayerStack | None, unchanged: Callable[[], bool], windows: list[int]
+    ) -> None:
         self._owner = weakref.ref(owner)
         self._original = type(owner).forward
         self._names = list(inspect.signature(self._original).parameters)[1:]
         self._stack = stack  # None: of a copied decoder, which computes by its class's forward
         self._unchanged = unchanged  # whether the programs of the stack are still those of the layers
-        self._window = window
-        self._learnt: tuple[nn.Module, nn.Module | None, nn.Module, type] | None = None
+        self._windows, self._no_masks = windows, [-1] * len(windows)
+        self._learnt: _Learnt | None = None
         self._state: list[Any] = []
         self._tries = 8
 
@@ -56,7 +75,7 @@ class DecoderStep:
     def _decode(self, owner: Any, stack: LayerStack, kwargs: dict[str, Any]) -> Any:
         """A plain decode step, the short way or, where that is not learnt yet, the class's."""
         if self._learnt is not None:
-            out = self._run(owner, stack, kwargs)
+            out = self._run(owner, stack, self._learnt, kwargs)
             return self._original(owner, **kwargs) if out is None else out
         if not self._tries:
             return self._original(owner, **kwargs)
@@ -86,23 +105,33 @@ class DecoderStep:
 
     # ---- learning ---------------------------------------------------------------------------------------------------
 
-    def _learn(self, owner: Any, seen: tuple[Tensor, Any, Any, Tensor], kwargs: dict[str, Any], out: Any) -> None:
+    def _learn(self, owner: Any, seen: Seen, kwargs: dict[str, Any], out: Any) -> None:
         """Take the short way from now on if ``out`` is what it would have given."""
-        x, mask, rotary, y = seen
-        if mask is not None or getattr(out, "past_key_values", None) is not kwargs["past_key_values"]:
+        if getattr(out, "past_key_values", None) is not kwargs["past_key_values"]:
             return
         if {name for name, value in vars(out).items() if value is not None} != {"last_hidden_state", "past_key_values"}:
             return
-        ids, positions = kwargs["input_ids"], kwargs["position_ids"]
-        embeddings = [m for m in _children(owner) if isinstance(m, (nn.Embedding, PackedEmbedding))]
-        embedding = next((m for m in embeddings if _gives(m, x, ids)), None)
-        norm = next((m for m in _children(owner) if _gives(m, out.last_hidden_state, y)), None)
-        position = None
-        if rotary is not None:
-            position = next((m for m in _children(owner) if _gives(m, rotary, x, positions)), None)
-        if embedding is None or norm is None or (rotary is not None and position is None):
+        if not all(map(_is_no_mask, (mask for mask, _ in seen.calls), self._windows)):
             return
-        self._learnt, self._state = (embedding, position, norm, type(out)), self._look(owner)
+        embeddings = [m for m in _children(owner) if isinstance(m, (nn.Embedding, PackedEmbedding))]
+        embedding = next((m for m in embeddings if _gives(m, seen.x, kwargs["input_ids"])), None)
+        norm = next((m for m in _children(owner) if _gives(m, out.last_hidden_state, seen.y)), None)
+        pairs: list[Any] = []  # the different position embeddings
+        for _, pair in seen.calls:
+            if pair is not None and not any(pair is other for other in pairs):
+                pairs.append(pair)
+        kinds = sorted(set(getattr(owner.config, "layer_types", None) or ()))
+        ways = [(m, extra) for extra in ((), *((kind,) for kind in kinds)) for m in _children(owner)]
+        given = (seen.x, kwargs["position_ids"])
+        found = [next((way for way in ways if _gives(way[0], pair, *given, *way[1])), None) for pair in pairs]
+        if embedding is None or norm is None or None in found:
+            return
+        rotary: list[int] = []  # of every layer: the places of its cosines and sines
+        for _, pair in seen.calls:
+            place = next((i for i, other in enumerate(pairs) if other is pair), -1)
+            rotary += [2 * place, 2 * place + 1] if place >= 0 else [-1, -1]
+        positions = tuple(way for way in found if way is not None)
+        self._learnt, self._state = _Learnt(embedding, positions, rotary, norm, type(out)), self._look(owner)
 
     def _look(self, owner: nn.Module) -> list[Any]:
         """What decides what the decoder's own code does, arguments aside."""
@@ -112,24 +141,21 @@ class DecoderStep:
 
     # ---- running ----------------------------------------------------------------------------------------------------
 
-    def _run(self, owner: Any, stack: LayerStack, kwargs: dict[str, Any]) -> Any:
+    def _run(self, owner: Any, stack: LayerStack, learnt: _Learnt, kwargs: dict[str, Any]) -> Any:
         """The result of a decode step, or None if the class's forward has to compute it."""
-        embedding, position, norm, kind = self._learnt  # type: ignore[misc]
         cache, mask = kwargs["past_key_values"], kwargs.get("attention_mask")
         if self._look(owner) != self._state:
             return None
         length = stack.length_of(cache)
-        if length < 0 or (self._window and length + 1 > self._window):
+        if length < 0 or (mask is not None and (mask.shape[1] != length + 1 or not bool(mask.all()))):
             return None
-        if mask is not None and (mask.shape[1] != length + 1 or not bool(mask.all())):
-            return None
-        x = embedding(kwargs["input_ids"])
-        rotary = (None, None) if position is None else position(x, kwargs["position_ids"])
-        y = stack.run(self._unchanged, x, rotary, None, cache)
-        return None if y is None else kind(last_hidden_state=norm(y), past_key_values=cache)
+        x = learnt.embedding(kwargs["input_ids"])
+        tensors = [t for module, extra in learnt.positions for t in module(x, kwargs["position_ids"], *extra)]
+        y = stack.run(self._unchanged, x, tensors, learnt.rotary, self._no_masks, cache)
+        return None if y is None else learnt.kind(last_hidden_state=learnt.norm(y), past_key_values=cache)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DecoderStep:
-        return DecoderStep(memo[id(self._owner())], None, bool, 0)
+        return DecoderStep(memo[id(self._owner())], None, bool, [])
 
     def __reduce__(self) -> tuple:
         return _inert, (self._owner(),)
@@ -137,12 +163,23 @@ class DecoderStep:
 
 def _inert(owner: nn.Module) -> DecoderStep:
     """What a copied decoder has in the place of its DecoderStep: the class's forward."""
-    return DecoderStep(owner, None, bool, 0)
+    return DecoderStep(owner, None, bool, [])
 
 
 def _children(owner: nn.Module) -> Iterator[nn.Module]:
     """The modules beside the list of layers."""
     return (module for module in owner.children() if not isinstance(module, nn.ModuleList))
+
+
+def _is_no_mask(mask: Any, window: int) -> bool:
+    """Whether a layer with this window (0: none) computes the same without ``mask``, of one query and all keys."""
+    if mask is None:
+        return True
+    if mask.__class__ is not Tensor or mask.dim() != 4 or mask.shape[2] != 1:
+        return False
+    keys = mask.shape[3]
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    return bool((seen == (torch.arange(keys) >= keys - (window or keys))).all())
 
 
 def _gives(module: nn.Module, result: Any, *args: Any) -> bool:

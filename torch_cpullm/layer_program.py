@@ -14,7 +14,7 @@ from .linear import PackedLinear
 from .ops import COMPUTE
 
 _forward = torch.ops.cpullm.layer_forward.default
-_group_forward = torch.ops.cpullm.group_forward.default
+_group_forward = torch.ops.cpullm.layers_forward.default
 MOST_MEMBERS = 8  # of a group: kMostMembers in csrc/layer.h
 
 
@@ -76,9 +76,10 @@ def run_group(programs: Sequence[Program], bypass: int, calls: Sequence[tuple]) 
 
     rotary = [place(tensor) for _, cos, sin, _, _ in calls for tensor in (cos, sin)]
     caches = [call[4] for call in calls]
+    handles, groups = [program.handle for program in programs], [len(programs)]
     if all(cache is None for cache in caches):
         masks = [place(fitting(mask, x.shape[1])) for _, _, _, mask, _ in calls]
-        return _group_forward([p.handle for p in programs], x, tensors, rotary, masks, [], 0, bypass)
+        return _group_forward(handles, x, tensors, rotary, masks, [], 0, groups, bypass)
     if None in caches:
         return None
     held = [program.reserve(cache, x) for program, cache in zip(programs, caches, strict=True)]
@@ -86,7 +87,7 @@ def run_group(programs: Sequence[Program], bypass: int, calls: Sequence[tuple]) 
         return None
     masks = [place(fitting(mask, held[0][4] + x.shape[1])) for _, _, _, mask, _ in calls]
     buffers = [tensor for each in held for tensor in each[:4] if tensor is not None]
-    y = _group_forward([p.handle for p in programs], x, tensors, rotary, masks, buffers, held[0][4], bypass)
+    y = _group_forward(handles, x, tensors, rotary, masks, buffers, held[0][4], groups, bypass)
     for cache in caches:
         cache.advance(x.shape[1])
     return y

@@ -13,8 +13,9 @@ import operator
 import sys
 import threading
 import weakref
+from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,18 @@ _BUFFERS = "_stack_buffers"  # attribute of a cache: whose, tokens it has room f
 _DEPTH = 12  # frames between a layer's forward and its decoder's
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A step in which the decoder passed each layer what the one before returned.
+
+    x: of the first layer; calls: (mask, position embeddings) of every layer; y: of the last.
+    """
+
+    x: Tensor
+    calls: tuple[tuple[Any, Any], ...]
+    y: Tensor
+
+
 class _Step(threading.local):
     """One thread's way through the layers."""
 
@@ -35,23 +48,32 @@ class _Step(threading.local):
     frame: int = 0  # the decoder's call that it belongs to
     shared: tuple[Any, ...] = ()  # mask, position embeddings and cache of that call
     seen: Tensor | None = None  # while looking: what the layer before returned
-    last: tuple[Tensor, Any, Any, Tensor] | None = None  # of the last run: x, mask, position embeddings, output
+    first: Tensor | None = None  # while looking: what the first layer got
+    calls: tuple[tuple[Any, Any], ...] = ()  # while looking: (mask, position embeddings) of the layers so far
+    last: Seen | None = None  # the last step that was looked at from end to end
 
 
 class LayerStack:
     """The layers of one decoder, whose programs are ``programs``. groups: sizes of runs of layers that read one input.
 
-    bypass: see :func:`layer_group.combine`.
+    bypass: see :func:`layer_group.combine`. alike: whether the layers may be called with one mask and the same position
+    embeddings; those of others are known to :class:`layer_decoder.DecoderStep` alone.
     """
 
     def __init__(
-        self, owner: nn.Module, layers: list[nn.Module], programs: list[Program], groups: list[int], bypass: int
+        self,
+        owner: nn.Module,
+        layers: list[nn.Module],
+        programs: list[Program],
+        groups: list[int],
+        bypass: int,
+        alike: bool,
     ) -> None:
         self._owner = weakref.ref(owner)
         self._waiting = [each for layer in layers for each in (layer._forward_hooks, layer._forward_pre_hooks)]
         self._programs = programs  # their handles are good as long as they live
         self._handles = [program.handle for program in programs]
-        self._groups, self._bypass = groups, bypass
+        self._groups, self._bypass, self._alike = groups, bypass, alike
         self._last = len(programs) - 1
         self._code = inspect.unwrap(type(owner).forward).__code__
         self._step = _Step()
@@ -64,13 +86,18 @@ class LayerStack:
         step = self._step
         if index == 0:
             step.frame = self._frame() if x.shape[1] <= MOST_TOKENS else 0
-            step.seen, step.shared = (y, shared) if step.frame else (None, ())
-        elif step.seen is x and all(map(operator.is_, shared, step.shared)):
+            step.seen, step.shared, step.last = (y, shared, None) if step.frame else (None, (), None)
+            step.first, step.calls = x, (shared[:2],)
+        elif step.seen is x and shared[2] is step.shared[2]:
             step.seen = y
+            step.calls += (shared[:2],)
             if index == self._last:
-                self._may_run, step.seen, step.shared = True, None, ()
+                one = all(all(map(operator.is_, call, step.shared)) for call in step.calls)
+                self._may_run = self._may_run or (one and self._alike)
+                step.last = Seen(cast("Tensor", step.first), step.calls, y)
+                step.seen, step.shared, step.first, step.calls = None, (), None, ()
         else:
-            step.seen, step.shared = None, ()
+            step.seen, step.shared, step.first, step.calls = None, (), None, ()
 
     def _frame(self) -> int:
         """The id of the decoder's call that this thread is in, 0 if a layer was called by somebody else."""
@@ -100,36 +127,46 @@ class LayerStack:
         step.out, step.shared = None, ()
         if not self._may_run or x.shape[1] > MOST_TOKENS or x.dim() != 3:
             return None
-        mask, embeddings, cache = shared
         frame = self._frame()
-        y = self.run(unchanged, x, rotary, mask, cache) if frame else None
+        if not frame:
+            return None
+        mask, cache, count = shared[0], shared[2], len(self._programs)
+        tensors = [t for t in (*rotary, mask) if t is not None]
+        places = [-1, -1] if rotary[0] is None else [0, 1]
+        masks = [-1 if mask is None else len(tensors) - 1] * count
+        y = self.run(unchanged, x, tensors, places * count, masks, cache)
         if y is not None:
-            step.out, step.frame, step.shared, step.last = y, frame, shared, (x, mask, embeddings, y)
+            step.out, step.frame, step.shared, step.last = y, frame, shared, Seen(x, (shared[:2],) * count, y)
         return y
 
     def run(
         self,
         unchanged: Any,
         x: Tensor,
-        rotary: tuple[Tensor | None, Tensor | None],
-        mask: Tensor | None,
+        tensors: list[Tensor],
+        rotary: list[int],
+        masks: list[int],
         cache: Any,
     ) -> Tensor | None:
-        """The output of all layers, or None if each has to be called; ``unchanged`` as in :meth:`begin`."""
+        """The output of all layers, or None if each has to be called.
+
+        unchanged: as in :meth:`begin`. tensors, rotary, masks: as :func:`ops.layers_forward` takes them.
+        """
         if self._hooked() or not unchanged():
             return None
         ready = self._reserve(cache, x, x.shape[1])
         if ready is None:
             return None
         held, buffers, length = ready
-        mask = fitting(mask, length + x.shape[1])
-        y = _forward(self._handles, x, rotary[0], rotary[1], mask, buffers, length, self._groups, self._bypass)
+        keys = length + x.shape[1]
+        tensors = [cast("Tensor", fitting(t, keys)) if i in masks else t for i, t in enumerate(tensors)]
+        y = _forward(self._handles, x, tensors, rotary, masks, buffers, length, self._groups, self._bypass)
         for each in held:
             each.advance(x.shape[1])
         return y
 
-    def take_last(self) -> tuple[Tensor, Any, Any, Tensor] | None:
-        """(x, mask, position embeddings, output) of this thread's last run by :meth:`begin`, once."""
+    def take_last(self) -> Seen | None:
+        """This thread's last step that was looked at from end to end, once."""
         last, self._step.last = self._step.last, None
         return last
 

@@ -245,39 +245,23 @@ def layer_forward(
 def layers_forward(
     programs: list[int],
     x: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    mask: Tensor | None,
-    caches: list[Tensor],
-    length: int,
-    groups: list[int] | None = None,
-    bypass: int = 0,
-) -> Tensor:
-    """Run the programs of several layers, each on the output of the one before; see :func:`layer_forward`.
-
-    caches: k and v of every layer, or k, v and their scales; all hold ``length`` tokens. groups: sizes of runs of
-    layers that read one input, in all as many as programs; None: of one layer each. bypass: see :func:`group_forward`.
-    """
-    return torch.ops.cpullm.layers_forward.default(programs, x, cos, sin, mask, caches, length, groups or [], bypass)
-
-
-def group_forward(
-    programs: list[int],
-    x: Tensor,
     tensors: list[Tensor],
     rotary: list[int],
     masks: list[int],
     caches: list[Tensor],
     length: int,
-    bypass: int,
+    groups: list[int],
+    bypass: int = 0,
 ) -> Tensor:
-    """``y = x + sum_l (a_l + m_l)``: the programs of up to 8 layers on one input; x [b, s, hidden] -> y alike.
+    """The programs of several layers, in groups of these sizes, each on the output of the one before.
 
-    m_l reads x + a_l + the a_j of the ``bypass`` layers before l, -1: of all. tensors: cos, sin and masks as
+    A group of up to 8 layers reads one x: ``y = x + sum_l (a_l + m_l)``; m_l reads x + a_l + the a_j of the ``bypass``
+    layers before l in the group, -1: of all. x [b, s, hidden] -> y alike. tensors: cos, sin and masks as
     :func:`layer_forward` takes them; rotary: indices of cos and sin of every layer, masks: of every layer's mask, -1
-    for none. caches: none, or as in :func:`layers_forward`. Raises RuntimeError for what does not fit.
+    for none. caches: none, or k and v of every layer, or k, v and their scales; all hold ``length`` tokens. Raises
+    RuntimeError for what does not fit.
     """
-    return torch.ops.cpullm.group_forward.default(programs, x, tensors, rotary, masks, caches, length, bypass)
+    return torch.ops.cpullm.layers_forward.default(programs, x, tensors, rotary, masks, caches, length, groups, bypass)
 
 
 def _check_one_device(op: str, **tensors: Tensor | None) -> None:
@@ -395,12 +379,7 @@ def _layer_forward_fake(program, x, cos, sin, mask, k_cache, v_cache, k_scale, v
 
 
 @torch.library.register_fake("cpullm::layers_forward")
-def _layers_forward_fake(programs, x, cos, sin, mask, caches, length, groups=(), bypass=0):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@torch.library.register_fake("cpullm::group_forward")
-def _group_forward_fake(programs, x, tensors, rotary, masks, caches, length, bypass):
+def _layers_forward_fake(programs, x, tensors, rotary, masks, caches, length, groups, bypass):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -415,7 +394,6 @@ __all__ = [
     "dequantize",
     "embedding",
     "experts",
-    "group_forward",
     "isa",
     "isa_levels",
     "layer_forward",
