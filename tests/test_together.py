@@ -23,6 +23,7 @@ from torch_cpullm.layerwise import Recipe, calibrate
 from torch_cpullm.linear import PackedLinear
 from torch_cpullm.trial import apply, forms_of, settings_of
 
+BY_NAME = {family.name: family for family in FAMILIES}
 UP, GATE = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj"
 
 
@@ -33,7 +34,7 @@ def logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
 def test_convert_frees_and_keeps_experts(name: str, tmp_path: Path) -> None:
-    FAMILIES[name].build().save_pretrained(tmp_path / "float")
+    BY_NAME[name].build().save_pretrained(tmp_path / "float")
     report = convert(tmp_path / "float", tmp_path / "packed")
     assert any(row.kind == "experts" for row in report.rows)
     loaded = [torch_cpullm.load(tmp_path / kind)[0] for kind in ("float", "packed")]
@@ -43,8 +44,8 @@ def test_convert_frees_and_keeps_experts(name: str, tmp_path: Path) -> None:
 
 def test_overrides_of_experts(tmp_path: Path) -> None:
     """One recipe for all experts of a layer, by the module's name; saved, loaded, and by both ways to quantise."""
-    settings = Settings(overrides={r"model\.layers\.0\.mlp\.experts": {"bits": 8}})
-    model = FAMILIES["qwen3-moe"].build()
+    settings = Settings(overrides={r"model\.layers\.0\..*experts": {"bits": 8}})
+    model = BY_NAME["mixtral"].build()
     model.save_pretrained(tmp_path / "float")
     torch_cpullm.optimize(model, settings)
     bits = [module.down.whole.bits for module in model.modules() if isinstance(module, PackedExperts)]
@@ -56,7 +57,7 @@ def test_overrides_of_experts(tmp_path: Path) -> None:
     assert torch.equal(logits(model), logits(loaded))
     assert torch.equal(logits(model), logits(again))
     with pytest.raises(ValueError, match="matches no module"):
-        torch_cpullm.optimize(FAMILIES["qwen3-moe"].build(), Settings(overrides={"gate_up_proj": {"bits": 8}}))
+        torch_cpullm.optimize(BY_NAME["mixtral"].build(), Settings(overrides={"gate_up_proj": {"bits": 8}}))
 
 
 def test_mixed_forms_are_overrides(tmp_path: Path) -> None:
@@ -82,8 +83,9 @@ def test_mixed_forms_are_overrides(tmp_path: Path) -> None:
 
 
 def test_autotune_of_a_mixture() -> None:
-    model = FAMILIES["mixtral"].build()
-    few: dict[str, Any] = {"sequences": 2, "length": 8, "recipes": (Recipe("gptq"),), "progress": False}
+    model = BY_NAME["mixtral"].build()
+    few: dict[str, Any] = {"sequences": 2, "length": 8, "recipes": (Recipe("gptq"),)}
+    few |= {"budget_bits": 9.0, "progress": False}
     tuned = torch_cpullm.autotune(model, None, 1e9, lambda tried: float(logits(tried).square().mean()), **few)
     assert tuned.met
     kinds = {type(module) for module in model.modules()}
