@@ -158,8 +158,8 @@ class LayerStack:
         if ready is None:
             return None
         held, buffers, length = ready
-        keys = length + x.shape[1]
-        tensors = [cast("Tensor", fitting(t, keys)) if i in masks else t for i, t in enumerate(tensors)]
+        for place in {*masks} - {-1}:
+            tensors[place] = cast("Tensor", fitting(tensors[place], length + x.shape[1]))
         y = _forward(self._handles, x, tensors, rotary, masks, buffers, length, self._groups, self._bypass)
         for each in held:
             each.advance(x.shape[1])
