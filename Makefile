@@ -41,8 +41,11 @@ certifi==2026.10.18
 charset-normalizer==3.5.2
 clang-format==23.1.5
 click==8.5.1
+contourpy==1.3.3; python_version >= "3.11"
+cycler==0.12.1
 fastapi==0.165.0; python_version >= "3.11"
 filelock==4.2.11; python_version >= "3.11"
+fonttools==4.68.0; python_version >= "3.11"
 fsspec==2026.9.0
 gguf==0.19.0
 h11==0.16.0
@@ -56,8 +59,10 @@ idna==3.20
 iniconfig==2.3.1
 Jinja2==3.1.6
 jiter==0.19.0; python_version >= "3.11"
+kiwisolver==1.5.1; python_version >= "3.11"
 markdown-it-py==4.3.0
 MarkupSafe==3.0.4
+matplotlib==3.11.2; python_version >= "3.11"
 mdurl==0.1.2
 mpmath==1.3.0
 mypy==2.4.1
@@ -69,12 +74,15 @@ openai==3.57.0
 opentelemetry-api==1.45.2
 packaging==26.3
 peft==0.21.2
+pillow==13.0.0; python_version >= "3.11"
 pluggy==1.7.0
 psutil==7.2.2
 pydantic==2.14.3
 pydantic_core==2.50.4
 Pygments==2.21.0
+pyparsing==3.3.3
 pytest==9.2.0
+python-dateutil==4.0.0; python_version >= "3.11"
 PyYAML==6.0.3
 regex==2026.11.15; python_version >= "3.11"
 requests==2.34.2

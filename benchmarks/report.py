@@ -405,6 +405,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
 OTHER: dict[str, Callable[[Sequence[Row]], str]] = {
     "models": models,
     "quality": plain_table,
+    "calibration": plain_table,
     "cqil_quality": plain_table,
     "cqil_speed": plain_table,
     "support": support,

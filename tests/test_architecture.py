@@ -22,12 +22,14 @@ LAYERS = [
         *("layer_probe", "layer_program", "layer_graph", "layer_stack", "layer_decoder", "layer_group", "layer_watch"),
         *("layer_match", "attention", "kv_cache", "experts", "coverage"),
         *("plan", "checkpoint", "saving"),
+        *("quality", "calibration", "folding", "calibrated", "layerwise", "sensitivity", "tune_report"),
     ],
     ["swap", "backend", "cqil", "distributed"],  # transforms: model -> model
+    ["trial", "tuning"],  # calibrated weights into a model, by the parts of optimize
     ["formats.gguf", "cqil_repair"],  # they use transforms: a model from a file by optimize, training a grouped model
     ["hf"],
     ["loading", "convert"],
-    ["runner", "run", "bench", "doctor", "cli", "cli_quantize", "cli_options", "__main__", "_autoload"],
+    ["runner", "run", "bench", "doctor", "cli", "cli_quantize", "cli_quality", "cli_options", "__main__", "_autoload"],
 ]
 TRANSFORMS = ["swap", "backend", "cqil", "distributed"]
 

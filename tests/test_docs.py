@@ -36,7 +36,7 @@ TUTORIALS = sorted((ROOT / "tutorials").glob("*.md"))
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 DOCS = [README, CONTRIBUTING, ROOT / "CHANGELOG.md", *TUTORIALS, *PAGES]
 SERVE = ROOT / "tutorials/03_serve.md"  # its blocks want a server
-RUNNABLE = [path for path in (README, *TUTORIALS, *PAGES) if path != SERVE]
+RUNNABLE = [path for path in (README, *TUTORIALS, *PAGES) if path != SERVE and "```python" in path.read_text()]
 """Every python block in them runs, in order, in one namespace per document."""
 
 ignore_peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

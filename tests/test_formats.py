@@ -78,7 +78,7 @@ def test_codes_are_the_stored_ones(recipe):
     mark = "weight_packed" if recipe.kind == "pack-quantized" else "qweight"
     assert mark in tensors
     form = form_of(recipe, tensors)
-    assert {name: (list(t.shape), t.dtype) for name, t in tensors.items()} == form.tensors(48, 136)
+    assert {name: (list(t.shape), t.dtype) for name, t in tensors.items()} == form.tensors([48, 136])
     weight, order = form.quantized(tensors, 48, 136)
     by_group = torch.sort(matrix.g_idx, stable=True).indices
     assert (order is None) == (not recipe.order)
@@ -86,7 +86,7 @@ def test_codes_are_the_stored_ones(recipe):
     assert torch.equal(weight.codes.long(), matrix.values[:, by_group])
     assert torch.equal(weight.scales, matrix.scales)
     assert weight.zeros is None or torch.equal(weight.zeros.long(), matrix.zeros)
-    packed, _ = form.packed(tensors, 48, 136)
+    packed, _ = form.packed(tensors, [48, 136])
     assert torch.equal(unpack(packed).codes, weight.codes)
     assert torch.equal(dequantize(weight), dequantised(tensors, recipe)[:, by_group])
 
@@ -180,7 +180,7 @@ def test_settings_of_single_modules(tmp_path):
         assert (forms["a.up_proj"].bits, forms["a.up_proj"].group_size) == (4, 32)
         assert (forms["a.down_proj"].bits, forms["a.down_proj"].group_size) == (8, -1)
         for form in forms.values():
-            assert form.tensors(64, 96)
+            assert form.tensors([64, 96])
 
 
 def test_biases_that_only_the_files_have(tmp_path):

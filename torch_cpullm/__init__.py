@@ -19,14 +19,30 @@ if TYPE_CHECKING:
     from .formats.gguf import load_gguf
     from .hf import CpuLlmConfig
     from .loading import load
+    from .quality import evaluate
     from .swap import optimize, restore
+    from .tuning import autotune
 
 __version__ = "0.1.0"
-__all__ = ["CpuLlmConfig", "Report", "__version__", "cqil", "load", "load_gguf", "optimize", "report", "restore"]
+__all__ = [
+    "CpuLlmConfig",
+    "Report",
+    "__version__",
+    "autotune",
+    "cqil",
+    "evaluate",
+    "load",
+    "load_gguf",
+    "optimize",
+    "report",
+    "restore",
+]
 
 _HOME = {
     "CpuLlmConfig": ".hf",
     "Report": ".coverage",
+    "autotune": ".tuning",
+    "evaluate": ".quality",
     "load": ".loading",
     "load_gguf": ".formats.gguf",
     "optimize": ".swap",

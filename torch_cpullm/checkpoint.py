@@ -113,8 +113,8 @@ class Form:
         assert codes is not None
         assert scales is not None
         if len(shape) == 3:
-            stack = pack_stored_stack(codes, scales, zeros, *shape, self.bits, self.group_size)
-            return stack, None
+            count, n, k = shape
+            return pack_stored_stack(codes, scales, zeros, count, n, k, self.bits, self.group_size), None
         n, k = shape
         order = check_order(tensors[ORDER].detach(), k) if self.ordered else None
         return pack_stored(codes, scales, zeros, n, k, self.bits, self.group_size), order

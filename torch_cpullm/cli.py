@@ -1,4 +1,4 @@
-"""The command line: ``cpullm generate``, ``bench``, ``quantize``, ``doctor``, ``run``.
+"""The command line: ``cpullm generate``, ``bench``, ``quantize``, ``eval``, ``autotune``, ``doctor``, ``run``.
 
 Exit codes: 0 done, 1 something failed (doctor: something is wrong), 2 wrong arguments or an unusable model,
 130 interrupted. ``run`` ends as the program that it starts.
@@ -31,6 +31,7 @@ from .cli_options import (
     ThreadsOption,
     state,
 )
+from .cli_quality import autotune_command, eval_command
 from .cli_quantize import quantize
 
 if TYPE_CHECKING:
@@ -283,9 +284,11 @@ def bench(
         typer.echo(benchmark.table(rows))
 
 
-# ---- quantize -------------------------------------------------------------------------------------------------------
+# ---- quantize, eval, autotune ---------------------------------------------------------------------------------------
 
 app.command(short_help="Convert a model to INT4 and save it.")(quantize)
+app.command("eval", short_help="Measure perplexity, KL divergence and agreement on a text.")(eval_command)
+app.command("autotune", short_help="Find the cheapest INT4 recipe within a loss.")(autotune_command)
 
 
 # ---- doctor ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .cli_options import Compute, ComputeOption, DebugOption, check_group_size, state
+from .cli_quality import CalibrationOption, EvalOption, LossOption, tune
 
 _FLOATS = "Float sources only"
 
@@ -43,18 +45,26 @@ def quantize(
             metavar="NAME", help="Leave modules of this name or regular expression in float; may be repeated."
         ),
     ] = None,
+    auto: Annotated[
+        bool, typer.Option("--auto", help="Measure recipes, RTN to GPTQ, and take the cheapest within --target.")
+    ] = False,
+    loss: LossOption = 0.01,
+    eval_text: EvalOption = None,
+    calibration: CalibrationOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
     debug: DebugOption = False,
 ) -> None:
     """Convert a model to INT4 (or INT8) and save it, with its tokenizer, for from_pretrained and cpullm.
 
-    Weights that are quantised already (GPTQ, AWQ, AutoRound, compressed-tensors, GGUF) keep their codes and scales.
+    Weights that are quantised already (GPTQ, AWQ, AutoRound, compressed-tensors, GGUF) keep their codes and scales;
+    with --auto they are float weights like any others. `cpullm autotune` has all options of --auto.
 
     \b
     Examples:
       cpullm quantize ./Qwen2.5-0.5B-Instruct ./qwen-int4 --group-size 128 --sym
       cpullm quantize ./Llama-3.2-1B-GPTQ ./llama-int4
       cpullm quantize model.gguf ./model-int4
+      cpullm quantize ./my-model ./my-model-int4 --auto --target 0.02
     """  # noqa: D301 (a raw string would lose the mark that keeps these lines apart)
     from . import runner
 
@@ -62,7 +72,10 @@ def quantize(
     path = runner.find_model(source, "SRC")
     given: dict[str, Any] = {"bits": bits, "group_size": group_size, "sym": sym, "head_bits": head_bits}
     given["exclude"] = exclude or None
-    runner.check_recipe(path, **given)
+    if not auto:
+        runner.check_recipe(path, **given)
+        if (loss, eval_text, calibration) != (0.01, None, None):
+            raise runner.InputError("--target, --eval and --calibration are for --auto")
     recipe = {name: value for name, value in given.items() if value is not None}
     if head_bits is not None:
         if head_bits not in ("8", "4", "none"):
@@ -70,6 +83,12 @@ def quantize(
         recipe["head_bits"] = None if head_bits == "none" else int(head_bits)
     if exclude:
         recipe["modules_to_not_convert"] = recipe.pop("exclude")
+    if auto:
+        shown = sys.stderr.isatty() and not quiet
+        found = tune(source, target, {"compute": compute.value, **recipe}, loss, eval_text, calibration, progress=shown)
+        if not quiet:
+            typer.echo(found)
+        return
     runner.quiet_libraries(debug=state["debug"])
     done = runner.convert_model(path, target, compute.value, recipe)
     if not quiet:

@@ -40,12 +40,7 @@ def convert(
     holds is replaced when everything is written; an error, a full disk or a kill leaves it as it was. Raises ValueError
     where ``target`` is ``source`` or holds it, and what load() and save_pretrained() raise.
     """
-    source, target = Path(source), Path(os.path.realpath(target))
-    place = Path(os.path.realpath(source))
-    if target in (place, *place.parents):
-        raise ValueError(f"{target} is where the source is: it would be replaced")
-    if target.exists() and not target.is_dir():
-        raise FileExistsError(f"{target} is a file, not a directory")
+    source, target = Path(source), check_target(source, target)
     tokenizer = None
     if source.is_file():
         model, tokenizer = load_gguf(source, config=config, **options)
@@ -62,6 +57,16 @@ def convert(
         for file in _companions(source):
             shutil.copyfile(file, temporary / file.name)
     return result
+
+
+def check_target(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
+    """Where ``target`` really is; ValueError where it is ``source`` or holds it, FileExistsError for a file."""
+    real, place = Path(os.path.realpath(target)), Path(os.path.realpath(source))
+    if real in (place, *place.parents):
+        raise ValueError(f"{real} is where the source is: it would be replaced")
+    if real.exists() and not real.is_dir():
+        raise FileExistsError(f"{real} is a file, not a directory")
+    return real
 
 
 def _give_up(module: PackedModule, *_: Any) -> None:

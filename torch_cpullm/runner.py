@@ -154,16 +154,8 @@ def load_int4(
             config = torch_cpullm.CpuLlmConfig(bits=bits or 4, group_size=group_size or 32, compute=compute)
             parameters = count(model)[1]
             model = torch_cpullm.optimize(model, config)
-        elif path.is_dir():
-            from .loading import load_directory
-
-            text = _load_tokenizer(path) if tokenizer else None
-            model = load_directory(path, compute=compute, **_LOCAL)
-            parameters = count(model)[1]
         else:
-            from .formats.gguf import load_gguf
-
-            model, text = load_gguf(path, compute=compute, progress=sys.stderr.isatty())
+            model, text = _load_packed(path, compute=compute, tokenizer=tokenizer)
             parameters = count(model)[1]
     seconds = time.perf_counter() - start
     label = "INT8" if model._cpullm_settings.bits == 8 else "INT4"
@@ -183,6 +175,18 @@ def convert_model(path: Path, target: Path, compute: str, recipe: dict[str, Any]
         settings = Settings(compute=compute, **recipe)
         own = quantised_by(path) in ("gguf", "cpullm")  # these have settings of their own
         return convert(path, target, None if own else settings, compute=compute, **options)
+
+
+def load_float(path: Path) -> tuple[Any, Any]:
+    """(model, tokenizer) in float: of floats in their own dtype, of quantised weights dequantised; or InputError."""
+    import torch_cpullm
+
+    with _load_errors(path):
+        if quantised_by(path) is None:
+            model, text = _load_directory(path, dtype="auto", tokenizer=True)
+        else:
+            model, text = _load_packed(path, compute=None, tokenizer=True)
+        return torch_cpullm.restore(model).eval(), text
 
 
 def load_bf16(path: Path, loaded: Loaded) -> Loaded:
@@ -210,6 +214,18 @@ def _load_directory(path: Path, *, dtype: Any, tokenizer: bool) -> tuple[Any, An
 
     text = _load_tokenizer(path) if tokenizer else None
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **_LOCAL), text
+
+
+def _load_packed(path: Path, *, compute: str | None, tokenizer: bool) -> tuple[Any, Any]:
+    """(model, tokenizer or None) of weights that are quantised already; compute None: as they say, or int8."""
+    if path.is_dir():
+        from .loading import load_directory
+
+        text = _load_tokenizer(path) if tokenizer else None
+        return load_directory(path, compute=compute, **_LOCAL), text
+    from .formats.gguf import load_gguf
+
+    return load_gguf(path, compute=compute, progress=sys.stderr.isatty())
 
 
 # No network, and no code from a checkpoint is ever run; False: fail at once instead of asking.

@@ -53,7 +53,7 @@ def optimize(model: nn.Module, config: Settings | None = None, *, strict: bool =
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         optimize(cast("Any", model).get_base_model(), settings, strict=strict)  # adapters save themselves
         return model
-    _check_model(model, settings)
+    check_model(model, settings)
     ops.isa()
     targets, skipped = find_targets(model, settings)
     check_overrides(settings, targets, [*skipped, *(name for name, _ in packed_modules(model))], {})
@@ -166,7 +166,8 @@ def _kv_cache() -> Any:
 # ---- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _check_model(model: nn.Module, settings: Settings) -> None:
+def check_model(model: nn.Module, settings: Settings) -> None:
+    """TypeError or ValueError for a model that :func:`optimize` cannot change as ``settings`` say."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, (nn.Linear, nn.Embedding)):

@@ -41,10 +41,10 @@ class PackQuantizedWeight(StoredWeight):
             _SCALE: ([n, groups], FLOATS),
             _SHAPE: ([2], (torch.int64, torch.int32)),
         }
-        if not self.sym or _ZERO in self.names:
+        if not self.sym or _ZERO in self.names():
             plain = any(name == _ZERO and dtype == torch.int8 for name, _, dtype in self.stored)
             shapes[_ZERO] = ([n, groups], (torch.int8,)) if plain else ([-(-n // per), groups], INT32)
-        if _GROUP in self.names:
+        if _GROUP in self.names():
             shapes[_GROUP] = ([k], INT32)
         return shapes
 

@@ -50,7 +50,7 @@ class GptqWeight(StoredWeight):
             "qzeros": ([groups, check_lanes(n, self.bits, "out_features")], INT32),
             "scales": ([groups, n], FLOATS),
         }
-        if "g_idx" in self.names:
+        if "g_idx" in self.names():
             shapes["g_idx"] = ([k], INT32)
         return shapes
 

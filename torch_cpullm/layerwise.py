@@ -1,0 +1,358 @@
+"""Calibration layer by layer: one decoder layer in float32, its inputs and its outputs are all that is held.
+
+    inputs of the first layer     captured once from the model, on the calibration tokens
+    each layer                    a copy runs on what the quantised layers before give; its linears' inputs are summed
+                                  up, channels rescaled, weights rounded; the copy with these weights gives the inputs
+                                  of the next
+    the model                     is never changed; :func:`torch_cpullm.calibrated.apply` does that, when all is done
+
+With a folder each finished layer is kept there, and a run that was stopped goes on behind the last of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .calibrated import Calibrated, read_layer, write_layer
+from .checkpoint import Form
+from .config import SCALE_DTYPES
+from .folding import apply_fold, find_folds, matrix
+from .packing import PackedWeight, QuantizedWeight, dequantize, pack
+from .quality import check_ids
+from .quant import (
+    Statistics,
+    awq_scales,
+    quantize_clip,
+    quantize_gptq,
+    quantize_hqq,
+    quantize_rtn,
+    quantize_signround,
+    refine,
+    teq_scales,
+)
+
+SCALES: dict[str, Callable[..., Tensor]] = {"awq": awq_scales, "teq": teq_scales}
+ROUNDING = ("rtn", "hqq", "clip", "gptq", "signround")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How weights become codes. rounding: one of ROUNDING; scales: "", "awq" or "teq"; sweeps: how often
+    scales and codes are refined afterwards. See torch_cpullm.quant. Raises ValueError naming the field that is wrong.
+    """
+
+    rounding: str = "gptq"
+    scales: str = ""
+    sweeps: int = 0
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.rounding not in ROUNDING:
+            raise ValueError(f"rounding must be one of {', '.join(ROUNDING)}, got {self.rounding!r}")
+        if self.scales not in ("", *SCALES):
+            raise ValueError(f"scales must be empty or one of {', '.join(SCALES)}, got {self.scales!r}")
+        if type(self.sweeps) is not int or self.sweeps < 0:
+            raise ValueError(f"sweeps must be an integer of at least 0, got {self.sweeps!r}")
+        if not 0 < self.damping < 1:
+            raise ValueError(f"damping must lie between 0 and 1, got {self.damping!r}")
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it looks at calibration tokens at all."""
+        uses = self.scales, self.sweeps, self.rounding not in ("rtn", "hqq")
+        return any(uses)
+
+    def __str__(self) -> str:
+        parts = [self.scales.upper(), self.rounding.upper(), f"refined x{self.sweeps}" if self.sweeps else ""]
+        return " + ".join(part for part in parts if part)
+
+
+def quantize(weight: Tensor, statistics: Statistics | None, form: Form, recipe: Recipe) -> QuantizedWeight:
+    """``weight`` [n, k] in ``form`` by ``recipe``; 8 bits, and weights without statistics, are rounded to nearest."""
+    dtype = SCALE_DTYPES[form.scales]
+    shape = (form.bits, form.group_size, form.zeros, dtype)
+    if recipe.rounding == "hqq" or (form.zeros == "minimum" and (statistics is None or recipe.rounding == "rtn")):
+        found = quantize_hqq(weight, *shape)
+    elif statistics is None or form.bits == 8 or recipe.rounding == "rtn":
+        found = quantize_rtn(weight, form.bits, form.group_size, form.zeros == "none", dtype)
+    elif recipe.rounding == "clip":
+        found = quantize_clip(weight, statistics, *shape)
+    elif recipe.rounding == "signround":
+        found = quantize_signround(weight, statistics, *shape)
+    else:
+        found = quantize_gptq(weight, statistics, *shape, damping=recipe.damping)
+    if recipe.sweeps and statistics is not None and form.bits == 4:
+        found = refine(weight, found, statistics, recipe.sweeps, recipe.damping)
+    return found
+
+
+# ---- the layers of a model ------------------------------------------------------------------------------------------
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """(name, list) of the longest list of modules of one class; ValueError where there is none."""
+    found: tuple[str, nn.ModuleList] | None = None
+    for name, module in model.named_modules():
+        alike = isinstance(module, nn.ModuleList) and len({type(layer) for layer in module}) == 1
+        if alike and (found is None or len(module) > len(found[1])):
+            found = name, module
+    if found is None:
+        raise ValueError("the model has no list of decoder layers to calibrate one by one")
+    return found
+
+
+@dataclass
+class _Call:
+    """What a layer is called with beside its input; float tensors in float32."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+class _EnoughError(Exception):
+    """The first layer's input is known: the rest of the model need not run."""
+
+
+def capture(model: nn.Module, layers: nn.ModuleList, ids: Tensor) -> tuple[Tensor, list[_Call]]:
+    """(inputs of the first layer [sequences, s, hidden] float32, each layer's other arguments)."""
+    calls: dict[int, _Call] = {}
+    inputs: list[Tensor] = []
+
+    def before(index: int) -> Callable[..., None]:
+        def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            rest, x = (arguments[1:], arguments[0]) if arguments else ((), keywords["hidden_states"])
+            keywords = {name: value for name, value in keywords.items() if name != "hidden_states"}
+            calls.setdefault(index, _Call(_as_float(rest), _as_float(keywords)))
+            if index == 0:
+                inputs.append(x.detach().float())
+                if len(inputs) > 1:
+                    raise _EnoughError
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(before(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    options = {"use_cache": False} if hasattr(model, "config") else {}
+    try:
+        with torch.no_grad():
+            for row in ids:
+                try:
+                    model(row[None], **options)
+                except _EnoughError:
+                    continue
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(inputs) != len(ids) or len(calls) != len(layers):
+        raise ValueError("the model does not call each of its decoder layers once per forward")
+    return torch.cat(inputs), [calls[index] for index in range(len(layers))]
+
+
+def _as_float(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().float() if value.is_floating_point() else value.detach()
+    if isinstance(value, (tuple, list)):
+        return type(value)(_as_float(item) for item in value)
+    if isinstance(value, dict):
+        return {name: _as_float(item) for name, item in value.items()}
+    return value
+
+
+def run_layer(layer: nn.Module, x: Tensor, call: _Call) -> Tensor:
+    """The layer's output for x [s, hidden]."""
+    with torch.no_grad():
+        out = layer(x[None], *call.arguments, **call.keywords)
+    return (out[0] if isinstance(out, (tuple, list)) else out)[0]
+
+
+# ---- one layer ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Seen:
+    """What the linears of a layer read. sources: linear -> the module whose output it was; shared: linear -> the first
+    linear that read the same tensor, under whose name the statistics are.
+    """
+
+    statistics: dict[str, Statistics] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
+
+
+def look(layer: nn.Module, linears: list[str], inputs: Tensor, call: _Call, where: str) -> _Seen:
+    """Statistics of what ``linears`` read while the layer runs on inputs; ValueError, naming the linear, for NaN."""
+    seen = _Seen()
+    made: dict[int, tuple[str, Tensor]] = {}  # id of a tensor -> who made it; holds it, so that the id stays its own
+    read: dict[int, tuple[str, Tensor]] = {}
+
+    def produced(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, out: Any) -> None:
+            if isinstance(out, Tensor):
+                made[id(out)] = name, out
+
+        return hook
+
+    def reads(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            x = arguments[0]
+            if id(x) in made:
+                seen.sources[name] = made[id(x)][0]
+            first = read.setdefault(id(x), (name, x))[0]
+            seen.shared[name] = first
+            if first == name:
+                try:
+                    before = seen.statistics.get(name) or Statistics.empty(x.shape[-1])
+                    seen.statistics[name] = before.with_rows(x)
+                except ValueError as error:
+                    raise ValueError(f"calibration: {where}{name}: {error}") from error
+
+        return hook
+
+    handles = [layer.get_submodule(name).register_forward_pre_hook(reads(name)) for name in linears]
+    handles += [m.register_forward_hook(produced(name)) for name, m in layer.named_modules() if name]
+    try:
+        for x in inputs:
+            run_layer(layer, x, call)
+            made.clear()
+            read.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def calibrate_layer(
+    layer: nn.Module,
+    linears: dict[str, Form],
+    inputs: Tensor,
+    call: _Call,
+    recipe: Recipe,
+    where: str,
+) -> Calibrated:
+    """Quantise the linears of ``layer``, a float32 copy, which gets the quantised values. Names are the layer's own."""
+    found = Calibrated()
+    seen = look(layer, list(linears), inputs, call, where) if recipe.needs_data else _Seen()
+    divided: dict[str, Tensor] = {}
+    if recipe.scales:
+        divided = _fold(layer, linears, seen, inputs[0], call, recipe, found)
+    for name, form in linears.items():
+        statistics = seen.statistics.get(seen.shared.get(name, name))
+        if statistics is not None and name in divided:
+            statistics = statistics.divided(divided[name])
+        module = layer.get_submodule(name)
+        try:
+            quantized = quantize(matrix(module), statistics, form, recipe)
+        except ValueError as error:
+            raise ValueError(f"calibration: {where}{name}: {error}") from error
+        found.packed[name] = pack(quantized)
+        matrix(module).copy_(dequantize(quantized))
+    return found
+
+
+def _fold(
+    layer: nn.Module, linears: dict[str, Form], seen: _Seen, x: Tensor, call: _Call, recipe: Recipe, found: Calibrated
+) -> dict[str, Tensor]:
+    """Fold scales where that is possible; linear -> by what its inputs were divided. ``found`` gets what changed."""
+    divided: dict[str, Tensor] = {}
+    changes = run_layer(layer, x, call) - x
+    for fold in find_folds(layer, [name for name in linears if name in seen.shared], seen.sources):
+        form = linears[fold.readers[0]]
+        if form.bits != 4:
+            continue
+        weights = [matrix(layer.get_submodule(name)) for name in fold.readers]
+        statistics = seen.statistics[seen.shared[fold.readers[0]]]
+        scales = SCALES[recipe.scales](
+            weights, statistics, form.bits, form.group_size, form.zeros, SCALE_DTYPES[form.scales], fold.spread
+        )
+        if not apply_fold(layer, fold, scales, lambda: run_layer(layer, x, call), changes):
+            continue
+        for name in fold.readers:
+            divided[name] = scales if fold.spread is None else scales[fold.spread]
+        source = layer.get_submodule(fold.source)
+        for name, parameter in source.named_parameters(recurse=False):
+            if fold.source not in linears or name != "weight":
+                found.parameters[f"{fold.source}.{name}"] = parameter.detach().clone()
+    return divided
+
+
+# ---- all layers -----------------------------------------------------------------------------------------------------
+
+
+def calibrate(
+    model: nn.Module,
+    ids: Tensor,
+    forms: Mapping[str, Form],
+    recipe: Recipe,
+    *,
+    folder: str | Path | None = None,
+    progress: bool = True,
+) -> Calibrated:
+    """Quantise the modules named in ``forms`` layer by layer on tokens ids [sequences, s]; ``model`` stays as it is.
+
+    forms: full module name -> the form that its weight gets. Modules outside the decoder layers are rounded to nearest.
+    folder: where finished layers are kept and looked for. It belongs to one model, recipe and set of tokens: files of
+    another one are an error.
+
+    Raises ValueError: ids no tokens of the model or not [sequences, s], a layer whose activations hold NaN (named), a
+    folder of another run. The same arguments give the same bytes, whether stopped and resumed or not.
+    """
+    ids = check_ids(ids, model)
+    if ids.dim() != 2:
+        raise ValueError(f"calibration ids must be [sequences, tokens], got {list(ids.shape)}")
+    prefix, layers = decoder_layers(model)
+    key = run_key(model, ids, forms, recipe)
+    found = Calibrated()
+    inside = {name for name in forms if name.startswith(prefix + ".")}
+    tied: dict[tuple[int, Form], PackedWeight] = {}
+    for name in sorted(forms.keys() - inside):
+        weight = matrix(model.get_submodule(name))
+        which = weight.data_ptr(), forms[name]
+        if which not in tied:
+            tied[which] = pack(quantize(weight, None, forms[name], Recipe("rtn")))
+        found.packed[name] = tied[which]
+    needs = recipe.needs_data
+    inputs, calls = capture(model, layers, ids) if needs else (torch.empty(0), [_Call((), {})] * len(layers))
+    with torch.no_grad():
+        bar = tqdm(enumerate(layers), total=len(layers), desc=str(recipe), unit="layer", disable=not progress)
+        for index, original in bar:
+            where = f"{prefix}.{index}."
+            linears = {name.removeprefix(where): form for name, form in forms.items() if name.startswith(where)}
+            path = None if folder is None else Path(folder) / f"layer-{index:04d}.safetensors"
+            layer = copy.deepcopy(original).float().requires_grad_(False)
+            done = read_layer(path, key, layer, linears) if path is not None and path.exists() else None
+            if done is None:
+                done = calibrate_layer(layer, linears, inputs, calls[index], recipe, where)
+                if path is not None:
+                    write_layer(path, key, done)
+            else:
+                put_values(layer, done)
+            for k, x in enumerate(inputs if index + 1 < len(layers) else ()):
+                inputs[k] = run_layer(layer, x, calls[index])
+            found.merge(where, done)
+    return found
+
+
+def put_values(layer: nn.Module, done: Calibrated) -> None:
+    """Give a float layer the values of its calibrated weights."""
+    for name, packed in done.packed.items():
+        matrix(layer.get_submodule(name)).copy_(dequantize(packed))
+    for name, value in done.parameters.items():
+        layer.get_parameter(name).data.copy_(value)
+
+
+def run_key(model: nn.Module, ids: Tensor, forms: Mapping[str, Form], recipe: Recipe) -> str:
+    """What a run depends on, in a hash: recipe, forms, tokens and a sample of every weight."""
+    digest = hashlib.sha256(repr((recipe, sorted(forms.items(), key=lambda item: item[0]))).encode())
+    digest.update(ids.contiguous().numpy().tobytes())
+    for name, parameter in model.named_parameters():
+        sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 256)].double()
+        digest.update(name.encode() + sample.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,254 @@
+"""The automatic flow: recipes from cheap to dear, each measured, until the loss is within the target.
+
+    RTN -> HQQ -> AWQ + clip -> GPTQ -> AWQ + GPTQ, refined -> the same in mixed precision
+
+Source of the flow: Shen et al. 2023, "Efficient LLM Inference on CPUs" (try a recipe, evaluate, tune again).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calibrated import Calibrated
+from .calibration import LENGTH, calibration_ids, self_generated, text_ids
+from .checkpoint import Form
+from .config import Settings
+from .layerwise import Recipe, calibrate
+from .quality import check_ids, evaluate
+from .sensitivity import allocate, sensitivities, stored_bits
+from .swap import check_model
+from .trial import apply, forms_of, settings_of, twin
+from .tune_report import Step, Tuned
+
+log = logging.getLogger("torch_cpullm")
+
+LADDER = (
+    Recipe("rtn"),
+    Recipe("hqq"),
+    Recipe("clip", "awq"),
+    Recipe("gptq"),
+    Recipe("gptq", "awq", sweeps=2),
+)
+SEQUENCES = 64
+_HELD_OUT = 8  # sequences of the default evaluation
+_WINDOW = 2048
+
+Measure = Callable[[nn.Module], float]
+
+
+def autotune(
+    model: nn.Module,
+    tokenizer: Any = None,
+    target: float = 0.01,
+    eval: Measure | str | Path | Tensor | None = None,  # the name that users know
+    calibration: Any = None,
+    budget_bits: float = 5.0,
+    *,
+    config: Settings | None = None,
+    recipes: Sequence[Recipe] = LADDER,
+    higher_is_better: bool = False,
+    sequences: int = SEQUENCES,
+    length: int = LENGTH,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    progress: bool = True,
+) -> Tuned:
+    """Quantise ``model`` in place by the cheapest recipe whose loss is at most ``target`` worse than the float model's.
+
+    Recipes are tried in order, on a second model that shares the first one's memory; each result is measured with the
+    compute that ``config`` asks for. The first within the target is taken. If none is, bits are moved to where they
+    matter (:mod:`torch_cpullm.sensitivity`), up to ``budget_bits``, and the best of all is kept; ``met`` is False then,
+    and a warning says so.
+
+    target: relative: 0.01 allows a perplexity of 1.01 times the float model's. eval: a text, the path of one, token
+    ids, or a function model -> number, lower is better unless ``higher_is_better``; None: text that the float model
+    has generated itself, with another seed than the calibration's. Never pass what you will report, nor the
+    calibration text. calibration: see :func:`torch_cpullm.calibration.calibration_ids`; sequences, length: how much
+    of it. budget_bits: most stored bits per weight of the decoder's linears; forms beyond it are not tried. config:
+    settings otherwise (bits must be 4). folder: where finished layers are kept, so that a stopped run can go on.
+
+    Returns :class:`Tuned`: the model, every step with its numbers, and ``save(folder)`` for the report. The same
+    arguments and seed give the same result. Raises ValueError for wrong arguments, unusable data, an eval function
+    that returns no finite number; what that function raises is passed on. The float model is untouched by any error.
+    """
+    settings = config if config is not None else Settings()
+    _check_arguments(model, settings, target, budget_bits, recipes)
+    forms = _base_forms(model, settings, budget_bits)
+    inside = _decoder_names(model, forms)
+    measure, what = _measure(eval, model, tokenizer, length, seed)
+    model.eval()
+    baseline = _number(measure(model), "the float model")
+    if baseline == 0:
+        raise ValueError("the float model's measure is 0: a relative target means nothing; return another measure")
+    tuned = Tuned(model, target, what, baseline, seed)
+    ids: Tensor | None = None
+    best: tuple[float, Calibrated, Settings] | None = None
+
+    def attempt(recipe: Recipe, forms: Mapping[str, Form], name: str) -> bool:
+        nonlocal best, ids
+        start = time.perf_counter()
+        if ids is None and recipe.needs_data:
+            ids = calibration_ids(calibration, tokenizer, model, sequences=sequences, length=length, seed=seed)
+        used = ids if ids is not None else torch.zeros(1, 1, dtype=torch.int64)
+        own = None if folder is None else Path(folder) / name.replace(" ", "").replace(",", "-")
+        found = calibrate(model, used, forms, recipe, folder=own, progress=progress)
+        made = time.perf_counter() - start
+        own_settings = settings_of(model, forms, settings)
+        value = _number(measure(apply(twin(model), found, own_settings)), name)
+        change = (baseline - value if higher_is_better else value - baseline) / abs(baseline)
+        bits = _bits(model, {key: forms[key] for key in inside})
+        size = sum(t.nbytes for packed in _unique(found) for t in packed)
+        tuned.steps.append(Step(name, value, change, bits, size, made, _counts(forms, inside)))
+        log.info("autotune: %s", tuned.steps[-1])
+        if best is None or change < best[0]:
+            best = change, found, own_settings
+        return change <= target
+
+    met = any(attempt(recipe, forms, str(recipe)) for recipe in recipes)
+    if not met:
+        last = next((recipe for recipe in reversed(recipes) if recipe.needs_data), recipes[-1])
+        mixed = _mixed(
+            model, forms, inside, budget_bits, ids, calibration, tokenizer, sequences, length, seed, progress
+        )
+        if mixed is not None and mixed != forms:
+            met = attempt(last, mixed, f"{last}, mixed")
+    assert best is not None
+    apply(model, best[1], best[2])
+    if not met:
+        log.warning("autotune: no recipe met the target; %s", tuned.verdict)
+    return tuned
+
+
+# ---- forms ----------------------------------------------------------------------------------------------------------
+
+
+def _choices(settings: Settings) -> list[Form]:
+    """Forms to mix, smallest first."""
+    zeros = "none" if settings.sym else "point"
+    small = [Form(4, group, zeros, settings.scale_dtype) for group in (128, 64, 32)]
+    return [*small, *(Form(8, group, "none", settings.scale_dtype) for group in (128, 32))]
+
+
+def _base_forms(model: nn.Module, settings: Settings, budget_bits: float) -> dict[str, Form]:
+    """The forms of ``settings`` or, where these are beyond the budget, the largest of :func:`_choices` that is not."""
+    forms = forms_of(model, settings)
+    inside = _decoder_names(model, forms)
+    if not inside:
+        raise ValueError("the model has no linear layers in its decoder to quantise")
+    for form in (None, *reversed(_choices(settings)[:3])):
+        tried = forms if form is None else {name: form if name in inside else own for name, own in forms.items()}
+        if _bits(model, {name: tried[name] for name in inside}) <= budget_bits:
+            return tried
+    raise ValueError(f"budget_bits={budget_bits:g} is below what the smallest 4-bit form of this model needs")
+
+
+def _decoder_names(model: nn.Module, forms: Mapping[str, Form]) -> list[str]:
+    ends = [getattr(model, name, lambda: None)() for name in ("get_output_embeddings", "get_input_embeddings")]
+    return [name for name in forms if not any(model.get_submodule(name) is end for end in ends)]
+
+
+def _bits(model: nn.Module, forms: Mapping[str, Form]) -> float:
+    """Stored bits per weight."""
+    from .folding import matrix
+
+    shapes = {name: matrix(model.get_submodule(name)).shape for name in forms}
+    return sum(stored_bits(forms[name], *shape) for name, shape in shapes.items()) / sum(
+        map(math.prod, shapes.values())
+    )
+
+
+def _counts(forms: Mapping[str, Form], names: Sequence[str]) -> dict[str, int]:
+    """How many modules have which form, in words."""
+    words = {"none": "symmetric", "point": "zero points", "minimum": "minima"}
+    found: dict[str, int] = {}
+    for name in names:
+        form = forms[name]
+        key = f"INT{form.bits} g{form.group_size} {words[form.zeros]}"
+        found[key] = found.get(key, 0) + 1
+    return dict(sorted(found.items()))
+
+
+def _unique(found: Calibrated) -> list[list[Tensor]]:
+    different = {id(packed): packed for packed in found.packed.values()}.values()
+    return [[t for t in (p.codes, p.scales, p.zeros) if t is not None] for p in different]
+
+
+def _mixed(
+    model: nn.Module,
+    forms: Mapping[str, Form],
+    inside: Sequence[str],
+    budget_bits: float,
+    ids: Tensor | None,
+    calibration: Any,
+    tokenizer: Any,
+    sequences: int,
+    length: int,
+    seed: int,
+    progress: bool,
+) -> dict[str, Form] | None:
+    """Forms for the budget by sensitivity; None for a model that gives no gradients (not of transformers)."""
+    if not hasattr(model, "config"):
+        return None
+    if ids is None:
+        ids = calibration_ids(calibration, tokenizer, model, sequences=sequences, length=length, seed=seed)
+    base = forms[inside[0]]
+    zeros = "point" if base.zeros == "none" and base.bits == 8 else base.zeros
+    choices = _choices(Settings(sym=zeros == "none", scale_dtype=base.scales))
+    units = sensitivities(model, ids[:_HELD_OUT], list(inside), choices, seed=seed, progress=progress)
+    return {**forms, **allocate(units, choices, budget_bits)}
+
+
+# ---- measuring ------------------------------------------------------------------------------------------------------
+
+
+def _measure(given: Any, model: nn.Module, tokenizer: Any, length: int, seed: int) -> tuple[Measure, str]:
+    """(function model -> number, what it measures)."""
+    if callable(given) and not isinstance(given, nn.Module):
+        return given, "the user's measure"
+    if given is None:
+        rows = self_generated(model, _HELD_OUT, length, seed + 1)
+        ids, window, what = rows.flatten(), length, "perplexity of text the float model generated"
+    elif isinstance(given, Tensor):
+        ids, window, what = check_ids(given, model).flatten(), _WINDOW, "perplexity of the given tokens"
+    elif isinstance(given, (str, Path)):
+        is_file = isinstance(given, Path) or (len(given) < 4096 and Path(given).is_file())
+        text = Path(given).read_text(encoding="utf-8") if is_file else str(given)
+        ids, window, what = check_ids(text_ids(text, tokenizer), model), _WINDOW, "perplexity of the given text"
+    else:
+        raise TypeError(f"eval must be a function, a text, a path or token ids, got {type(given).__name__}")
+    window = min(window, len(ids))
+    if window < 4:
+        raise ValueError(f"the evaluation text has {len(ids)} tokens, too few to measure anything")
+    return lambda tried: evaluate(tried, ids, window=window).perplexity, f"{what}, windows of {window}"
+
+
+def _number(value: Any, of: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"eval must return a finite number, got {value!r} for {of}")
+    return float(value)
+
+
+def _check_arguments(
+    model: nn.Module, settings: Settings, target: float, budget_bits: float, recipes: Sequence[Recipe]
+) -> None:
+    if not isinstance(settings, Settings):
+        raise TypeError(f"config must be a CpuLlmConfig, got {type(settings).__name__}")
+    settings.validate()
+    check_model(model, settings)
+    if hasattr(model, "_cpullm_settings"):
+        raise ValueError("autotune needs the float model, and this one is optimised; load it anew")
+    if settings.bits != 4:
+        raise ValueError(f"autotune looks for a 4-bit model; with bits={settings.bits} call optimize()")
+    for name, value in (("target", target), ("budget_bits", budget_bits)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+            raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
+    if not recipes or not all(isinstance(recipe, Recipe) for recipe in recipes):
+        raise ValueError(f"recipes must be one or more of torch_cpullm.layerwise.Recipe, got {recipes!r}")
