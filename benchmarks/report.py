@@ -367,6 +367,18 @@ def support(found: Sequence[Row]) -> str:
     return f"{short_caption(list(newest.values()))}\n\n" + markdown(["transformers", *versions], body)
 
 
+def experts(found: Sequence[Row]) -> str:
+    """A mixture of experts: the newest comparison of each machine."""
+    parts = []
+    for group in machines(found):
+        last = [row for row in group if row["date"] == max(r["date"] for r in group)]
+        keys = ("ms_per_step", "speedup", "gbps", "pct_bw")
+        body = [[row["what"], row["engine"], *(number(row[key]) for key in keys)] for row in last]
+        header = ["what", "engine", "ms/step", "speed-up", "GB/s", "% of bandwidth"]
+        parts += [short_caption(last), markdown(header, body, 2)]
+    return "\n\n".join(parts)
+
+
 def plain_table(found: Sequence[Row]) -> str:
     """Rows of any other benchmark as they are: their keys are the columns, the newest date of each machine is shown."""
     parts = []
@@ -404,6 +416,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
 
 OTHER: dict[str, Callable[[Sequence[Row]], str]] = {
     "models": models,
+    "experts": experts,
     "quality": plain_table,
     "calibration": plain_table,
     "cqil_quality": plain_table,
