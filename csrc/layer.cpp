@@ -7,7 +7,6 @@
 namespace cpullm {
 namespace {
 
-
 bool same(const float* a, const float* b, int64_t count) {
   return a == b || (a && b && !std::memcmp(a, b, size_t(count) * sizeof(float)));
 }

@@ -371,7 +371,7 @@ OptionalTensor pick(const std::vector<Tensor>& list, int64_t index, const char* 
 }
 
 Tensor layers_forward(std::vector<int64_t> handles, const Tensor& x, std::vector<Tensor> tensors,
-                     std::vector<int64_t> rotary, std::vector<int64_t> masks, std::vector<Tensor> caches,
+                      std::vector<int64_t> rotary, std::vector<int64_t> masks, std::vector<Tensor> caches,
                       int64_t length, std::vector<int64_t> groups, int64_t bypass) {
   const size_t count = handles.size();
   STD_TORCH_CHECK(count > 0 && rotary.size() == 2 * count && masks.size() == count,

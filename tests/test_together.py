@@ -13,7 +13,7 @@ from small_models import llama
 from test_layerwise import tokens
 
 import torch_cpullm
-from torch_cpullm import cli, cli_quantize, runner
+from torch_cpullm import cli, cli_quantize, cqil, runner
 from torch_cpullm.calibrated import Calibrated
 from torch_cpullm.checkpoint import Form
 from torch_cpullm.config import Settings
@@ -123,3 +123,23 @@ def test_autotune_never_replaces_its_source(tmp_path: Path, capsys: pytest.Captu
         assert cli.main([*command, str(tmp_path), str(tmp_path)]) == 2
         assert "is where the source is" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_convert_keeps_a_plan(tmp_path: Path) -> None:
+    """A float model with groups: converted, loaded and optimised, it computes with them."""
+    model = BY_NAME["llama"].build()
+    cqil.apply(model, cqil.Plan.of(model, [(0, 2)]))
+    model.save_pretrained(tmp_path / "float")
+    convert(tmp_path / "float", tmp_path / "packed")
+    loaded = torch_cpullm.load(tmp_path / "packed")[0]
+    want = logits(torch_cpullm.optimize(model))
+    assert cqil.saved_plan(loaded) == cqil.saved_plan(model)
+    assert torch.equal(logits(loaded), want)
+    assert not torch.equal(logits(cqil.restore(loaded)), want)
+
+
+def test_autotune_refuses_groups() -> None:
+    model = llama()
+    cqil.apply(model, cqil.Plan.of(model, [(0, 2)]))
+    with pytest.raises(ValueError, match="layers are in groups"):
+        torch_cpullm.autotune(model, None, progress=False)

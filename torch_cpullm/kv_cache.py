@@ -25,6 +25,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from .config import KV_CACHES
 from .layer import all_in_programs
 from .layer_graph import number_cache
+from .layer_stack import forget_buffers
 
 CHUNK = 256
 DOUBLE_FROM = 4096
@@ -308,6 +309,11 @@ class CpuLlmCache(DynamicCache):
             raise ValueError(f"{type(config).__name__} has layers whose cache is not plain keys and values")
         Cache.__init__(self, layers=cast("list", layers))
         self.number = number_cache(self)
+
+    def reset(self) -> None:
+        """Forget all tokens and free their memory."""
+        super().reset()
+        forget_buffers(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "number"}

@@ -41,6 +41,11 @@ class Seen:
     y: Tensor
 
 
+def forget_buffers(cache: Any) -> None:
+    """Let go of the memory that a stack has written the tokens of ``cache`` to."""
+    cache.__dict__.pop(_BUFFERS, None)
+
+
 class _Step(threading.local):
     """One thread's way through the layers."""
 

@@ -21,6 +21,7 @@ from .calibrated import Calibrated
 from .calibration import LENGTH, calibration_ids, self_generated, text_ids
 from .checkpoint import Form
 from .config import Settings
+from .layer_group import member_of
 from .layerwise import Recipe, calibrate
 from .quality import check_ids, evaluate
 from .sensitivity import allocate, sensitivities, stored_bits
@@ -245,6 +246,8 @@ def _check_arguments(
     check_model(model, settings)
     if hasattr(model, "_cpullm_settings"):
         raise ValueError("autotune needs the float model, and this one is optimised; load it anew")
+    if any(member_of(module) is not None for module in model.modules()):
+        raise ValueError("the model's layers are in groups: call cqil.restore(model), and cqil.apply() after autotune")
     if settings.bits != 4:
         raise ValueError(f"autotune looks for a 4-bit model; with bits={settings.bits} call optimize()")
     for name, value in (("target", target), ("budget_bits", budget_bits)):
