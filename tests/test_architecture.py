@@ -26,7 +26,7 @@ LAYERS = [
     ["swap", "backend", "cqil", "distributed"],  # transforms: model -> model
     ["formats.gguf", "cqil_repair"],  # they use transforms: a model from a file by optimize, training a grouped model
     ["hf"],
-    ["runner", "run", "bench", "doctor", "cli", "__main__", "_autoload"],
+    ["runner", "run", "bench", "doctor", "latency", "cli", "cli_options", "cli_plan", "__main__", "_autoload"],
 ]
 TRANSFORMS = ["swap", "backend", "cqil", "distributed"]
 

@@ -1,4 +1,4 @@
-"""The command line: ``cpullm generate``, ``cpullm bench``, ``cpullm doctor``, ``cpullm run``.
+"""The command line: ``cpullm generate``, ``cpullm bench``, ``cpullm doctor``, ``cpullm run``, ``cpullm plan``.
 
 Exit codes: 0 done, 1 something failed (doctor: something is wrong), 2 wrong arguments or an unusable model,
 130 interrupted. ``run`` ends as the program that it starts.
@@ -21,6 +21,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import __version__
+from .cli_options import BitsOption, DebugOption, GroupOption, ThreadsOption
+from .cli_options import state as _state
+from .cli_plan import plan
 
 if TYPE_CHECKING:
     from .launch import ThreadChoice
@@ -30,8 +33,6 @@ if TYPE_CHECKING:
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-
-_state = {"debug": False}
 
 app = typer.Typer(
     name="cpullm",
@@ -81,22 +82,6 @@ def _version(value: bool) -> None:
         raise typer.Exit()
 
 
-def _debug(value: bool) -> None:
-    _state["debug"] = _state["debug"] or value
-
-
-def _check_bits(value: int | None) -> int | None:
-    if value not in (None, 4, 8):
-        raise typer.BadParameter(f"must be 4 or 8, got {value}")
-    return value
-
-
-def _check_group_size(value: int | None) -> int | None:
-    if value is not None and value != -1 and (value < 32 or value % 32):
-        raise typer.BadParameter(f"must be a positive multiple of 32, or -1 for one group per row, got {value}")
-    return value
-
-
 ModelOption = Annotated[
     str | None,
     typer.Option(
@@ -106,28 +91,9 @@ ModelOption = Annotated[
         help="A .gguf file or a Hugging Face directory. Default: the SmolLM2-135M demo.",
     ),
 ]
-BitsOption = Annotated[
-    int | None,
-    typer.Option(callback=_check_bits, metavar="N", help="Bits per weight, 4 (default) or 8; directories only."),
-]
-GroupOption = Annotated[
-    int | None,
-    typer.Option(
-        callback=_check_group_size,
-        metavar="N",
-        help="Weights per scale: a multiple of 32 (default 32), or -1 for one per row; directories only.",
-    ),
-]
 ComputeOption = Annotated[
     Compute, typer.Option(help="int8: activations in INT8, fast. fp32: exact activations, slower.")
 ]
-ThreadsOption = Annotated[
-    int | None,
-    typer.Option(
-        "--threads", "-t", min=1, metavar="N", help="Threads. Default: what affinity, cgroup quota and cores allow."
-    ),
-]
-DebugOption = Annotated[bool, typer.Option("--debug", callback=_debug, help="Show tracebacks and library warnings.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -413,6 +379,11 @@ def run(
         for note in plan.notes:
             _warn(note)
     launcher.become(words, plan)
+
+
+# ---- plan -----------------------------------------------------------------------------------------------------------
+
+app.command(short_help="Predict what several sockets gain.")(plan)
 
 
 # ---- entry point ----------------------------------------------------------------------------------------------------

@@ -48,11 +48,15 @@ class Target:
         """The shape of a weight, from the one that the module stores."""
         return [*stored.shape[::-1]] if self.kind == "conv1d" else [*stored.shape]
 
+    def group_size(self, settings: Settings) -> int:
+        """Inputs per scale: as the settings say, 32 for what they leave in 8 bits."""
+        return settings.group_size if self.bits == 4 or settings.bits == 8 else 32
+
     def packed(self, stored: Tensor, settings: Settings) -> Packed:
         """The packed form of a weight as the module stores it; ValueError, naming the module, if it has none."""
         weight = stored.detach()
         check_weight(self.name, weight)
-        group_size = settings.group_size if self.bits == 4 or settings.bits == 8 else 32
+        group_size = self.group_size(settings)
         scale_dtype = SCALE_DTYPES[settings.scale_dtype]
 
         def matrix(weight: Tensor) -> PackedWeight:

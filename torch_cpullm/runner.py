@@ -50,10 +50,11 @@ class Loaded:
 # ---- finding the model ----------------------------------------------------------------------------------------------
 
 
-def find_model(spec: str | None) -> Path:
+def find_model(spec: str | None, what: str = "--model") -> Path:
     """The GGUF file or the Hugging Face directory that ``spec`` names; None means the demo model's package.
 
-    A hub id (``owner/name``) is looked up in the local cache only: nothing is downloaded. InputError says what to do.
+    A hub id (``owner/name``) is looked up in the local cache only: nothing is downloaded. InputError says what to do,
+    and names the argument ``what``.
     """
     if spec is None:
         return _demo_model()
@@ -62,21 +63,21 @@ def find_model(spec: str | None) -> Path:
         cached = _from_hub_cache(spec)
         if cached is None:
             hint = f" (for a model of the hub run: hf download {spec})" if _looks_like_hub_id(spec) else ""
-            raise InputError(f"--model {spec}: no such file or directory{hint}")
+            raise InputError(f"{what} {spec}: no such file or directory{hint}")
         path = cached
     if path.is_dir():
         if not (path / "config.json").is_file():
             inside = sorted(path.glob("*.gguf"))
             hint = f"; did you mean {inside[0]}?" if inside else ""
-            raise InputError(f"--model {spec}: directory without config.json, not a Hugging Face model{hint}")
+            raise InputError(f"{what} {spec}: directory without config.json, not a Hugging Face model{hint}")
         return path
     try:
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
-        raise InputError(f"--model {spec}: {error.strerror}") from error
+        raise InputError(f"{what} {spec}: {error.strerror}") from error
     if magic != b"GGUF":
-        raise InputError(f"--model {spec}: not a GGUF file (it starts with {magic!r}), and not a directory")
+        raise InputError(f"{what} {spec}: not a GGUF file (it starts with {magic!r}), and not a directory")
     return path
 
 
@@ -167,6 +168,16 @@ def _load_directory(path: Path, *, dtype: Any, tokenizer: bool) -> tuple[Any, An
     options = {"local_files_only": True, "trust_remote_code": False}  # False: fail at once instead of asking
     text = AutoTokenizer.from_pretrained(path, **options) if tokenizer else None
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options), text
+
+
+def load_meta(path: Path) -> Any:
+    """The model of a directory without its weights, on the meta device. Raises InputError where it cannot be made."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = {"local_files_only": True, "trust_remote_code": False}
+    with _load_errors(path), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, **options))
 
 
 class _load_errors:
