@@ -21,7 +21,7 @@ LAYERS = [
         *("linear", "layer", "layer_spec", "layer_reference", "layer_execute", "layer_parts"),
         *("layer_probe", "layer_program", "layer_graph", "layer_stack", "layer_decoder", "layer_group", "layer_watch"),
         *("layer_match", "attention", "kv_cache", "experts", "coverage"),
-        *("plan", "checkpoint", "saving"),
+        *("plan", "checkpoint", "saving", "collective"),
     ],
     ["swap", "backend", "cqil", "distributed"],  # transforms: model -> model
     ["formats.gguf", "cqil_repair"],  # they use transforms: a model from a file by optimize, training a grouped model
@@ -141,9 +141,9 @@ def test_who_may_use_transformers():
         assert not any(top for _, top in uses) or name in LOAD_TRANSFORMERS, name
 
 
-def test_only_distributed_uses_torch_distributed():
+def test_only_two_modules_use_torch_distributed():
     for name in MODULES:
-        if name != "distributed":
+        if name not in ("distributed", "collective"):
             assert not [item for item, _ in imports(name) if item.startswith("torch.distributed")], name
 
 

@@ -3,6 +3,8 @@
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from layer_models import ALL
 from ranks import run
 
 import torch_cpullm
-from torch_cpullm import cqil, distributed
+from torch_cpullm import collective, cqil, distributed, ops
 from torch_cpullm.layer_match import decoders
 
 IDS = torch.tensor([[5, 17, 3, 40, 22, 9, 31], [7, 7, 20, 33, 1, 4, 90]])
@@ -35,9 +37,9 @@ def generated(model, **options):
 SAMPLING = {"do_sample": True, "temperature": 1.5}
 
 
-def share(rank, packed):
+def share(rank, packed, transport):
     """The same on two ranks and in one process."""
-    one, mine = llama(packed=packed), distributed.shard_groups(llama(packed=packed))
+    one, mine = llama(packed=packed), distributed.shard_groups(llama(packed=packed), transport=transport)
     want, got = one(IDS).logits, mine(IDS).logits
     first = distributed.traffic(mine)
     out = mine(IDS, use_cache=True)
@@ -47,6 +49,7 @@ def share(rank, packed):
         "difference": float((got - want).abs().max() / want.abs().max()),
         "step": float((step.logits - again.logits).abs().max() / want.abs().max()),
         "traffic": first,
+        "transport": distributed.transport(mine),
         "slots": [layer.get_seq_length() for layer in step.past_key_values.layers],
         "greedy": [generated(mine, do_sample=False), generated(one, do_sample=False)],
         "sampled": [generated(mine, **SAMPLING), generated(one, **SAMPLING)],
@@ -63,13 +66,14 @@ def _bytes(model):
     return sum(row.bytes_after for row in rows if row.name.startswith(tuple(inside)))
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["float", "int4"])
-def test_two_ranks_equal_one_process(packed, tmp_path):
-    found = run(share, tmp_path, packed)
+@pytest.mark.parametrize(("packed", "transport"), [(False, "gloo"), (True, "shared memory"), (True, "auto")])
+def test_two_ranks_equal_one_process(packed, transport, tmp_path):
+    found = run(share, tmp_path, packed, transport)
     for rank, each in enumerate(found):
         assert "error" not in each, each
         assert each["difference"] < (2e-2 if packed else 1e-5), "activations in INT8 see every rounding"
         assert each["step"] < (2e-2 if packed else 1e-5)
+        assert each["transport"] == transport or transport == "auto"
         assert each["traffic"] == [2, 2 * IDS.numel() * WIDTH * 4], "one sum of float32 per group"
         assert each["slots"] == [8, *[0 if i % 2 != rank else 8 for _ in PAIRS for i in range(2)], 8]
         for kind in ("greedy", "sampled", "beams"):
@@ -100,6 +104,7 @@ def refused(rank):
         "type": lambda: "a model",
     }
     found = {name: _text(distributed.shard_groups, build()) for name, build in cases.items()}
+    found["transport"] = _text(distributed.shard_groups, llama(), transport="pigeon")
     found["time"] = _text(distributed.shard_groups, llama(), timeout_s=0)
     version, distributed.__version__ = distributed.__version__, f"9.{rank}"
     found["versions"] = _text(distributed.shard_groups, llama())
@@ -127,6 +132,7 @@ REFUSED = {
     "plans": "ValueError: the model must be the same on all ranks: LlamaForCausalLM",
     "models": "ValueError: the model must be the same on all ranks",
     "type": "TypeError: model must be a torch.nn.Module, got str",
+    "transport": "ValueError: transport must be one of auto, gloo, shared memory, got 'pigeon'",
     "time": "ValueError: timeout_s must be positive, got 0",
     "versions": "ValueError: the packages must be the same on all ranks: torch_cpullm 9.0",
     "twice": "ValueError: the model is sharded already",
@@ -157,9 +163,9 @@ def test_one_process_has_nothing_to_share(tmp_path):
 # ---- ranks that do not answer ---------------------------------------------------------------------------------------
 
 
-def interrupted(rank, what, folder):
+def interrupted(rank, what, transport, folder):
     """Generate until rank 1 is killed, or sleeps, in the third pass."""
-    model = distributed.shard_groups(llama(), timeout_s=2)
+    model = distributed.shard_groups(llama(), timeout_s=2, transport=transport)
     passes = []
 
     def third(*_):
@@ -172,9 +178,11 @@ def interrupted(rank, what, folder):
     generated(model, do_sample=False)
 
 
+@pytest.mark.parametrize("transport", ["gloo", "shared memory"])
 @pytest.mark.parametrize("what", ["kill", "sleep"])
-def test_a_rank_that_is_lost_ends_the_others(what, tmp_path):
-    found = run(interrupted, tmp_path / "ranks", what, tmp_path)
+def test_a_rank_that_is_lost_ends_the_others(what, transport, tmp_path):
+    found = run(interrupted, tmp_path / "ranks", what, transport, tmp_path)
+    assert not list(Path("/dev/shm").glob("cpullm_*")), "the memory has no name by then"
     lost_at = float((tmp_path / "at").read_text())
     assert "RuntimeError: rank 0 of 2: another rank has ended, or has not answered for 2 s" in found[0]["error"]
     assert found[0]["at"] - lost_at < 10
@@ -185,4 +193,51 @@ def test_a_rank_that_is_lost_ends_the_others(what, tmp_path):
 
 
 def test_an_all_reduce_is_timed():
-    assert 0 < distributed.all_reduce_seconds(64, rounds=20) < 1
+    seconds, transport = collective.all_reduce_seconds(64, rounds=20)
+    assert 0 < seconds < 1
+    assert transport in ("gloo", "shared memory")
+
+
+# ---- sums in shared memory ------------------------------------------------------------------------------------------
+
+
+def test_sums_in_shared_memory():
+    """Ranks as threads: the same bits on all, however far one runs ahead."""
+    shared, count, rounds = torch.zeros(3 * (64 + 2 * 1024), dtype=torch.uint8), 3, 20
+    values = torch.randn(count, rounds, 100)
+    found = torch.zeros_like(values)
+
+    def rank(index):
+        for i in range(rounds):
+            x = values[index, i].clone()
+            assert ops.shared_sum(x, shared, index, count, i + 1, 30.0)
+            found[index, i] = x
+
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(rank, range(count)))
+    for got in found:
+        assert torch.equal(got, values[0] + values[1] + values[2])
+
+
+def test_a_sum_does_not_wait_for_ever():
+    x, start = torch.ones(4), time.monotonic()
+    assert not ops.shared_sum(x, torch.zeros(4096, dtype=torch.uint8), 0, 2, 1, 0.1)
+    assert 0.1 <= time.monotonic() - start < 5
+
+
+def test_sums_refuse_what_does_not_fit():
+    shared = torch.zeros(2 * (64 + 2 * 64), dtype=torch.uint8)
+    for x, memory, rank, ranks, round_, text in (
+        (torch.ones(4, dtype=torch.float64), shared, 0, 2, 1, "x must be a contiguous float32"),
+        (torch.ones(4, 4).T, shared, 0, 2, 1, "x must be a contiguous float32"),
+        (torch.ones(4), shared.int(), 0, 2, 1, "shared must be a contiguous uint8"),
+        (torch.ones(4), shared[1:], 0, 2, 1, "aligned to 64 bytes"),
+        (torch.ones(4), shared, 2, 2, 1, "rank must lie in"),
+        (torch.ones(4), shared, -1, 2, 1, "rank must lie in"),
+        (torch.ones(4), shared, 0, 65, 1, "rank must lie in"),
+        (torch.ones(4), shared, 0, 2, 0, "round must be positive"),
+        (torch.ones(17), shared, 0, 2, 1, "room for 64 bytes per rank, x has 68"),
+        (torch.ones(1), shared[:0], 0, 2, 1, "room for"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            ops.shared_sum(x, memory, rank, ranks, round_, 1.0)

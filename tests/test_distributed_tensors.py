@@ -10,12 +10,13 @@ import torch_cpullm
 from torch_cpullm import cqil, distributed
 
 IDS = torch.tensor([[5, 17, 3, 40, 22, 9, 31], [7, 7, 20, 33, 1, 4, 90]])
-SIZES = {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 8, "num_key_value_heads": 4}
+# 300: ten groups of 32, the last one short, so five for each rank.
+SIZES = {"hidden_size": 128, "intermediate_size": 300, "num_attention_heads": 8, "num_key_value_heads": 4}
 FAMILIES = {
     "llama": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
     "qwen3": ("Qwen3Config", {"head_dim": 16}),  # norms of queries and keys per head
     "gemma2": ("Gemma2Config", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 5}),  # norms behind
-    "opt": ("OPTConfig", {"ffn_dim": 320, "word_embed_proj_dim": 128, "num_key_value_heads": 8}),  # two linears
+    "opt": ("OPTConfig", {"ffn_dim": 300, "word_embed_proj_dim": 128, "num_key_value_heads": 8}),  # two linears
 }
 
 
@@ -75,6 +76,7 @@ def refused(_):
         "kv heads": lambda: built("llama", num_key_value_heads=1),
         "groups": lambda: built("llama", group_size=128),
         "rows": lambda: built("llama", group_size=-1),
+        "mlp": lambda: built("llama", intermediate_size=24),
         "fused": lambda: torch_cpullm.optimize(ALL["phi3"].build()),
         "unknown": lambda: torch_cpullm.optimize(ALL["bloom"].build()),
         "group": lambda: _grouped(built("llama")),
@@ -99,6 +101,7 @@ REFUSED = {
     "kv heads": "its 8 heads, 1 of keys and values, do not divide",
     "groups": "128 inputs of its attention's output, in groups of 128, do not divide",
     "rows": "128 inputs of its attention's output, in groups of 128, do not divide",
+    "mlp": "24 inputs of its MLP's output are fewer than 2 groups of 32",
     "fused": "its linears are fused",
     "unknown": "alibi",
     "group": "it is in a CQIL group",

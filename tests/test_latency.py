@@ -120,8 +120,8 @@ def test_constants_are_measured():
     assert found.barrier_s == pytest.approx(0, abs=2e-6), "one thread waits for nobody"
     assert 3 <= found.barriers <= 10
     assert 0 < found.dispatch_s < 1e-2
-    assert (found.all_reduce_s, found.measured_network) == (latency.ALL_REDUCE_S, False)
-    assert latency.measure(of, 1.0, read_bytes=1 << 22).measured_network
+    assert (found.all_reduce_s, found.transport) == (latency.ALL_REDUCE_S, "")
+    assert latency.measure(of, (1.0, "gloo"), read_bytes=1 << 22).transport == "gloo"
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def plan(
     groups = None if plan_file is None else _groups(Path(plan_file), of)
     net = None
     if network:
-        from .distributed import all_reduce_seconds
+        from .collective import all_reduce_seconds
 
         net = all_reduce_seconds(of.hidden)
     constants = latency.measure(of, net)
@@ -116,7 +116,7 @@ def _groups(file: Path, of: Footprint) -> tuple[tuple[int, int], ...]:
 def _constants(constants: Constants) -> dict[str, Any]:
     """As JSON has them."""
     gbps = {_form(kind): round(value, 1) for kind, value in constants.gbps.items()}
-    names = ("barrier_s", "barriers", "dispatch_s", "all_reduce_s", "threads", "measured_network")
+    names = ("barrier_s", "barriers", "dispatch_s", "all_reduce_s", "threads", "transport")
     return {"gbps": gbps, **{name: getattr(constants, name) for name in names}}
 
 
@@ -130,7 +130,7 @@ def _form(kind: Any) -> str:
 def _lines(name: str, of: Footprint, c: Constants, rows: list[dict[str, Any]], planned: bool) -> list[str]:
     """The report, at most 100 columns wide."""
     inside, rest = (sum(sum(each.values()) for each in many) / 1e6 for many in (of.layers, [of.rest]))
-    net = "measured: gloo, two local processes" if c.measured_network else "assumed; --network measures it"
+    net = f"measured, {c.transport}" if c.transport else "assumed; --network measures it"
     window = "those of the plan" if planned else "in the middle: pairs on 2 sockets, fours on more; pairs of TP groups"
     lines = [
         "Prediction, not a measurement: this process stands for one socket, and no model was run.",

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 tutorials/ranks.py ./model
 
-Every rank runs the same program on the same inputs: ``generate()`` gives every rank the same tokens. The transport is
-the process group's, gloo on CPUs.
+Every rank runs the same program on the same inputs: ``generate()`` gives every rank the same tokens. Sums go
+through gloo, or on one host through shared memory.
 """
 
 from __future__ import annotations
@@ -11,12 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import inspect
-import json
-import math
-import tempfile
-import time
-from datetime import timedelta
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -24,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import __version__
+from .collective import TIMEOUT_S, TRANSPORTS, Ranks
 from .layer import install_programs, remove_programs
 from .layer_group import LayerGroup, member_of, remove_groups
 from .layer_match import Decoder, Match, decoders, match_layers
@@ -32,68 +28,12 @@ from .layer_spec import LayerSpec
 from .linear import PackedLinear
 from .packing import QuantizedWeight, pack, unpack
 
-TIMEOUT_S = 8.0
-"""Seconds that a rank waits for the others before it gives up."""
-
 _RANKS = "_cpullm_ranks"  # attribute of a model: its Ranks
 
 
-class Ranks:
-    """The ranks that share a model. all_reduces, bytes: counts of what this rank has put into sums so far."""
-
-    def __init__(self, group: dist.ProcessGroup | None, timeout_s: float) -> None:
-        if not dist.is_available() or not dist.is_initialized():
-            raise RuntimeError('torch.distributed is not initialised: torch.distributed.init_process_group("gloo")')
-        members = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
-        if dist.get_rank() not in members:
-            raise ValueError(f"rank {dist.get_rank()} is not in the process group, whose ranks are {members}")
-        if len(members) < 2:
-            raise ValueError("a process group of one rank has nothing to share: start several, as torchrun does")
-        if not 0 < timeout_s < math.inf:
-            raise ValueError(f"timeout_s must be positive, got {timeout_s}")
-        # Of its own, so that no rank waits longer than this whatever the timeout of the caller's group.
-        self.group = dist.new_group(
-            members, timeout=timedelta(seconds=timeout_s), backend="gloo", use_local_synchronization=True
-        )
-        self.rank, self.size, self.timeout_s = members.index(dist.get_rank()), len(members), timeout_s
-        self.all_reduces = self.bytes = 0
-
-    def sum(self, x: Tensor) -> Tensor:
-        """The sum of x over all ranks, in place; RuntimeError where a rank is dead or hangs."""
-        self.all_reduces += 1
-        self.bytes += x.nbytes
-        try:
-            dist.all_reduce(x, group=self.group)
-        except RuntimeError as error:
-            raise self._lost(error) from error
-        return x
-
-    def gather(self, text: str) -> list[str]:
-        """``text`` of every rank."""
-        own = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        try:
-            dist.all_gather(sizes, torch.tensor([len(own)]), group=self.group)
-            room = torch.zeros(int(max(sizes)), dtype=torch.uint8)
-            room[: len(own)] = own
-            found = [torch.empty_like(room) for _ in range(self.size)]
-            dist.all_gather(found, room, group=self.group)
-        except RuntimeError as error:
-            raise self._lost(error) from error
-        return [bytes(each[: int(size)].tolist()).decode() for each, size in zip(found, sizes, strict=True)]
-
-    def check_alike(self, what: str, text: str) -> None:
-        """ValueError, on every rank, where ``text`` is not the same on all of them."""
-        found = self.gather(text)
-        other = next((rank for rank, each in enumerate(found) if each != found[0]), None)
-        if other is not None:
-            raise ValueError(f"{what} must be the same on all ranks: {found[0]} on rank 0, {found[other]} on {other}")
-
-    def _lost(self, error: RuntimeError) -> RuntimeError:
-        return RuntimeError(
-            f"rank {self.rank} of {self.size}: another rank has ended, or has not answered for {self.timeout_s:g} s; "
-            f"this model cannot go on ({str(error).splitlines()[0]})"
-        )
+def transport(model: nn.Module) -> str:
+    """What the sums of a sharded model's decode steps go through: "gloo" or "shared memory"."""
+    return _ranks(model).transport
 
 
 def traffic(model: nn.Module) -> tuple[int, int]:
@@ -108,17 +48,20 @@ def _ranks(model: nn.Module) -> Ranks:
     return found
 
 
-def _join(model: nn.Module, group: dist.ProcessGroup | None, timeout_s: float) -> Ranks:
+def _join(model: nn.Module, group: dist.ProcessGroup | None, timeout_s: float, transport: str) -> Ranks:
     """The ranks, after they have seen that they run the same packages and have the same model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if _RANKS in model.__dict__:
         raise ValueError("the model is sharded already")
+    if transport not in TRANSPORTS:
+        raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {transport!r}")
     ranks = Ranks(group, timeout_s)
     transformers = importlib.metadata.version("transformers")
     versions = f"torch_cpullm {__version__}, torch {torch.__version__}, transformers {transformers}"
     ranks.check_alike("the packages", versions)
     ranks.check_alike("the model", f"{type(model).__name__} {_fingerprint(model)}")
+    ranks.use(transport, int(getattr(getattr(model, "config", None), "hidden_size", 1)))
     return ranks
 
 
@@ -135,14 +78,19 @@ def _fingerprint(model: nn.Module) -> str:
 
 
 def shard_groups(
-    model: nn.Module, process_group: dist.ProcessGroup | None = None, *, timeout_s: float = TIMEOUT_S
+    model: nn.Module,
+    process_group: dist.ProcessGroup | None = None,
+    *,
+    timeout_s: float = TIMEOUT_S,
+    transport: str = "auto",
 ) -> nn.Module:
     """``y = x + sum over ranks of sum over own l of (layer_l(x) - x)`` for every CQIL group, one all-reduce each.
 
     Of p ranks, rank r keeps members r, r + p, ... of every group, their weights and their slots in the cache; layers
     outside the groups run on every rank. To be called on every rank, on the same model, float or optimised, after
     :func:`torch_cpullm.cqil.apply`; in place, and for good. Returns ``model``. process_group: None: the default one.
-    timeout_s: how long a rank waits for the others before every call of the model ends in a RuntimeError.
+    timeout_s: how long a rank waits for the others before every call of the model ends in a RuntimeError. transport:
+    "gloo", "shared memory" (ranks of one host; sums of up to 256 KiB), or "auto": whichever was faster when tried out.
 
     Sums are in float32. Ranks that sample must do so from equal seeds.
 
@@ -153,7 +101,7 @@ def shard_groups(
 
     Source: CQIL (Zou et al., ACL 2024), which spreads layers over GPUs in this way.
     """
-    ranks = _join(model, process_group, timeout_s)
+    ranks = _join(model, process_group, timeout_s, transport)
     decoder, groups = _groups(model)
     _check(decoder, groups, ranks.size)
     programs = "_cpullm_layers" in model.__dict__
@@ -254,7 +202,11 @@ _HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_
 
 
 def shard_tensors(
-    model: nn.Module, process_group: dist.ProcessGroup | None = None, *, timeout_s: float = TIMEOUT_S
+    model: nn.Module,
+    process_group: dist.ProcessGroup | None = None,
+    *,
+    timeout_s: float = TIMEOUT_S,
+    transport: str = "auto",
 ) -> nn.Module:
     """``y = sum over ranks of W[:, own] f(W'[own] x)`` in attention and MLP, one all-reduce after each.
 
@@ -269,7 +221,7 @@ def shard_tensors(
 
     Source: Megatron-LM (Shoeybi et al., 2019).
     """
-    ranks = _join(model, process_group, timeout_s)
+    ranks = _join(model, process_group, timeout_s, transport)
     matches = match_layers(model)
     if not matches or not any(isinstance(module, PackedLinear) for module in model.modules()):
         raise ValueError("the model has no packed decoder layers to cut: torch_cpullm.optimize(model) first")
@@ -310,11 +262,13 @@ def _uncut(match: Match, ranks: int) -> str:
         return f"its {spec.heads} heads, {spec.kv_heads} of keys and values, do not divide"
     if spec.sinks is not None or any(norm.gain.shape[0] != spec.head_dim for norm in norms):
         return "it has other parameters for each head"
-    for name, linear in (("attention", spec.o), ("MLP", spec.down)):
-        if linear.in_features % (ranks * linear.packed.group):
-            return (
-                f"{linear.in_features} inputs of its {name}'s output, in groups of {linear.packed.group}, do not divide"
-            )
+    width, group = spec.o.in_features, spec.o.packed.group
+    if width % (ranks * group):
+        return f"{width} inputs of its attention's output, in groups of {group}, do not divide"
+    groups = -(-spec.intermediate // spec.down.packed.group)
+    if groups < ranks:
+        inputs = f"{spec.intermediate} inputs of its MLP's output"
+        return f"{inputs} are fewer than {ranks} groups of {spec.down.packed.group}"
     return ""
 
 
@@ -324,12 +278,20 @@ def _cut_layer(layer: nn.Module, spec: LayerSpec, ranks: Ranks) -> None:
     def meet(_: nn.Module, __: tuple, out: Tensor) -> Tensor:
         return ranks.sum(out.float()).to(out.dtype)
 
+    def even(count: int) -> slice:
+        return slice(count * ranks.rank // ranks.size, count * (ranks.rank + 1) // ranks.size)
+
+    group = spec.down.packed.group
+    whole = even(-(-spec.intermediate // group))  # groups; the last one may be short
+    inner = slice(whole.start * group, min(whole.stop * group, spec.intermediate))
+    parts = [(linear, _rows(linear, even(linear.out_features))) for linear in spec.qkv]
+    parts += [(linear, _rows(linear, inner)) for linear in spec.up]
+    for linear, own in ((spec.o, even(spec.o.in_features)), (spec.down, inner)):
+        new = _columns(linear, own, bias=ranks.rank == 0)
+        new.register_forward_hook(meet)
+        parts.append((linear, new))
     places = {module: path for path, module in layer.named_modules()}
-    for linear in spec.linears():
-        inward = linear is spec.o or linear is spec.down
-        new = _part(linear, ranks, columns=inward)
-        if inward:
-            new.register_forward_hook(meet)
+    for linear, new in parts:
         path, _, name = places[linear].rpartition(".")
         setattr(layer.get_submodule(path), name, new)
     for module in layer.modules():
@@ -338,45 +300,24 @@ def _cut_layer(layer: nn.Module, spec: LayerSpec, ranks: Ranks) -> None:
                 setattr(module, name, module.__dict__[name] // ranks.size)
 
 
-def _part(linear: PackedLinear, ranks: Ranks, *, columns: bool) -> PackedLinear:
-    """This rank's rows or columns of a linear; a bias that is added to a sum is on rank 0."""
+def _rows(linear: PackedLinear, own: slice) -> PackedLinear:
+    """The linear of these outputs."""
     whole = unpack(linear.packed)
+    zeros = None if whole.zeros is None else whole.zeros[own]
+    weight = replace(whole, codes=whole.codes[own], scales=whole.scales[own], zeros=zeros)
+    return _like(linear, weight, None if linear.bias is None else linear.bias[own])
 
-    def cut(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.chunk(ranks.size, 1 if columns else 0)[ranks.rank].contiguous()
 
-    codes, scales = cast("Tensor", cut(whole.codes)), cast("Tensor", cut(whole.scales))
-    packed = pack(QuantizedWeight(codes, scales, cut(whole.zeros), whole.bits, whole.group_size))
-    bias: Tensor | None = linear.bias
-    if bias is not None and columns:
-        bias = bias if ranks.rank == 0 else None
-    elif bias is not None:
-        bias = bias.chunk(ranks.size)[ranks.rank]
-    new = PackedLinear(packed, bias, dtype=linear.dtype, compute=linear.compute)
+def _columns(linear: PackedLinear, own: slice, *, bias: bool) -> PackedLinear:
+    """The linear of these inputs, which begin a group; a bias that is added to a sum is on one rank."""
+    whole, group = unpack(linear.packed), linear.packed.group
+    groups = slice(own.start // group, -(-own.stop // group))
+    zeros = None if whole.zeros is None else whole.zeros[:, groups]
+    weight = replace(whole, codes=whole.codes[:, own], scales=whole.scales[:, groups], zeros=zeros)
+    return _like(linear, weight, linear.bias if bias else None)
+
+
+def _like(linear: PackedLinear, weight: QuantizedWeight, bias: Tensor | None) -> PackedLinear:
+    new = PackedLinear(pack(weight), bias, dtype=linear.dtype, compute=linear.compute)
     new.train(linear.training)
     return new
-
-
-# ---- what an all-reduce costs ---------------------------------------------------------------------------------------
-
-
-def all_reduce_seconds(width: int, *, rounds: int = 300) -> float:
-    """Median seconds of an all-reduce of float32 [width] by two local processes over gloo, one thread each."""
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = (folder, width, rounds)
-        torch.multiprocessing.spawn(_time_all_reduce, arguments, nprocs=2)
-        return float(json.loads(Path(folder, "seconds").read_text(encoding="ascii")))
-
-
-def _time_all_reduce(rank: int, folder: str, width: int, rounds: int) -> None:
-    torch.set_num_threads(1)
-    where = f"file://{folder}/meet"
-    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=2, timeout=timedelta(seconds=30))
-    x, spent = torch.zeros(width), []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        dist.all_reduce(x)
-        spent.append(time.perf_counter() - start)
-    if rank == 0:
-        Path(folder, "seconds").write_text(json.dumps(sorted(spent)[rounds // 2]), encoding="ascii")
-    dist.destroy_process_group()

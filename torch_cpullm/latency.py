@@ -64,7 +64,9 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Constants:
-    """Micro-benchmarks of one process. gbps: bandwidth per kind, of all its threads; barriers: of one layer."""
+    """Micro-benchmarks of one process. gbps: bandwidth per kind, of all its threads; barriers: of one layer; transport:
+    of the all-reduce that was measured, empty where it is assumed.
+    """
 
     gbps: Mapping[Kind, float]
     barrier_s: float
@@ -72,7 +74,7 @@ class Constants:
     dispatch_s: float
     all_reduce_s: float
     threads: int
-    measured_network: bool = False
+    transport: str = ""
 
 
 @dataclass(frozen=True)
@@ -259,8 +261,9 @@ def predict(
 # ---- micro-benchmarks -----------------------------------------------------------------------------------------------
 
 
-def measure(of: Footprint, all_reduce_s: float | None = None, *, read_bytes: int | None = None) -> Constants:
-    """Constants of this process, with torch's threads. all_reduce_s: measured by the caller, None: ALL_REDUCE_S.
+def measure(of: Footprint, all_reduce: tuple[float, str] | None = None, *, read_bytes: int | None = None) -> Constants:
+    """Constants of this process, with torch's threads. all_reduce: (seconds, transport) that the caller
+    measured, None: ALL_REDUCE_S.
 
     read_bytes: how much memory a bandwidth measurement reads.
     """
@@ -270,9 +273,9 @@ def measure(of: Footprint, all_reduce_s: float | None = None, *, read_bytes: int
     memory = memory_gbps(read_bytes)
     gbps = {kind: min(memory, kernel_gbps(kind, read_bytes)) if kind.form else memory for kind in kinds}
     barrier_s, barriers = barrier_cost()
-    net = ALL_REDUCE_S if all_reduce_s is None else all_reduce_s
+    net, transport = (ALL_REDUCE_S, "") if all_reduce is None else all_reduce
     dispatch_s, threads = dispatch_cost(), torch.get_num_threads()
-    return Constants(gbps, barrier_s, barriers, dispatch_s, net, threads, measured_network=all_reduce_s is not None)
+    return Constants(gbps, barrier_s, barriers, dispatch_s, net, threads, transport)
 
 
 def memory_gbps(size: int = _READ_BYTES) -> float:
