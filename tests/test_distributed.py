@@ -1,4 +1,4 @@
-"""CQIL groups over two ranks: what they compute, keep and send, what they refuse, and ranks that die or hang."""
+"""CQIL groups over ranks: what they compute, keep and send, what they refuse, and ranks that die or hang."""
 
 import os
 import signal
@@ -84,6 +84,21 @@ def test_two_ranks_equal_one_process(packed, transport, tmp_path):
             mine = [away if 1 <= i <= 4 and (i - 1) % 2 != rank else ("one op", "") for i in range(6)]
             assert [tuple(level) for level in each["levels"]] == mine
     assert sum(each["bytes"][0] for each in found) == found[0]["bytes"][1], "every weight is on one rank"
+
+
+def four(rank):
+    """A group of four, on as many ranks."""
+    one, mine = llama(((1, 4),)), distributed.shard_groups(llama(((1, 4),)))
+    difference = float((mine(IDS).logits - one(IDS).logits).abs().max())
+    kept = [i for i, layer in enumerate(next(decoders(mine)).layers) if not isinstance(layer, distributed.Elsewhere)]
+    return {"difference": difference, "kept": kept, "tokens": [generated(m, do_sample=False) for m in (mine, one)]}
+
+
+def test_four_ranks_equal_one_process(tmp_path):
+    for rank, each in enumerate(run(four, tmp_path, world=4)):
+        assert each["difference"] < 1e-4
+        assert each["kept"] == [0, 1 + rank, 5]
+        assert each["tokens"][0] == each["tokens"][1]
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------

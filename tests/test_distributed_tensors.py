@@ -1,4 +1,4 @@
-"""Tensor parallel over two ranks: logits, tokens, bytes and all-reduces, and layers that cannot be cut."""
+"""Tensor parallel over two and four ranks: logits, tokens, bytes and all-reduces, and layers that cannot be cut."""
 
 import pytest
 import torch
@@ -26,12 +26,13 @@ def built(name, compute="int8", group_size=32, **options):
     return torch_cpullm.optimize(model, torch_cpullm.CpuLlmConfig(compute=compute, group_size=group_size))
 
 
-def share(rank, name, compute):
-    one, mine = built(name, compute), distributed.shard_tensors(built(name, compute))
+def share(rank, name, compute, kv_heads):
+    one, mine = (built(name, compute, num_key_value_heads=kv_heads) for _ in range(2))
+    distributed.shard_tensors(mine)
     before = distributed.traffic(mine)
     want, got = one(IDS).logits, mine(IDS).logits
     after = distributed.traffic(mine)
-    exact = built(name, "fp32")(IDS).logits
+    exact = built(name, "fp32", num_key_value_heads=kv_heads)(IDS).logits
     tokens = [m.generate(IDS, max_new_tokens=8, do_sample=False).tolist() for m in (mine, one)]
     out = mine(IDS, use_cache=True)
     return {
@@ -49,11 +50,14 @@ def _bytes(model):
     return sum(row.bytes_after for row in torch_cpullm.report(model).rows if ".layers." in row.name and row.bits)
 
 
-@pytest.mark.parametrize(
-    ("name", "compute"), [("llama", "fp32"), ("llama", "int8"), ("qwen3", "int8"), ("gemma2", "fp32"), ("opt", "fp32")]
-)
-def test_two_ranks_equal_one_process(name, compute, tmp_path):
-    found = run(share, tmp_path, name, compute)
+CASES = [("llama", "fp32", 2), ("llama", "int8", 2), ("qwen3", "int8", 2), ("gemma2", "fp32", 2), ("opt", "fp32", 2)]
+CASES.append(("llama", "fp32", 4))  # two or three of the MLP's ten groups each
+
+
+@pytest.mark.parametrize(("name", "compute", "world"), CASES)
+def test_ranks_equal_one_process(name, compute, world, tmp_path):
+    kv_heads = 8 if name == "opt" or world == 4 else 4  # 32 rows for each rank: fewer would be padded
+    found = run(share, tmp_path, name, compute, kv_heads, world=world)
     for each in found:
         assert "error" not in each, each
         if compute == "fp32":
@@ -63,7 +67,7 @@ def test_two_ranks_equal_one_process(name, compute, tmp_path):
         assert each["sums"] == [4, 4 * IDS.numel() * 128 * 4], "two sums of float32 per layer"
         assert each["tokens"][0] == found[0]["tokens"][0], "all ranks go on with the same tokens"
         assert compute == "int8" or each["tokens"][0] == each["tokens"][1]
-        assert each["kv heads"] == (4 if name == "opt" else 2), "half of the cache"
+        assert each["kv heads"] == kv_heads // world, "a share of the cache"
         assert "2 of 2 as per-linear ops: it is cut among ranks" in each["report"]
     assert sum(each["bytes"][0] for each in found) == found[0]["bytes"][1], "every weight is on one rank"
 

@@ -38,6 +38,7 @@ class Ranks:
             raise ValueError("a process group of one rank has nothing to share: start several, as torchrun does")
         if not 0 < timeout_s < math.inf:
             raise ValueError(f"timeout_s must be positive, got {timeout_s}")
+        dist.barrier(group)  # ranks load at their own pace: so far the caller's timeout holds
         # Of its own, so that no rank waits longer than this whatever the timeout of the caller's group.
         self.group = dist.new_group(
             members, timeout=timedelta(seconds=timeout_s), backend="gloo", use_local_synchronization=True

@@ -37,6 +37,8 @@ ALL_REDUCE_S = 114e-6
 """Seconds of an all-reduce of two processes where nobody measured it: the least of gloo on one (busy) machine."""
 
 _OUTSIDE = 4  # operators of a token beside its layers: embedding, positions, last norm, head
+# Of a cut layer: norm, q, k, v, rotation, cache, attention, o, sum, norm, gate, up, product, down, sum.
+_CUT = 15
 _READ_BYTES = 256 << 20  # of a bandwidth measurement: beyond the caches
 _TINY = 32  # width of the layer whose barriers are timed: one panel, nothing for a second thread to do
 
@@ -193,9 +195,9 @@ def one_process(of: Footprint) -> Work:
 
 
 def tensor_parallel(of: Footprint, ranks: int) -> Work:
-    """Every layer cut in ``ranks``, run as attention and MLP with an all-reduce after each; the head whole."""
+    """Every layer cut in ``ranks``, run linear by linear with an all-reduce after o and down; the head whole."""
     count = len(of.layers)
-    return Work(_sum([_sum(of.layers, ranks), of.rest]), count, 2 * count + _OUTSIDE, 2 * count, ranks)
+    return Work(_sum([_sum(of.layers, ranks), of.rest]), count, _CUT * count + _OUTSIDE, 2 * count, ranks)
 
 
 def cqil_ranks(of: Footprint, groups: Sequence[tuple[int, int]], ranks: int) -> Work:
@@ -209,12 +211,13 @@ def cqil_of_tensor_parallel(of: Footprint, groups: Sequence[tuple[int, int]], ra
     mine = [layer for i, layer in enumerate(of.layers) if i in member and member[i] % ranks == 0]
     outside = [layer for i, layer in enumerate(of.layers) if i not in member]
     everyone = ranks * cut if cut > 1 else 1
-    halves = 2 if cut > 1 else 1
     read = _sum([_sum(mine, cut), _sum(outside, everyone), of.rest])
     steps = [math.ceil(size / ranks) for _, size in groups]
     reduces = len(groups) + (2 * len(outside) + sum(steps) if cut > 1 else 0)
     layers = len(outside) + sum(steps)
-    return Work(read, layers, halves * layers + _OUTSIDE, reduces if ranks * cut > 1 else 0, ranks * cut)
+    return Work(
+        read, layers, (_CUT if cut > 1 else 1) * layers + _OUTSIDE, reduces if ranks * cut > 1 else 0, ranks * cut
+    )
 
 
 def _sum(many: Sequence[Bytes], parts: int = 1) -> Bytes:
