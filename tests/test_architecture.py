@@ -21,7 +21,7 @@ LAYERS = [
         *("linear", "layer", "layer_spec", "layer_reference", "layer_execute", "layer_parts"),
         *("layer_probe", "layer_program", "layer_graph", "layer_stack", "layer_decoder", "layer_group", "layer_watch"),
         *("layer_match", "attention", "kv_cache", "experts", "coverage"),
-        *("plan", "checkpoint", "saving"),
+        *("plan", "checkpoint", "saving", "collective"),
         *("quality", "calibration", "folding", "calibrated", "layerwise", "sensitivity", "tune_report"),
     ],
     ["swap", "backend", "cqil", "distributed"],  # transforms: model -> model
@@ -29,7 +29,21 @@ LAYERS = [
     ["formats.gguf", "cqil_repair"],  # they use transforms: a model from a file by optimize, training a grouped model
     ["hf"],
     ["loading", "convert"],
-    ["runner", "run", "bench", "doctor", "cli", "cli_quantize", "cli_quality", "cli_options", "__main__", "_autoload"],
+    [
+        *(
+            "runner",
+            "run",
+            "bench",
+            "doctor",
+            "latency",
+            "cli",
+            "cli_quantize",
+            "cli_quality",
+            "cli_options",
+            "cli_plan",
+        ),
+        *("__main__", "_autoload"),
+    ],
 ]
 TRANSFORMS = ["swap", "backend", "cqil", "distributed"]
 
@@ -145,9 +159,9 @@ def test_who_may_use_transformers():
         assert not any(top for _, top in uses) or name in LOAD_TRANSFORMERS, name
 
 
-def test_only_distributed_uses_torch_distributed():
+def test_only_two_modules_use_torch_distributed():
     for name in MODULES:
-        if name != "distributed":
+        if name not in ("distributed", "collective"):
             assert not [item for item, _ in imports(name) if item.startswith("torch.distributed")], name
 
 

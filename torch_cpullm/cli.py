@@ -1,4 +1,5 @@
-"""The command line: ``cpullm generate``, ``bench``, ``quantize``, ``eval``, ``autotune``, ``doctor``, ``run``.
+"""The command line: ``cpullm generate``, ``bench``, ``quantize``, ``eval``, ``autotune``, ``plan``,
+``doctor``, ``run``.
 
 Exit codes: 0 done, 1 something failed (doctor: something is wrong), 2 wrong arguments or an unusable model,
 130 interrupted. ``run`` ends as the program that it starts.
@@ -31,6 +32,7 @@ from .cli_options import (
     ThreadsOption,
     state,
 )
+from .cli_plan import plan
 from .cli_quality import autotune_command, eval_command
 from .cli_quantize import quantize
 
@@ -373,6 +375,11 @@ def run(
         for note in plan.notes:
             _warn(note)
     launcher.become(words, plan)
+
+
+# ---- plan -----------------------------------------------------------------------------------------------------------
+
+app.command(short_help="Predict what several sockets gain.")(plan)
 
 
 # ---- entry point ----------------------------------------------------------------------------------------------------

@@ -121,6 +121,11 @@ class CpuLlmQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Decide what becomes of every module of ``model``, which is on the meta device."""
         settings = self.quantization_config
+        if getattr(model.config, "distributed_config", None) is not None:  # it would run, and compute something else
+            raise ValueError(
+                "distributed_config, tp_plan and tp_size do not know packed weights: load the model without them, then "
+                "torch_cpullm.distributed.shard_tensors(model)"
+            )
         self._clear()
         with torch.device("cpu"):  # here it is meta
             self._targets, self._skipped = find_targets(model, settings)

@@ -83,6 +83,8 @@ def match_layer(decoder: Decoder, index: int) -> Match:
     layer, config = decoder.layers[index], decoder.owner.config
     name = f"{decoder.name}.{index}"
     try:
+        if hasattr(layer, "why_no_program"):
+            raise NoMatchError(layer.why_no_program)
         parts = read_parts(layer, config)
         check_config(config)
         choice, outputs = _probed(decoder, index, parts)

@@ -264,6 +264,15 @@ def layers_forward(
     return torch.ops.cpullm.layers_forward.default(programs, x, tensors, rotary, masks, caches, length, groups, bypass)
 
 
+def shared_sum(x: Tensor, shared: Tensor, rank: int, ranks: int, round_: int, timeout_s: float) -> bool:
+    """x <- sum of every rank's x, in place, the same bits on all ranks; float32 [..]. False: a rank did not come.
+
+    shared: uint8, zeroed memory that all ranks map, 64 bytes and two buffers for x per rank. round_: 1, 2, .. with
+    every call. RuntimeError for arguments that do not fit, x longer than a buffer among them.
+    """
+    return torch.ops.cpullm.shared_sum.default(x, shared, rank, ranks, round_, timeout_s)
+
+
 def _check_one_device(op: str, **tensors: Tensor | None) -> None:
     """The dispatcher takes a fake kernel as soon as one tensor is on meta: refuse to invent a result for the others."""
     devices = {name: tensor.device.type for name, tensor in tensors.items() if tensor is not None}

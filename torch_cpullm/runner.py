@@ -238,6 +238,16 @@ def _load_tokenizer(path: Path) -> Any:
     return AutoTokenizer.from_pretrained(path, **_LOCAL)
 
 
+def load_meta(path: Path) -> Any:
+    """The model of a directory without its weights, on the meta device. Raises InputError where it cannot be made."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = {"local_files_only": True, "trust_remote_code": False}
+    with _load_errors(path), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, **options))
+
+
 class _load_errors:
     """Turns what a damaged or unsupported model raises (any class, from any library) into one InputError."""
 

@@ -1,0 +1,132 @@
+"""Tensor parallel over two and four ranks: logits, tokens, bytes and all-reduces, and layers that cannot be cut."""
+
+import pytest
+import torch
+from families import LLAMA_LIKE, Family
+from layer_models import ALL
+from ranks import run
+
+import torch_cpullm
+from torch_cpullm import cqil, distributed
+
+IDS = torch.tensor([[5, 17, 3, 40, 22, 9, 31], [7, 7, 20, 33, 1, 4, 90]])
+# 300: ten groups of 32, the last one short, so five for each rank.
+SIZES = {"hidden_size": 128, "intermediate_size": 300, "num_attention_heads": 8, "num_key_value_heads": 4}
+FAMILIES = {
+    "llama": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
+    "qwen3": ("Qwen3Config", {"head_dim": 16}),  # norms of queries and keys per head
+    "gemma2": ("Gemma2Config", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 5}),  # norms behind
+    "opt": ("OPTConfig", {"ffn_dim": 300, "word_embed_proj_dim": 128, "num_key_value_heads": 8}),  # two linears
+}
+
+
+def built(name, compute="int8", group_size=32, **options):
+    config, own = FAMILIES[name]
+    model = Family(name, config, {**LLAMA_LIKE, **SIZES, **own, **options}).build()
+    return torch_cpullm.optimize(model, torch_cpullm.CpuLlmConfig(compute=compute, group_size=group_size))
+
+
+def share(rank, name, compute, kv_heads):
+    one, mine = (built(name, compute, num_key_value_heads=kv_heads) for _ in range(2))
+    distributed.shard_tensors(mine)
+    before = distributed.traffic(mine)
+    want, got = one(IDS).logits, mine(IDS).logits
+    after = distributed.traffic(mine)
+    exact = built(name, "fp32", num_key_value_heads=kv_heads)(IDS).logits
+    tokens = [m.generate(IDS, max_new_tokens=8, do_sample=False).tolist() for m in (mine, one)]
+    out = mine(IDS, use_cache=True)
+    return {
+        "difference": float((got - want).abs().max() / want.abs().max()),
+        "errors": [float((logits - exact).norm() / exact.norm()) for logits in (got, want)],
+        "sums": [b - a for a, b in zip(before, after, strict=True)],
+        "tokens": tokens,
+        "bytes": [_bytes(mine), _bytes(one)],
+        "kv heads": out.past_key_values.layers[0].keys.shape[1],
+        "report": str(torch_cpullm.report(mine)),
+    }
+
+
+def _bytes(model):
+    return sum(row.bytes_after for row in torch_cpullm.report(model).rows if ".layers." in row.name and row.bits)
+
+
+CASES = [("llama", "fp32", 2), ("llama", "int8", 2), ("qwen3", "int8", 2), ("gemma2", "fp32", 2), ("opt", "fp32", 2)]
+CASES.append(("llama", "fp32", 4))  # two or three of the MLP's ten groups each
+
+
+@pytest.mark.parametrize(("name", "compute", "world"), CASES)
+def test_ranks_equal_one_process(name, compute, world, tmp_path):
+    kv_heads = 8 if name == "opt" or world == 4 else 4  # 32 rows for each rank: fewer would be padded
+    found = run(share, tmp_path, name, compute, kv_heads, world=world)
+    for each in found:
+        assert "error" not in each, each
+        if compute == "fp32":
+            assert each["difference"] < 1e-4
+        else:  # cut inputs fall into other blocks of 128, which are rounded to INT8 on scales of their own
+            assert each["errors"][0] < 1.5 * each["errors"][1]
+        assert each["sums"] == [4, 4 * IDS.numel() * 128 * 4], "two sums of float32 per layer"
+        assert each["tokens"][0] == found[0]["tokens"][0], "all ranks go on with the same tokens"
+        assert compute == "int8" or each["tokens"][0] == each["tokens"][1]
+        assert each["kv heads"] == kv_heads // world, "a share of the cache"
+        assert "2 of 2 as per-linear ops: it is cut among ranks" in each["report"]
+    assert sum(each["bytes"][0] for each in found) == found[0]["bytes"][1], "every weight is on one rank"
+
+
+def refused(_):
+    """Name -> what shard_tensors says."""
+    cases = {
+        "float": lambda: ALL["llama"].build(),
+        "heads": lambda: built("llama", num_attention_heads=6, num_key_value_heads=3, hidden_size=96),
+        "kv heads": lambda: built("llama", num_key_value_heads=1),
+        "groups": lambda: built("llama", group_size=128),
+        "rows": lambda: built("llama", group_size=-1),
+        "mlp": lambda: built("llama", intermediate_size=24),
+        "fused": lambda: torch_cpullm.optimize(ALL["phi3"].build()),
+        "unknown": lambda: torch_cpullm.optimize(ALL["bloom"].build()),
+        "group": lambda: _grouped(built("llama")),
+        "none": lambda: torch.nn.Linear(32, 32),
+    }
+    found = {}
+    for name, build in cases.items():
+        try:
+            distributed.shard_tensors(build())
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
+def _grouped(model):
+    return cqil.apply(model, cqil.Plan.of(model, [(0, 2)]))
+
+
+REFUSED = {
+    "float": "the model has no packed decoder layers to cut",
+    "heads": "model.layers.0 cannot be cut among 2 ranks: its 6 heads, 3 of keys and values, do not divide",
+    "kv heads": "its 8 heads, 1 of keys and values, do not divide",
+    "groups": "128 inputs of its attention's output, in groups of 128, do not divide",
+    "rows": "128 inputs of its attention's output, in groups of 128, do not divide",
+    "mlp": "24 inputs of its MLP's output are fewer than 2 groups of 32",
+    "fused": "its linears are fused",
+    "unknown": "alibi",
+    "group": "it is in a CQIL group",
+    "none": "the model has no packed decoder layers to cut",
+}
+
+
+def test_what_cannot_be_cut_is_refused_on_every_rank(tmp_path):
+    for found in run(refused, tmp_path):
+        assert found.keys() == REFUSED.keys(), found
+        for name, text in REFUSED.items():
+            assert text in found[name], name
+
+
+def test_the_tensor_parallel_of_transformers_is_refused(tmp_path):
+    """With packed modules it would run and compute something else."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    ALL["llama"].build().save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.distributed_config = DistributedConfig(tp_size=2)
+    with pytest.raises(ValueError, match=r"do not know packed weights: .* torch_cpullm\.distributed\.shard_tensors"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, config=config, quantization_config=torch_cpullm.CpuLlmConfig())

@@ -1,0 +1,192 @@
+"""Sums over ranks of torch.distributed: through gloo, or on one host through shared memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import ops
+
+TIMEOUT_S = 8.0
+"""Seconds that a rank waits for the others before it gives up."""
+
+TRANSPORTS = ("auto", "gloo", "shared memory")
+
+_SHARED_BYTES = 256 << 10  # longest sum in shared memory: decode steps are shorter, prompts are bound by arithmetic
+
+
+class Ranks:
+    """The ranks that share a model. all_reduces, bytes: counts of what this rank has put into sums so far."""
+
+    def __init__(self, group: dist.ProcessGroup | None, timeout_s: float) -> None:
+        if not dist.is_available() or not dist.is_initialized():
+            raise RuntimeError('torch.distributed is not initialised: torch.distributed.init_process_group("gloo")')
+        members = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
+        if dist.get_rank() not in members:
+            raise ValueError(f"rank {dist.get_rank()} is not in the process group, whose ranks are {members}")
+        if len(members) < 2:
+            raise ValueError("a process group of one rank has nothing to share: start several, as torchrun does")
+        if not 0 < timeout_s < math.inf:
+            raise ValueError(f"timeout_s must be positive, got {timeout_s}")
+        dist.barrier(group)  # ranks load at their own pace: so far the caller's timeout holds
+        # Of its own, so that no rank waits longer than this whatever the timeout of the caller's group.
+        self.group = dist.new_group(
+            members, timeout=timedelta(seconds=timeout_s), backend="gloo", use_local_synchronization=True
+        )
+        self.rank, self.size, self.timeout_s = members.index(dist.get_rank()), len(members), timeout_s
+        self.all_reduces = self.bytes = self._rounds = 0
+        self._shared: Tensor | None = None
+
+    @property
+    def transport(self) -> str:
+        """What sums of decode steps go through; longer ones go through gloo."""
+        return "gloo" if self._shared is None else "shared memory"
+
+    def use(self, transport: str, width: int) -> None:
+        """Choose how to sum, one of TRANSPORTS; auto: what is faster for float32 [width], tried out.
+
+        ValueError, on all ranks, where they have no memory to share.
+        """
+        if transport != "gloo":
+            self._share_memory(width, required=transport == "shared memory")
+
+    def _share_memory(self, width: int, *, required: bool) -> None:
+        """Map one piece of memory into all ranks and keep it where it is faster than gloo, or required.
+
+        The file behind it has no name any more when this returns, so that nothing is left of ranks that are killed.
+        """
+        size = self.size * (64 + 2 * _SHARED_BYTES)
+        file = _new_file(size) if self.rank == 0 else None
+        try:
+            path = self.gather("" if file is None else str(file))[0]
+            shared, where = _map(path, size)
+            places = self.gather(where)
+        finally:
+            if file is not None:
+                file.unlink()
+        if "" in places or len(set(places)) > 1:
+            if required:
+                raise ValueError("the ranks have no memory to share: they must run on one host, with room in /dev/shm")
+            return
+        x = torch.zeros(min(width, _SHARED_BYTES // 4))
+        gloo_s = self.seconds_of(x)
+        self._shared = shared
+        faster = self.gather(str(self.seconds_of(x) < gloo_s))
+        self.all_reduces = self.bytes = 0
+        if not required and "False" in faster:
+            self._shared = None
+
+    def seconds_of(self, x: Tensor, rounds: int = 30) -> float:
+        """Median seconds of a sum like x, by this rank's clock."""
+        spent = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            self.sum(x.clone())
+            spent.append(time.perf_counter() - start)
+        return statistics.median(spent)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of x, float32, over all ranks, the same bits on all, perhaps in x.
+
+        RuntimeError where a rank is dead or hangs.
+        """
+        x = x.contiguous()
+        self.all_reduces += 1
+        self.bytes += x.nbytes
+        if self._shared is not None and x.nbytes <= _SHARED_BYTES:
+            self._rounds += 1
+            if not ops.shared_sum(x, self._shared, self.rank, self.size, self._rounds, self.timeout_s):
+                raise self._lost("no answer in shared memory")
+            return x
+        try:
+            dist.all_reduce(x, group=self.group)
+        except RuntimeError as error:
+            raise self._lost(str(error)) from error
+        return x
+
+    def gather(self, text: str) -> list[str]:
+        """``text`` of every rank."""
+        own = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        try:
+            dist.all_gather(sizes, torch.tensor([len(own)]), group=self.group)
+            room = torch.zeros(max(1, int(max(sizes))), dtype=torch.uint8)
+            room[: len(own)] = own
+            found = [torch.empty_like(room) for _ in range(self.size)]
+            dist.all_gather(found, room, group=self.group)
+        except RuntimeError as error:
+            raise self._lost(str(error)) from error
+        return [bytes(each[: int(size)].tolist()).decode() for each, size in zip(found, sizes, strict=True)]
+
+    def check_alike(self, what: str, text: str) -> None:
+        """ValueError, on every rank, where ``text`` is not the same on all of them."""
+        found = self.gather(text)
+        other = next((rank for rank, each in enumerate(found) if each != found[0]), None)
+        if other is not None:
+            raise ValueError(f"{what} must be the same on all ranks: {found[0]} on rank 0, {found[other]} on {other}")
+
+    def _lost(self, why: str) -> RuntimeError:
+        return RuntimeError(
+            f"rank {self.rank} of {self.size}: another rank has ended, or has not answered for {self.timeout_s:g} s; "
+            f"this model cannot go on ({why.splitlines()[0]})"
+        )
+
+
+def _new_file(size: int) -> Path | None:
+    """A file of zeros in memory, None where there is no room for it."""
+    try:
+        handle, path = tempfile.mkstemp(prefix="cpullm_", dir="/dev/shm")
+    except OSError:
+        return None
+    try:
+        os.posix_fallocate(handle, 0, size)  # room now, instead of a signal when it is written
+    except OSError:
+        os.unlink(path)
+        return None
+    finally:
+        os.close(handle)
+    return Path(path)
+
+
+def _map(path: str, size: int) -> tuple[Tensor | None, str]:
+    """(the file's memory, what tells it from files of other hosts); (None, "") where there is no such file."""
+    try:
+        found = os.stat(path)
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        shared = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+    except (OSError, RuntimeError):
+        return None, ""
+    return shared, f"{boot} {found.st_dev} {found.st_ino}"
+
+
+# ---- what an all-reduce costs ---------------------------------------------------------------------------------------
+
+
+def all_reduce_seconds(width: int, *, rounds: int = 300) -> tuple[float, str]:
+    """(median seconds, transport) of a sum of float32 [width] over two local processes of one thread each."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_time_sums, (folder, width, rounds), nprocs=2)
+        seconds, transport = json.loads(Path(folder, "found").read_text(encoding="ascii"))
+        return float(seconds), str(transport)
+
+
+def _time_sums(rank: int, folder: str, width: int, rounds: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    ranks = Ranks(None, 60.0)
+    ranks.use("auto", width)
+    found = ranks.seconds_of(torch.zeros(width), rounds), ranks.transport
+    if rank == 0:
+        Path(folder, "found").write_text(json.dumps(found), encoding="ascii")
+    dist.barrier()  # no rank leaves while another is being asked
+    dist.destroy_process_group()

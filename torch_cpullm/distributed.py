@@ -1,0 +1,323 @@
+"""One model on several ranks of torch.distributed: members of CQIL groups on a rank each, or every layer cut.
+
+    torchrun --nproc-per-node 2 tutorials/ranks.py ./model
+
+Every rank runs the same program on the same inputs: ``generate()`` gives every rank the same tokens. Sums go
+through gloo, or on one host through shared memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import inspect
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import __version__
+from .collective import TIMEOUT_S, TRANSPORTS, Ranks
+from .layer import install_programs, remove_programs
+from .layer_group import LayerGroup, member_of, remove_groups
+from .layer_match import Decoder, Match, decoders, match_layers
+from .layer_parts import own_state
+from .layer_spec import LayerSpec
+from .linear import PackedLinear
+from .packing import QuantizedWeight, pack, unpack
+
+_RANKS = "_cpullm_ranks"  # attribute of a model: its Ranks
+
+
+def transport(model: nn.Module) -> str:
+    """What the sums of a sharded model's decode steps go through: "gloo" or "shared memory"."""
+    return _ranks(model).transport
+
+
+def traffic(model: nn.Module) -> tuple[int, int]:
+    """(all-reduces, bytes put into them) of this rank since ``model`` was sharded; ValueError for one that is not."""
+    return _ranks(model).all_reduces, _ranks(model).bytes
+
+
+def _ranks(model: nn.Module) -> Ranks:
+    found = model.__dict__.get(_RANKS)
+    if not isinstance(found, Ranks):
+        raise ValueError("the model is not sharded: shard_groups() or shard_tensors()")
+    return found
+
+
+def _join(model: nn.Module, group: dist.ProcessGroup | None, timeout_s: float, transport: str) -> Ranks:
+    """The ranks, after they have seen that they run the same packages and have the same model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if _RANKS in model.__dict__:
+        raise ValueError("the model is sharded already")
+    if transport not in TRANSPORTS:
+        raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {transport!r}")
+    ranks = Ranks(group, timeout_s)
+    transformers = importlib.metadata.version("transformers")
+    versions = f"torch_cpullm {__version__}, torch {torch.__version__}, transformers {transformers}"
+    ranks.check_alike("the packages", versions)
+    ranks.check_alike("the model", f"{type(model).__name__} {_fingerprint(model)}")
+    ranks.use(transport, int(getattr(getattr(model, "config", None), "hidden_size", 1)))
+    return ranks
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Digest of the config, the plan in it, and the names and shapes of all parameters."""
+    config = getattr(model, "config", None)
+    texts = ["" if config is None else config.to_json_string(use_diff=False), str(vars(model).get("_cpullm_settings"))]
+    texts += [f"{name} {list(p.shape)} {p.dtype}" for name, p in model.named_parameters()]
+    texts += [f"{name} {type(module).__name__}" for name, module in model.named_modules()]
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+
+
+# ---- CQIL groups ----------------------------------------------------------------------------------------------------
+
+
+def shard_groups(
+    model: nn.Module,
+    process_group: dist.ProcessGroup | None = None,
+    *,
+    timeout_s: float = TIMEOUT_S,
+    transport: str = "auto",
+) -> nn.Module:
+    """``y = x + sum over ranks of sum over own l of (layer_l(x) - x)`` for every CQIL group, one all-reduce each.
+
+    Of p ranks, rank r keeps members r, r + p, ... of every group, their weights and their slots in the cache; layers
+    outside the groups run on every rank. To be called on every rank, on the same model, float or optimised, after
+    :func:`torch_cpullm.cqil.apply`; in place, and for good. Returns ``model``. process_group: None: the default one.
+    timeout_s: how long a rank waits for the others before every call of the model ends in a RuntimeError. transport:
+    "gloo", "shared memory" (ranks of one host; sums of up to 256 KiB), or "auto": whichever was faster when tried out.
+
+    Sums are in float32. Ranks that sample must do so from equal seeds.
+
+    Raises ValueError, on all ranks alike: no groups, a mode that exchanges attention between members ("lp", or a
+    bypass), members that do not divide among the ranks, a group with the first layer of its kind (its slot in the cache
+    counts the tokens), different models, plans or package versions on the ranks. Raises RuntimeError where
+    torch.distributed is not initialised, or a rank is missing.
+
+    Source: CQIL (Zou et al., ACL 2024), which spreads layers over GPUs in this way.
+    """
+    ranks = _join(model, process_group, timeout_s, transport)
+    decoder, groups = _groups(model)
+    _check(decoder, groups, ranks.size)
+    programs = "_cpullm_layers" in model.__dict__
+    remove_programs(model)
+    remove_groups(decoder.layers)
+    for group in groups:
+        meeting = _Meeting(ranks, group.size)
+        for index in range(group.size):
+            if index % ranks.size != ranks.rank:
+                outputs = group.halves[index].outputs
+                decoder.layers[group.first + index] = Elsewhere(decoder.layers[group.first + index], outputs)
+            layer = decoder.layers[group.first + index]
+            layer.register_forward_hook(meeting.hook(index, layer), with_kwargs=True)
+    if programs:
+        install_programs(model)
+    model.__dict__[_RANKS] = ranks
+    model.__dict__["save_pretrained"] = _refuse_to_save
+    return model
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    raise RuntimeError("a sharded model holds only this rank's share of the weights: save it before")
+
+
+def _groups(model: nn.Module) -> tuple[Decoder, list[LayerGroup]]:
+    for decoder in decoders(model):
+        members = [member for layer in decoder.layers if (member := member_of(layer)) is not None]
+        if members:
+            return decoder, [member.group for member in members if member.index == 0]
+    raise ValueError("the model has no CQIL groups to spread over ranks: torch_cpullm.cqil.apply(model, plan) first")
+
+
+def _check(decoder: Decoder, groups: list[LayerGroup], ranks: int) -> None:
+    kinds = getattr(decoder.owner.config, "layer_types", None) or ["attention"] * len(decoder.layers)
+    counting = {kinds.index(kind) for kind in kinds}
+    for group in groups:
+        text = f"layers {group.first} to {group.first + group.size - 1}"
+        if group.mode != "cqil" or group.bypass:
+            got = f"mode {group.mode!r}" + (f", bypass {group.bypass}" if group.mode == "cqil" else "")
+            raise ValueError(f"only groups of mode 'cqil' with bypass 0 spread over ranks: {text} have {got}")
+        if group.size % ranks:
+            raise ValueError(f"{text} are {group.size} members, which {ranks} ranks do not divide")
+        first = counting & set(range(group.first, group.first + group.size))
+        if first:
+            raise ValueError(f"layer {min(first)} must be on every rank: it counts the tokens in the cache")
+
+
+class Elsewhere(nn.Module):
+    """In the place of a layer that another rank computes: hands its input on. It has the layer's plain attributes."""
+
+    why_no_program = "another rank computes it"
+
+    def __init__(self, layer: nn.Module, outputs: int) -> None:
+        super().__init__()
+        self.__dict__.update({name: value for name, value in own_state(layer).items() if name != "forward"})
+        self.train(layer.training)
+        self._outputs = outputs
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        """hidden_states, as the layer returns its own."""
+        return (hidden_states, *[None] * (self._outputs - 1)) if self._outputs else hidden_states
+
+
+class _Meeting:
+    """Collects what this rank's members of one group add to their input; the last member's call sums over the ranks."""
+
+    def __init__(self, ranks: Ranks, size: int) -> None:
+        self._ranks, self._size = ranks, size
+        self._added: Tensor | None = None
+
+    def hook(self, index: int, layer: nn.Module) -> Any:
+        """A forward hook for member ``index``: the others' input, or the group's output."""
+        name = list(inspect.signature(type(layer).forward).parameters)[1]
+
+        def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
+            x = args[0] if args else kwargs[name]
+            y = self.after(index, x, out[0] if isinstance(out, tuple) else out, isinstance(module, Elsewhere))
+            return (y, *out[1:]) if isinstance(out, tuple) else y
+
+        return after
+
+    def after(self, index: int, x: Tensor, y: Tensor, elsewhere: bool) -> Tensor:
+        """x for all members but the last, then the group's output; y: what member ``index`` gave for x."""
+        if index == 0:
+            self._added = torch.zeros(x.shape, dtype=torch.float32)
+        added = cast("Tensor", self._added)
+        if not elsewhere:
+            added += y.float() - x.float()
+        if index + 1 < self._size:
+            return x
+        self._added = None
+        return (x.float() + self._ranks.sum(added)).to(x.dtype)
+
+
+# ---- tensor parallel ------------------------------------------------------------------------------------------------
+
+_HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads")
+
+
+def shard_tensors(
+    model: nn.Module,
+    process_group: dist.ProcessGroup | None = None,
+    *,
+    timeout_s: float = TIMEOUT_S,
+    transport: str = "auto",
+) -> nn.Module:
+    """``y = sum over ranks of W[:, own] f(W'[own] x)`` in attention and MLP, one all-reduce after each.
+
+    Of an optimised model, every rank keeps its share of the heads (rows of q, k, v, inputs of o) and of the MLP (rows
+    of gate and up, inputs of down, cut between groups of weights): the same codes and scales as before. Embedding,
+    norms and head stay whole. Layers then run as an operator per linear. Arguments, seeds and errors as in
+    :func:`shard_groups`; a few tokens are computed before and after, to see that the model is still the same.
+
+    Raises ValueError, on all ranks alike: the model is not optimised, a layer is of unknown structure or has fused
+    linears, its heads or the groups of its weights do not divide among the ranks. Raises RuntimeError where the cut
+    model computes something else.
+
+    Source: Megatron-LM (Shoeybi et al., 2019).
+    """
+    ranks = _join(model, process_group, timeout_s, transport)
+    matches = match_layers(model)
+    if not matches or not any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise ValueError("the model has no packed decoder layers to cut: torch_cpullm.optimize(model) first")
+    for match in matches:
+        reason = "it is in a CQIL group" if member_of(model.get_submodule(match.name)) else _uncut(match, ranks.size)
+        if reason:
+            raise ValueError(f"{match.name} cannot be cut among {ranks.size} ranks: {reason}")
+    with torch.no_grad():
+        want = _probe(model)
+        remove_programs(model)
+        for match in matches:
+            _cut_layer(model.get_submodule(match.name), cast("LayerSpec", match.spec), ranks)
+        got = _probe(model)
+    model.__dict__["_cpullm_layers"] = {match.name: "it is cut among ranks" for match in matches}
+    model.__dict__[_RANKS] = ranks
+    model.__dict__["save_pretrained"] = _refuse_to_save
+    if not float((got - want).abs().max()) <= 0.1 * float(want.abs().max()):  # INT8 activations round elsewhere
+        raise RuntimeError(f"{type(model).__name__} computes something else when its layers are cut among ranks")
+    return model
+
+
+def _probe(model: nn.Module) -> Tensor:
+    """The decoder's output for a few tokens."""
+    owner = cast("Any", next(decoders(model)).owner)
+    ids = torch.arange(1, 7)[None] % int(owner.config.vocab_size)
+    return owner(ids, use_cache=False).last_hidden_state.float()
+
+
+def _uncut(match: Match, ranks: int) -> str:
+    """Why a layer cannot be cut; empty if it can."""
+    spec = match.spec
+    if spec is None:
+        return match.reason
+    norms = [norm for norm in (spec.q_norm, spec.k_norm) if norm is not None]
+    if len(spec.qkv) != 3 or len(spec.up) != (2 if spec.gated else 1):
+        return "its linears are fused (qkv, gate_up)"
+    if spec.heads % ranks or spec.kv_heads % ranks:
+        return f"its {spec.heads} heads, {spec.kv_heads} of keys and values, do not divide"
+    if spec.sinks is not None or any(norm.gain.shape[0] != spec.head_dim for norm in norms):
+        return "it has other parameters for each head"
+    width, group = spec.o.in_features, spec.o.packed.group
+    if width % (ranks * group):
+        return f"{width} inputs of its attention's output, in groups of {group}, do not divide"
+    groups = -(-spec.intermediate // spec.down.packed.group)
+    if groups < ranks:
+        inputs = f"{spec.intermediate} inputs of its MLP's output"
+        return f"{inputs} are fewer than {ranks} groups of {spec.down.packed.group}"
+    return ""
+
+
+def _cut_layer(layer: nn.Module, spec: LayerSpec, ranks: Ranks) -> None:
+    """Keep this rank's share of a layer, in place."""
+
+    def meet(_: nn.Module, __: tuple, out: Tensor) -> Tensor:
+        return ranks.sum(out.float()).to(out.dtype)
+
+    def even(count: int) -> slice:
+        return slice(count * ranks.rank // ranks.size, count * (ranks.rank + 1) // ranks.size)
+
+    group = spec.down.packed.group
+    whole = even(-(-spec.intermediate // group))  # groups; the last one may be short
+    inner = slice(whole.start * group, min(whole.stop * group, spec.intermediate))
+    parts = [(linear, _rows(linear, even(linear.out_features))) for linear in spec.qkv]
+    parts += [(linear, _rows(linear, inner)) for linear in spec.up]
+    for linear, own in ((spec.o, even(spec.o.in_features)), (spec.down, inner)):
+        new = _columns(linear, own, bias=ranks.rank == 0)
+        new.register_forward_hook(meet)
+        parts.append((linear, new))
+    places = {module: path for path, module in layer.named_modules()}
+    for linear, new in parts:
+        path, _, name = places[linear].rpartition(".")
+        setattr(layer.get_submodule(path), name, new)
+    for module in layer.modules():
+        for name in _HEAD_COUNTS:
+            if module.__dict__.get(name) in (spec.heads, spec.kv_heads):
+                setattr(module, name, module.__dict__[name] // ranks.size)
+
+
+def _rows(linear: PackedLinear, own: slice) -> PackedLinear:
+    """The linear of these outputs."""
+    whole = unpack(linear.packed)
+    zeros = None if whole.zeros is None else whole.zeros[own]
+    weight = replace(whole, codes=whole.codes[own], scales=whole.scales[own], zeros=zeros)
+    return _like(linear, weight, None if linear.bias is None else linear.bias[own])
+
+
+def _columns(linear: PackedLinear, own: slice, *, bias: bool) -> PackedLinear:
+    """The linear of these inputs, which begin a group; a bias that is added to a sum is on one rank."""
+    whole, group = unpack(linear.packed), linear.packed.group
+    groups = slice(own.start // group, -(-own.stop // group))
+    zeros = None if whole.zeros is None else whole.zeros[:, groups]
+    weight = replace(whole, codes=whole.codes[:, own], scales=whole.scales[:, groups], zeros=zeros)
+    return _like(linear, weight, linear.bias if bias else None)
+
+
+def _like(linear: PackedLinear, weight: QuantizedWeight, bias: Tensor | None) -> PackedLinear:
+    new = PackedLinear(pack(weight), bias, dtype=linear.dtype, compute=linear.compute)
+    new.train(linear.training)
+    return new
