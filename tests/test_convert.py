@@ -270,7 +270,8 @@ def test_memory_holds_the_packed_model_and_little_more(kind, tmp_path):
     peak, packed = map(float, fresh.run(MEMORY, installed, *paths).stdout.split())
     floats = sum(parameter.nbytes for parameter in model.parameters()) / 1e6
     assert floats > 200 > 40 > packed
-    assert peak < 2 * packed + 40, (peak, packed)
+    in_flight = 4 * 768 * 3072 * 4 / 1e6  # transformers reads with 4 threads, each a float matrix ahead of the packing
+    assert peak < 2 * packed + 40 + in_flight < floats, (peak, packed)
 
 
 # ---- the order of inputs --------------------------------------------------------------------------------------------

@@ -325,9 +325,10 @@ def barrier_cost() -> tuple[float, int]:
     )
     program, x = Program(spec), torch.ones(1, 1, _TINY)
     caches = [torch.zeros(1, 1, 32, _TINY) for _ in range(2 * count)]
+    handles, none = [program.handle] * count, [-1] * count
 
     def run() -> None:
-        torch.ops.cpullm.layers_forward.default([program.handle] * count, x, None, None, None, caches, 0, [], 0)
+        torch.ops.cpullm.layers_forward.default(handles, x, [], none * 2, none, caches, 0, [1] * count, 0)
 
     together = _least(run, 50)
     barriers = torch.ops.cpullm.layer_barriers.default()
