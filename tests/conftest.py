@@ -38,8 +38,12 @@ def isa(request):
 
 
 @pytest.fixture(autouse=True)
-def same_threads_afterwards():
-    """Give back torch's thread count, whatever the test did to it."""
-    threads = torch.get_num_threads()
+def same_process_afterwards():
+    """Give back torch's thread count and transformers' verbosity and progress bars, whatever the test did to them."""
+    from transformers.utils import logging
+
+    threads, verbosity, bars = torch.get_num_threads(), logging.get_verbosity(), logging.is_progress_bar_enabled()
     yield
     torch.set_num_threads(threads)
+    logging.set_verbosity(verbosity)
+    (logging.enable_progress_bar if bars else logging.disable_progress_bar)()

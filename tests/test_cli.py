@@ -21,17 +21,10 @@ WIDTH = 100
 
 
 @pytest.fixture(autouse=True)
-def unchanged_process(monkeypatch):
-    """Commands set threads and transformers' verbosity; give both back."""
-    from transformers.utils import logging
-
-    threads, verbosity, bars = torch.get_num_threads(), logging.get_verbosity(), logging.is_progress_bar_enabled()
+def defaults(monkeypatch):
+    """As in a process that has not chosen threads or a level yet."""
     monkeypatch.setattr(launch, "_applied", None)
     monkeypatch.delenv("CPULLM_ISA", raising=False)
-    yield
-    torch.set_num_threads(threads)
-    logging.set_verbosity(verbosity)
-    (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
 
 
 @pytest.fixture
