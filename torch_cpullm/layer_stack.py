@@ -12,7 +12,6 @@ import inspect
 import operator
 import sys
 import threading
-import weakref
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, cast
@@ -74,7 +73,6 @@ class LayerStack:
         bypass: int,
         alike: bool,
     ) -> None:
-        self._owner = weakref.ref(owner)
         self._waiting = [each for layer in layers for each in (layer._forward_hooks, layer._forward_pre_hooks)]
         self._programs = programs  # their handles are good as long as they live
         self._handles = [program.handle for program in programs]
