@@ -98,6 +98,14 @@ inline void block_params(const TileArgs& a, float* out) {
   }
 }
 
+}  // namespace
+}  // namespace cpullm
+
+#include "row_i8-inl.h"
+
+namespace cpullm {
+namespace {
+
 template <int R, Codes kCodes>
 void tile_i8(const TileArgs& a) {
   using S = Simd;
@@ -156,101 +164,6 @@ void tile_i8(const TileArgs& a) {
     }
     e.x_scale += a.tile;
   }
-}
-
-// One row: few enough numbers for intrinsics to keep all of them in registers, from the first segment to the last.
-template <Codes kCodes>
-void row_i8(const TileArgs& a) {
-  using S = Simd;
-  using I = S::I;
-  using F = S::F;
-  constexpr int H = S::kHalves, L = S::kLanes;
-  constexpr int64_t kBlockBytes = kCodes == Codes::packed4 ? 64 : 128;
-  constexpr int kSymmetricZero = kCodes == Codes::u8 ? S::kBias8 : 8;
-  const uint8_t* codes = a.codes;
-  const int8_t* q = a.q;
-  const int32_t *minus = a.minus, *apart = a.apart;
-  const uint32_t* apart_rows = a.apart_rows;
-  const float* x_scale = a.x_scale;
-  const auto* zeros = static_cast<const uint8_t*>(a.zeros);
-  const auto* minima = static_cast<const uint16_t*>(a.zeros);
-  const uint16_t* scales = a.scales;
-  int64_t column = a.k_begin / a.group * kPanel;
-  int64_t group_end = (a.k_begin / a.group + 1) * a.group;
-  F y[H][2];
-  for (int h = 0; h < H; ++h)
-    for (int i = 0; i < 2; ++i) y[h][i] = S::load(a.y + h * L + 16 * i);
-  for (int64_t k = a.k_begin; k < a.k_end;) {
-    const int64_t block_end = min_of((k / kActBlock + 1) * kActBlock, a.k_end);
-    F block[H][2] = {};
-    for (bool first = true; k < block_end; first = false) {
-      const int64_t end = min_of(group_end, block_end);
-#pragma GCC unroll 2
-      for (int h = 0; h < H; ++h) {
-        typename S::Dot dot[4];
-        for (auto& d : dot) d.clear();
-        const uint8_t* w = codes;
-        const int8_t* x = q;
-        for (int64_t c = k; c < end; c += kChunk) {
-#pragma GCC unroll 8
-          for (int s = 0; s < 8; ++s) {
-            I lo, hi;
-            if (kCodes == Codes::packed4) {
-              if (h == 0) _mm_prefetch(reinterpret_cast<const char*>(w) + 8192 + 64 * s, _MM_HINT_T0);
-              S::load_packed4(w + 64 * s, h, lo, hi);
-            } else {
-              _mm_prefetch(reinterpret_cast<const char*>(w) + 4096 + 128 * s + 64 * h, _MM_HINT_T0);
-              if (H == 1) _mm_prefetch(reinterpret_cast<const char*>(w) + 4160 + 128 * s, _MM_HINT_T0);
-              S::load_u8(w + 128 * s, h, lo, hi);
-            }
-            const I four = S::broadcast4(x + kStep * s);
-            dot[s % 2 * 2].step(lo, four);
-            dot[s % 2 * 2 + 1].step(hi, four);
-          }
-          for (auto& d : dot) d.end_chunk();
-          w += 8 * kBlockBytes;
-          x += kChunk;
-        }
-        I sum[2] = {S::iadd(dot[0].result(), dot[2].result()), S::iadd(dot[1].result(), dot[3].result())};
-        if (*apart_rows) {
-          I lo, hi;
-          code_column<kCodes>(codes, *apart & 255, h, lo, hi);
-          sum[0] = S::iadd(sum[0], S::imul16(lo, *apart >> 8));
-          sum[1] = S::iadd(sum[1], S::imul16(hi, *apart >> 8));
-        }
-#pragma GCC unroll 2
-        for (int i = 0; i < 2; ++i) {
-          const int64_t at = column + h * L + 16 * i;
-          const F scale = load_scale(scales + at, a.scale_type);
-          if (a.form == Zeros::integer) {
-            sum[i] = S::add_times(sum[i], S::load_u8_as_i32(zeros + at), minus);
-          } else if (a.form == Zeros::symmetric) {
-            sum[i] = S::add_times(sum[i], S::iset1(kSymmetricZero), minus);
-          }
-          const F f = S::to_float(sum[i]);
-          F chain = first ? S::mul(f, scale) : S::fma(f, scale, block[h][i]);
-          if (a.form == Zeros::minimum)
-            chain = S::fma(load_scale(minima + at, a.scale_type), S::set1(-float(*minus)), chain);
-          block[h][i] = chain;
-        }
-      }
-      codes += (end - k) / kStep * kBlockBytes;
-      q += end - k;
-      ++minus;
-      ++apart;
-      ++apart_rows;
-      k = end;
-      if (k == group_end) {
-        column += kPanel;
-        group_end += a.group;
-      }
-    }
-    const F s = S::set1(*x_scale++);
-    for (int h = 0; h < H; ++h)
-      for (int i = 0; i < 2; ++i) y[h][i] = S::fma(block[h][i], s, y[h][i]);
-  }
-  for (int h = 0; h < H; ++h)
-    for (int i = 0; i < 2; ++i) S::store(a.y + h * L + 16 * i, y[h][i]);
 }
 
 template <Codes kCodes>

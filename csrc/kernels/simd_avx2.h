@@ -155,6 +155,7 @@ struct Simd {
     lo = _mm256_and_si256(v, mask);
     hi = _mm256_and_si256(_mm256_srli_epi16(v, 4), mask);
   }
+  static I shift_right_signed(I v, int bits) { return _mm256_srai_epi32(v, bits); }
   static void load_u8(const uint8_t* block, int half, I& lo, I& hi) {
     lo = load_packed4_raw(block, half);
     hi = load_packed4_raw(block + 64, half);
@@ -171,6 +172,14 @@ struct Simd {
 #ifdef CPULLM_VNNI
   static constexpr const char* kName = "avx_vnni";
   static constexpr int kBias8 = 128;
+  // Codes of a step for the dot product, hi times 2^kHighBits. In assembly, or GCC loads the block twice.
+  static constexpr int kHighBits = 4, kDotChains = 2;
+  static void load_nibbles(const uint8_t* block, int half, I& lo, I& hi) {
+    I v;
+    __asm__("vmovdqu %1, %0" : "=x"(v) : "m"(*reinterpret_cast<const I*>(block + 32 * half)));
+    lo = _mm256_and_si256(v, _mm256_set1_epi8(15));
+    hi = _mm256_and_si256(v, _mm256_set1_epi8(char(0xf0)));
+  }
   // Four inputs of one row, broadcast to every lane.
   static I broadcast4(const int8_t* p) {
     int32_t v;
@@ -192,6 +201,9 @@ struct Simd {
 #else
   static constexpr const char* kName = "avx2";
   static constexpr int kBias8 = 0;
+  // Codes of a step for the dot product; high nibbles times 16 would saturate vpmaddubsw.
+  static constexpr int kHighBits = 0, kDotChains = 1;
+  static void load_nibbles(const uint8_t* block, int half, I& lo, I& hi) { load_packed4(block, half, lo, hi); }
   // Four inputs of one row, broadcast to every lane.
   static I broadcast4(const int8_t* p) {
     int32_t v;

@@ -133,6 +133,15 @@ struct Simd {
     lo = _mm512_and_si512(v, mask);
     hi = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
   }
+  // The same for the dot product, hi times 2^kHighBits. In assembly, or GCC loads the block twice.
+  static constexpr int kHighBits = 4, kDotChains = 2;
+  static void load_nibbles(const uint8_t* block, int, I& lo, I& hi) {
+    I v;
+    __asm__("vmovdqu64 %1, %0" : "=v"(v) : "m"(*reinterpret_cast<const I*>(block)));
+    lo = _mm512_and_si512(v, _mm512_set1_epi8(15));
+    hi = _mm512_and_si512(v, _mm512_set1_epi8(char(0xf0)));
+  }
+  static I shift_right_signed(I v, int bits) { return _mm512_srai_epi32(v, unsigned(bits)); }
   static void load_u8(const uint8_t* block, int, I& lo, I& hi) {
     lo = _mm512_loadu_si512(block);
     hi = _mm512_loadu_si512(block + 64);

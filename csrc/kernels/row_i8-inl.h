@@ -1,0 +1,181 @@
+// One row times a panel, from the first segment to the last: few enough numbers for intrinsics to keep all of them in
+// registers. Included by linear_i8-inl.h; the same chain as tile_i8, bit for bit.
+//
+// Where every block of activations is made of equal segments and none of its inputs is kept apart, its code has no
+// branch: at groups of 32, ends of segments are a third of the work, and mispredicted or dependent ones stop the
+// stream of codes. High nibbles are multiplied in place where the dot product takes a code times 16 without saturation
+// (240 * 127 < 2^15): one shift per segment instead of one per step.
+// The thin streams of scales and zero points are prefetched: the core's own prefetchers lose them beside the codes.
+// Registers (avx512): 4 sums, 4 chains, codes, inputs, masks: 14 of 32.
+#pragma once
+
+namespace cpullm {
+namespace {
+
+template <Codes kCodes, Zeros kForm, Float kScale>
+struct Row {
+  using S = Simd;
+  using I = S::I;
+  using F = S::F;
+  static constexpr int H = S::kHalves, L = S::kLanes;
+  static constexpr int64_t kBlockBytes = kCodes == Codes::packed4 ? 64 : 128;
+  static constexpr int kHighBits = kCodes == Codes::packed4 ? S::kHighBits : 0;
+  static constexpr int kSymmetricZero = kCodes == Codes::u8 ? S::kBias8 : 8;
+
+  const uint8_t* codes;
+  const int8_t* q;
+  const int32_t *minus, *apart;
+  const uint32_t* apart_rows;
+  const uint16_t *scales, *minima;
+  const uint8_t* zeros;
+  int64_t ahead;  // codes_ahead
+  F block[H][2];
+
+  // One segment of `chunks` chunks; kApart: an input may be kept apart.
+  template <bool kApart>
+  inline __attribute__((always_inline)) void segment(bool first, int64_t chunks) {
+    _mm_prefetch(reinterpret_cast<const char*>(scales) + 256, _MM_HINT_T0);
+    if (kForm == Zeros::integer) _mm_prefetch(reinterpret_cast<const char*>(zeros) + 128, _MM_HINT_T0);
+    if (kForm == Zeros::minimum) _mm_prefetch(reinterpret_cast<const char*>(minima) + 256, _MM_HINT_T0);
+#pragma GCC unroll 2
+    for (int h = 0; h < H; ++h) {
+      typename S::Dot dot[S::kDotChains][2];
+#pragma GCC unroll 2
+      for (auto& chain : dot)
+        for (auto& d : chain) d.clear();
+      const uint8_t* w = codes;
+      const int8_t* x = q;
+      for (int64_t c = 0; c < chunks; ++c) {
+        if (kCodes == Codes::packed4 && h == 0 && ahead)
+#pragma GCC unroll 8
+          for (int s = 0; s < 8; ++s) _mm_prefetch(reinterpret_cast<const char*>(w) + ahead + 64 * s, _MM_HINT_T0);
+#pragma GCC unroll 8
+        for (int s = 0; s < 8; ++s) {
+          I lo, hi;
+          if (kCodes == Codes::packed4) {
+            S::load_nibbles(w + 64 * s, h, lo, hi);
+          } else {
+            _mm_prefetch(reinterpret_cast<const char*>(w) + 4096 + 128 * s + 64 * h, _MM_HINT_T0);
+            if (H == 1) _mm_prefetch(reinterpret_cast<const char*>(w) + 4160 + 128 * s, _MM_HINT_T0);
+            S::load_u8(w + 128 * s, h, lo, hi);
+          }
+          const I four = S::broadcast4(x + kStep * s);
+          dot[s % S::kDotChains][0].step(lo, four);
+          dot[s % S::kDotChains][1].step(hi, four);
+        }
+        for (auto& chain : dot)
+          for (auto& d : chain) d.end_chunk();
+        w += 8 * kBlockBytes;
+        x += kChunk;
+      }
+      I sum[2] = {dot[0][0].result(), dot[0][1].result()};
+      if (S::kDotChains == 2)
+        for (int i = 0; i < 2; ++i) sum[i] = S::iadd(sum[i], dot[S::kDotChains - 1][i].result());
+      if (kHighBits) sum[1] = S::shift_right_signed(sum[1], kHighBits);
+      if (kApart && *apart_rows) {
+        I lo, hi;
+        code_column<kCodes>(codes, *apart & 255, h, lo, hi);
+        sum[0] = S::iadd(sum[0], S::imul16(lo, *apart >> 8));
+        sum[1] = S::iadd(sum[1], S::imul16(hi, *apart >> 8));
+      }
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        const int64_t at = h * L + 16 * i;
+        if (kForm == Zeros::integer) {
+          sum[i] = S::add_times(sum[i], S::load_u8_as_i32(zeros + at), minus);
+        } else if (kForm == Zeros::symmetric) {
+          sum[i] = S::add_times(sum[i], S::iset1(kSymmetricZero), minus);
+        }
+        const F f = S::to_float(sum[i]), scale = load_scale(scales + at, kScale);
+        F chain = first ? S::mul(f, scale) : S::fma(f, scale, block[h][i]);
+        if (kForm == Zeros::minimum) chain = S::fma(load_scale(minima + at, kScale), S::set1(-float(*minus)), chain);
+        block[h][i] = chain;
+      }
+    }
+    codes += chunks * 8 * kBlockBytes;
+    q += chunks * kChunk;
+    ++minus;
+    ++apart;
+    ++apart_rows;
+  }
+
+  void next_group() {
+    scales += kPanel;
+    if (kForm == Zeros::integer) zeros += kPanel;
+    if (kForm == Zeros::minimum) minima += kPanel;
+  }
+};
+
+// kChunks: chunks of every segment of a full block; 0: segments of any length.
+template <Codes kCodes, Zeros kForm, Float kScale, int kChunks>
+void row_i8(const TileArgs& a) {
+  using S = Simd;
+  using R = Row<kCodes, kForm, kScale>;
+  constexpr int H = R::H, L = R::L;
+  const int64_t column = a.k_begin / a.group * kPanel;
+  R row{a.codes, a.q, a.minus, a.apart, a.apart_rows, a.scales + column, nullptr, nullptr, codes_ahead, {}};
+  if (kForm == Zeros::integer) row.zeros = static_cast<const uint8_t*>(a.zeros) + column;
+  if (kForm == Zeros::minimum) row.minima = static_cast<const uint16_t*>(a.zeros) + column;
+  int64_t group_end = (a.k_begin / a.group + 1) * a.group;
+  const float* x_scale = a.x_scale;
+  typename S::F y[H][2];
+  for (int h = 0; h < H; ++h)
+    for (int i = 0; i < 2; ++i) y[h][i] = S::load(a.y + h * L + 16 * i);
+  for (int64_t k = a.k_begin; k < a.k_end;) {
+    const int64_t block_end = min_of((k / kActBlock + 1) * kActBlock, a.k_end);
+    constexpr int kSegments = kChunks ? int(kActBlock / kChunk) / kChunks : 1;
+    uint32_t apart = 0;
+    for (int s = 0; s < kSegments; ++s) apart |= kChunks ? row.apart_rows[s] : 0;
+    if (kChunks && block_end - k == kActBlock && !apart) {
+#pragma GCC unroll 4
+      for (int s = 0; s < kSegments; ++s) {
+        row.template segment<false>(s == 0, kChunks);
+        if (kSegments > 1) row.next_group();
+      }
+      k = block_end;
+      if (kSegments == 1 && k == group_end) {
+        row.next_group();
+        group_end += a.group;
+      }
+    } else {
+      for (bool first = true; k < block_end; first = false) {
+        const int64_t end = min_of(group_end, block_end);
+        row.template segment<true>(first, (end - k) / kChunk);
+        k = end;
+        if (k == group_end) {
+          row.next_group();
+          group_end += a.group;
+        }
+      }
+    }
+    if (kSegments > 1) group_end = (k / a.group + 1) * a.group;
+    const typename S::F s = S::set1(*x_scale++);
+    for (int h = 0; h < H; ++h)
+      for (int i = 0; i < 2; ++i) y[h][i] = S::fma(row.block[h][i], s, y[h][i]);
+  }
+  for (int h = 0; h < H; ++h)
+    for (int i = 0; i < 2; ++i) S::store(a.y + h * L + 16 * i, y[h][i]);
+}
+
+template <Codes kCodes, Zeros kForm, Float kScale>
+void row_i8(const TileArgs& a) {
+  if (a.k_begin % kActBlock == 0 && a.group == 32) return row_i8<kCodes, kForm, kScale, 1>(a);
+  if (a.k_begin % kActBlock == 0 && a.group == 64) return row_i8<kCodes, kForm, kScale, 2>(a);
+  if (a.k_begin % kActBlock == 0 && a.group % kActBlock == 0) return row_i8<kCodes, kForm, kScale, 4>(a);
+  row_i8<kCodes, kForm, kScale, 0>(a);
+}
+
+template <Codes kCodes, Zeros kForm>
+void row_i8(const TileArgs& a) {
+  a.scale_type == Float::f16 ? row_i8<kCodes, kForm, Float::f16>(a) : row_i8<kCodes, kForm, Float::bf16>(a);
+}
+
+template <Codes kCodes>
+void row_i8(const TileArgs& a) {
+  if (a.form == Zeros::symmetric) return row_i8<kCodes, Zeros::symmetric>(a);
+  if (kCodes == Codes::u8) __builtin_unreachable();  // 8-bit codes are symmetric
+  a.form == Zeros::integer ? row_i8<kCodes, Zeros::integer>(a) : row_i8<kCodes, Zeros::minimum>(a);
+}
+
+}  // namespace
+}  // namespace cpullm
