@@ -19,9 +19,18 @@ LAYERS = [
     ["packing", "config", "launch", "numa", "ops", "reference", "quant", "formats"],  # and _C, which ops loads
     [
         *("linear", "layer", "layer_spec", "layer_reference", "layer_execute", "layer_parts"),
-        *("layer_probe", "layer_program", "layer_graph", "layer_stack", "layer_decoder", "layer_group", "layer_watch"),
+        *(
+            "layer_probe",
+            "layer_program",
+            "layer_cut",
+            "layer_graph",
+            "layer_stack",
+            "layer_decoder",
+            "layer_group",
+            "layer_watch",
+        ),
         *("layer_match", "attention", "kv_cache", "experts", "coverage"),
-        *("plan", "checkpoint", "saving", "collective"),
+        *("plan", "checkpoint", "saving", "collective", "following"),
         *("quality", "calibration", "folding", "calibrated", "layerwise", "sensitivity", "tune_report"),
     ],
     ["swap", "backend", "cqil", "distributed"],  # transforms: model -> model
