@@ -422,6 +422,9 @@ OTHER: dict[str, Callable[[Sequence[Row]], str]] = {
     "cqil_quality": plain_table,
     "cqil_speed": plain_table,
     "support": support,
+    "ranks": plain_table,
+    "sums": plain_table,
+    "sockets": plain_table,
 }
 """Name -> the function that makes it from the rows in NAME*.jsonl."""
 
