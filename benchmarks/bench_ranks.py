@@ -21,6 +21,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import resource
 import statistics
 import tempfile
 import time
@@ -103,6 +104,7 @@ def rank(index: int, way: str, count: int, cores: list[int], folder: str, args: 
         others = None if foreign.cores is None else max(0.0, foreign.busy_s - float(own_s)) / foreign.wall_s
         found = {"pp": statistics.median(pp for pp, _ in speeds), "tg": statistics.median(tg for _, tg in speeds)}
         found |= {"sums": traffic[0], "sent": traffic[1], "foreign": others, "transport": net[1]}
+        found |= {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
         found |= {"predicted": predicted, "gbps": max(constants.gbps.values()), "net": net[0]}
         Path(folder, "found.json").write_text(json.dumps(found), encoding="ascii")
     if count > 1:
@@ -182,6 +184,7 @@ def compare(count: int, cores: list[int], args: argparse.Namespace) -> None:
             "transport": own[0]["transport"],
             "all-reduce, µs": round(1e6 * statistics.median(each["net"] for each in own), 1) if ranks > 1 else None,
             "GB/s per rank": round(statistics.median(each["gbps"] for each in own), 1),
+            "peak MiB": round(max(each["peak"] for each in own)),
             "foreign_cpu": round(statistics.median(foreign), 2) if foreign else None,
         }
         write(row, args.json)

@@ -1,9 +1,9 @@
 """One model on several ranks of torch.distributed: members of CQIL groups on a rank each, or every layer cut.
 
-    torchrun --nproc-per-node 2 tutorials/ranks.py ./model
+    cpullm run --nproc 2 tutorials/ranks.py ./model
 
-Every rank runs the same program on the same inputs: ``generate()`` gives every rank the same tokens. Sums go
-through gloo, or on one host through shared memory.
+Every rank runs the same program on the same inputs, and gets the same tokens; or after :func:`follow` rank 0 runs it
+alone. Sums go through gloo, or on one host through shared memory.
 """
 
 from __future__ import annotations
