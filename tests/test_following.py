@@ -55,7 +55,7 @@ def led(rank, transport):
     cache = model(IDS, use_cache=True).past_key_values
     calls = {
         "copy": lambda: model(IDS[:, :1], past_key_values=copy.deepcopy(cache)),
-        "mask": lambda: model(IDS, attention_mask={"full_attention": None}),
+        "mask": lambda: model(IDS, past_key_values=cache, attention_mask={"full_attention": None}),
         "token": lambda: model(torch.tensor([[10**6]])),
         "again": lambda: distributed.follow(model),
     }

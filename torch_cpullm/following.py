@@ -127,7 +127,9 @@ class Leader:
             raise RuntimeError("the other ranks have left this model, which has only a share of its weights here")
         message: dict[str, Any] = {"call": {}, "tensors": [], "gone": [], "caches": {}}
         tensors: list[Tensor] = []
-        for name, value in (dict(zip(self._names, args, strict=False)) | kwargs).items():
+        named = dict(zip(self._names, args, strict=False)) | kwargs
+        # Caches last: what has been noted of one must be sent, and another argument may be refused.
+        for name, value in sorted(named.items(), key=lambda item: isinstance(item[1], CpuLlmCache)):
             message["call"][name] = self._encoded(name, value, message, tensors)
         while self._gone:
             message["gone"].append(self._gone.pop())
