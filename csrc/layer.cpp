@@ -1,21 +1,9 @@
 #include "layer.h"
 
-#include <cstring>
-
 #include "layer_input.h"
 
 namespace cpullm {
 namespace {
-
-bool same(const float* a, const float* b, int64_t count) {
-  return a == b || (a && b && !std::memcmp(a, b, size_t(count) * sizeof(float)));
-}
-
-bool same(const LayerNorm& a, const LayerNorm& b, int64_t width) {
-  if (!a.present || !b.present) return a.present == b.present;
-  return a.norm.eps == b.norm.eps && a.norm.layer == b.norm.layer && same(a.norm.gain, b.norm.gain, width) &&
-         same(a.norm.bias, b.norm.bias, width);
-}
 
 // One layer of the group: what it is, and the memory that its steps share. All but `private_*` is the team's.
 struct Part {
@@ -279,7 +267,7 @@ struct LayerRun {
     return {{0, rows}, {part.begin * kPanel, std::min(part.end * kPanel, hidden)}};
   }
 
-  // x [rows, hidden] <- its sum over ranks; every thread has its own columns of it, before and after.
+  // x [rows, hidden] <- its sum over ranks; every thread has its own columns, before and after.
   void sum_ranks(float* x, int64_t rows) {
     if (!ranks) return;
     const Range own = own_columns(rows).columns;

@@ -168,9 +168,9 @@ def test_who_may_use_transformers():
         assert not any(top for _, top in uses) or name in LOAD_TRANSFORMERS, name
 
 
-def test_only_two_modules_use_torch_distributed():
+def test_who_may_use_torch_distributed():
     for name in MODULES:
-        if name not in ("distributed", "collective"):
+        if name not in ("distributed", "collective", "following", "run"):  # run: the launcher of cpullm run --nproc
             assert not [item for item, _ in imports(name) if item.startswith("torch.distributed")], name
 
 

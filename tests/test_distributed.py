@@ -199,7 +199,7 @@ def test_a_rank_that_is_lost_ends_the_others(what, transport, tmp_path):
     found = run(interrupted, tmp_path / "ranks", what, transport, tmp_path)
     assert not list(Path("/dev/shm").glob("cpullm_*")), "the memory has no name by then"
     lost_at = float((tmp_path / "at").read_text())
-    assert "RuntimeError: rank 0 of 2: another rank has ended, or has not answered for 2 s" in found[0]["error"]
+    assert "LostRankError: rank 0 of 2: another rank has ended, or has not answered for 2 s" in found[0]["error"]
     assert found[0]["at"] - lost_at < 10
     if what == "kill":
         assert found[1] == {"died": -signal.SIGKILL}

@@ -305,6 +305,9 @@ def test_ranks_get_a_node_each_or_an_even_part_of_the_cores(machine):
     assert of_ranks(root, 2, node=1) == [([4, 5], "2", 1), ([6, 7], "2", 1)]
     assert of_ranks(root, 2, cores="0-5") == [([0, 1, 2, 3], "4", 0), ([4, 5], "2", 1)]
     assert of_ranks(root, 3, cores="0-3", threads=1) == [([0], "1", 0), ([1], "1", 0), ([2, 3], "1", 0)]
+
+
+def test_ranks_of_a_machine_without_nodes(machine):
     assert of_ranks(machine(nodes={}), 2, cpus=range(4)) == [([0, 1], "2", None), ([2, 3], "2", None)]
 
 
