@@ -185,9 +185,10 @@ def timed(model: Any, ids: Tensor, tokens: int) -> tuple[float, float]:
         start = time.perf_counter()
         out = model(ids, use_cache=True, logits_to_keep=1)
         prompt_s, steps = time.perf_counter() - start, []
-        for _ in range(tokens):
+        for i in range(tokens):
             start = time.perf_counter()
-            out = model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+            at = {"position_ids": torch.tensor([[ids.shape[1] + i]])}  # as generate() has it
+            out = model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True, **at)
             steps.append(time.perf_counter() - start)
     return ids.shape[1] / prompt_s, 1 / statistics.median(steps)
 

@@ -1,14 +1,18 @@
-"""Two ranks of one core each against one process with two threads: tokens/s, all-reduces and bytes per token.
+"""Ranks of some cores each against one process with all of them: tokens/s, all-reduces and bytes per token.
 
-    python -m benchmarks.bench_ranks --json benchmarks/results/ranks.jsonl
-    python -m benchmarks.bench_ranks --model smollm2-135m --ways "one process" CQIL     its 9 heads cannot be halved
-    python -m benchmarks.bench_ranks --sums                                             one all-reduce, by transport
+    python -m benchmarks.bench_ranks --json benchmarks/results/ranks_epyc.jsonl
+    python -m benchmarks.bench_ranks --splits 2x8 4x4 2x4 --model llama-2-7b
+    python -m benchmarks.bench_ranks --sums --splits 2x1 4x1                    one all-reduce, by transport
+    python -m benchmarks.bench_ranks --simulate --json benchmarks/results/sockets.jsonl     16 to 64 sockets
 
-Every round runs one process, tensor parallel and CQIL one after the other, all on the same two cores; a row has the
-median of the rounds, and the median of the ratios to the one process of the same round. CQIL groups are pairs in the
-middle of the model (latency.default_groups); the one process runs the model without groups. "predicted ms" is the
-latency model of this machine: of one core as a socket for the ranks, of two threads for the one process. Two cores of
-one socket share its memory: what two sockets would gain, this does not show.
+A split PxC is P ranks of C cores each. Every round runs one process, tensor parallel and CQIL one after the other, all
+on the same P x C cores; a row has the median of the rounds, and the median of the ratios to the one process of the same
+round. CQIL groups are of P layers in the middle of the model (latency.default_groups); the one process runs the model
+without groups. Named shapes have random codes, which cost no time to make.
+
+"predicted ms" is the latency model: its micro-benchmarks run in the same processes just before the model, on all ranks
+at once, since cores of one socket share its memory; the all-reduce is that of these ranks. What sockets of their own
+would gain, a split of one socket does not show.
 """
 
 from __future__ import annotations
@@ -17,10 +21,12 @@ import argparse
 import json
 import multiprocessing
 import os
+import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -36,69 +42,84 @@ from .bench_cqil import timed, write
 
 WIDTHS = (576, 2048, 4096, 8192)
 WAYS = ("one process", "tensor parallel", "CQIL")
+SOCKETS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def load(name: str, group_size: int) -> Any:
     """The packed model, symmetric INT4."""
+    settings = torch_cpullm.CpuLlmConfig(group_size=group_size, sym=True)
+    if name in shapes.SHAPES:
+        return shapes.packed_model(name, settings)
     model = shapes.float_model(name, torch.float32 if name == shapes.REAL else torch.bfloat16)
-    return torch_cpullm.optimize(model, torch_cpullm.CpuLlmConfig(group_size=group_size, sym=True))
+    return torch_cpullm.optimize(model, settings)
 
 
-def rank(index: int, way: str, cores: list[int], folder: str, args: argparse.Namespace) -> None:
-    """One rank of a run, or the one process; rank 0 leaves its numbers in ``folder``."""
-    alone = way == WAYS[0]
-    os.sched_setaffinity(0, set(cores) if alone else {cores[index]})
-    torch.set_num_threads(len(cores) if alone else 1)
+def meet(index: int, count: int, folder: str) -> None:
+    """Join the other ranks of a run."""
+    where = f"file://{folder}/meet"
+    dist.init_process_group("gloo", init_method=where, rank=index, world_size=count, timeout=timedelta(minutes=5))
+    dist.barrier()  # they come at their own pace
+
+
+def rank(index: int, way: str, count: int, cores: list[int], folder: str, args: argparse.Namespace) -> None:
+    """One of ``count`` ranks with an even share of the cores; rank 0 leaves its numbers in ``folder``."""
+    each = len(cores) // count
+    os.sched_setaffinity(0, cores[index * each : (index + 1) * each])
+    torch.set_num_threads(each)
     model = load(args.model, args.group)
     of = latency.footprint(model)
-    count = len(of.layers)
-    traffic = [0, 0]
-    if not alone:
-        where = f"file://{folder}/meet"
-        dist.init_process_group("gloo", init_method=where, rank=index, world_size=2, timeout=timedelta(minutes=5))
-        dist.barrier()  # the ranks load at their own pace
+    groups = latency.default_groups(len(of.layers), count)
+    net, work = (0.0, ""), latency.one_process(of)
+    if count > 1:
+        meet(index, count, folder)
         if way == "CQIL":
-            cqil.apply(model, cqil.Plan.of(model, latency.default_groups(count, 2)))
-            distributed.shard_groups(model, transport=args.transport)
+            cqil.apply(model, cqil.Plan.of(model, groups))
+            distributed.shard_groups(model, transport=args.transport, timeout_s=60)
+            work = latency.cqil_ranks(of, groups, count)
         else:
-            distributed.shard_tensors(model, transport=args.transport)
+            distributed.shard_tensors(model, transport=args.transport, timeout_s=60)
+            inside = distributed.transport(model) == "shared memory"
+            work = latency.tensor_parallel(of, count, inside=inside)
+        net = distributed.all_reduce_seconds(model, of.hidden), distributed.transport(model)
+        work = replace(work, ranks=2)  # the all-reduce that was measured is that of all ranks
+        dist.barrier()
+    constants = latency.measure(of, net)
+    predicted = latency.seconds(work, constants)
     ids = torch.randint(0, model.config.vocab_size, (1, args.pp), generator=torch.Generator().manual_seed(0))
+    if count > 1:
+        dist.barrier()
     timed(model, ids, 4)
-    speeds = []
+    speeds, traffic = [], [0, 0]
     foreign = machine.ForeignCpu()
     for _ in range(args.reps):
         with foreign:
             speeds.append(timed(model, ids, args.tg))
     own_s = torch.tensor([foreign.own_s])
-    if not alone:
-        dist.all_reduce(own_s)  # the other rank is no stranger
+    if count > 1:
+        dist.all_reduce(own_s)  # the other ranks are no strangers
         before = distributed.traffic(model)
         timed(model, ids[:, :1], 1)  # two passes of one token
         traffic = [(b - a) // 2 for a, b in zip(before, distributed.traffic(model), strict=True)]
-        args.transport = distributed.transport(model)
     if index == 0:
         others = None if foreign.cores is None else max(0.0, foreign.busy_s - float(own_s)) / foreign.wall_s
         found = {"pp": statistics.median(pp for pp, _ in speeds), "tg": statistics.median(tg for _, tg in speeds)}
-        found |= {"sums": traffic[0], "sent": traffic[1], "foreign": others, "transport": args.transport}
+        found |= {"sums": traffic[0], "sent": traffic[1], "foreign": others, "transport": net[1]}
+        found |= {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+        found |= {"predicted": predicted, "gbps": max(constants.gbps.values()), "net": net[0]}
         Path(folder, "found.json").write_text(json.dumps(found), encoding="ascii")
-    if not alone:
+    if count > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
-def run(way: str, cores: list[int], args: argparse.Namespace) -> dict[str, Any]:
-    """What rank 0 measured."""
-    return together(rank, 1 if way == WAYS[0] else 2, lambda i, folder: (i, way, cores, folder, args))
-
-
-def sums(index: int, cores: list[int], folder: str, rounds: int) -> None:
+def sums(index: int, count: int, cores: list[int], folder: str, rounds: int) -> None:
     """One rank of the comparison of transports, in turn; rank 0 leaves the median µs."""
     os.sched_setaffinity(0, {cores[index]})
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=index, world_size=2)
+    meet(index, count, folder)
     ways = {name: collective.Ranks(None, 60.0) for name in ("gloo", "shared memory")}
     for name, ranks in ways.items():
-        ranks.use(name, 1)
+        ranks.use(name, WIDTHS[-1])
     found = {}
     for width in WIDTHS:
         spent: dict[str, list[float]] = {name: [] for name in ways}
@@ -129,16 +150,61 @@ def together(target: Any, count: int, arguments: Any) -> dict[str, Any]:
         return dict(json.loads(Path(folder, "found.json").read_text(encoding="ascii")))
 
 
-def predictions(args: argparse.Namespace, cores: list[int]) -> dict[str, float]:
-    """Way -> ms per token."""
+def compare(count: int, cores: list[int], args: argparse.Namespace) -> None:
+    """The rows of one split."""
+
+    def run(way: str) -> dict[str, Any]:
+        ranks = 1 if way == WAYS[0] else count
+        return together(rank, ranks, lambda i, folder: (i, way, ranks, cores, folder, args))
+
+    rounds = [{way: run(way) for way in args.ways} for _ in range(args.rounds)]
+    for way in args.ways:
+        own = [each[way] for each in rounds]
+        ratios = [each[way]["tg"] / each[WAYS[0]]["tg"] for each in rounds if WAYS[0] in each]
+        tg = statistics.median(each["tg"] for each in own)
+        predicted = statistics.median(each["predicted"] for each in own)
+        foreign = [each["foreign"] for each in own if each["foreign"] is not None]
+        ranks = 1 if way == WAYS[0] else count
+        row = {
+            "bench": "ranks",
+            "model": args.model,
+            "way": way,
+            "ranks": ranks,
+            "cores per rank": len(cores) // ranks,
+            "group": args.group,
+            "test": f"pp{args.pp}, tg{args.tg}",
+            "pp tok/s": round(statistics.median(each["pp"] for each in own), 1),
+            "tg tok/s": round(tg, 2),
+            "tg, times": round(statistics.median(ratios), 3) if ratios else None,
+            "ms/token": round(1e3 / tg, 2),
+            "predicted ms": round(1e3 * predicted, 2),
+            "predicted / measured": round(predicted * tg, 2),
+            "all-reduces": own[0]["sums"],
+            "KiB sent": round(own[0]["sent"] / 1024, 1),
+            "transport": own[0]["transport"],
+            "all-reduce, µs": round(1e6 * statistics.median(each["net"] for each in own), 1) if ranks > 1 else None,
+            "GB/s per rank": round(statistics.median(each["gbps"] for each in own), 1),
+            "peak MiB": round(max(each["peak"] for each in own)),
+            "foreign_cpu": round(statistics.median(foreign), 2) if foreign else None,
+        }
+        write(row, args.json)
+
+
+def simulate(args: argparse.Namespace) -> None:
+    """Rows of what many sockets like this one would take: predictions, of nothing that was run."""
     of = latency.footprint(load(args.model, args.group))
-    net = collective.all_reduce_seconds(of.hidden)
-    torch.set_num_threads(len(cores))
-    alone = latency.seconds(latency.one_process(of), latency.measure(of, net))
-    torch.set_num_threads(1)
-    row = latency.predict(of, latency.measure(of, net), [2])[0]
-    found = {WAYS[0]: alone, **{way: row[way] for way in WAYS[1:]}}
-    return {way: round(1e3 * float(value), 2) for way, value in found.items() if value is not None}
+    constants = latency.measure(of, collective.all_reduce_seconds(of.hidden))
+    for row in latency.predict(of, constants, SOCKETS):
+        ms = {f"{way}, ms": None if row[way] is None else round(1e3 * float(row[way] or 0), 2) for way in list(row)[1:]}
+        write({"bench": "sockets", "model": args.model, "sockets": row["sockets"], **ms}, args.json)
+
+
+def split(text: str) -> tuple[int, int]:
+    """``2x8`` -> (ranks, cores of each)."""
+    ranks, _, cores = text.partition("x")
+    if not (ranks.isdecimal() and cores.isdecimal() and int(ranks) > 1 and int(cores) > 0):
+        raise argparse.ArgumentTypeError(f"a split is ranks x cores of each, as 2x8, got {text!r}")
+    return int(ranks), int(cores)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -146,6 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--model", default="tinyllama-1.1b", help=f"{', '.join(shapes.SHAPES)}, {shapes.REAL} or a path"
     )
+    parser.add_argument("--splits", nargs="+", type=split, default=[(2, 1)], metavar="PxC", help="default: 2x1")
     parser.add_argument("--pp", type=int, default=128, help="prompt tokens")
     parser.add_argument("--tg", type=int, default=64, help="decoded tokens")
     parser.add_argument("--rounds", type=int, default=5)
@@ -153,49 +220,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--group", type=int, default=32, help="weights that share a scale")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--transport", choices=collective.TRANSPORTS, default="auto")
-    parser.add_argument("--sums", action="store_true", help="only compare the transports of sums")
-    parser.add_argument("--cores", type=int, nargs=2, metavar="CPU", help="default: the first two that are usable")
+    parser.add_argument("--sums", action="store_true", help="only compare the transports of sums, ranks of one core")
+    parser.add_argument("--simulate", action="store_true", help="only predict: 1 to 64 sockets like this machine")
     parser.add_argument("--json", type=Path, help="append rows to this file")
     args = parser.parse_args(argv)
-    cores = args.cores or sorted(os.sched_getaffinity(0))[:2]
-    if len(cores) < 2:
-        raise SystemExit("two cores are needed, one for each rank")
-    if args.sums:
-        for width, found in together(sums, 2, lambda i, folder: (i, cores, folder, 2000)).items():
-            write(
-                {"bench": "sums", "ranks": 2, "floats": int(width), **{f"{k}, µs": v for k, v in found.items()}},
-                args.json,
-            )
+    if args.simulate:
+        simulate(args)
         return
-    predicted = predictions(args, cores)
-    rounds = [{way: run(way, cores, args) for way in args.ways} for _ in range(args.rounds)]
-    for way in args.ways:
-        own = [each[way] for each in rounds]
-        base = [each.get(WAYS[0]) for each in rounds]
-        ratios = [mine["tg"] / its["tg"] for mine, its in zip(own, base, strict=True) if its]
-        tg = statistics.median(each["tg"] for each in own)
-        foreign = [each["foreign"] for each in own if each["foreign"] is not None]
-        write(
-            {
-                "bench": "ranks",
-                "model": args.model,
-                "way": way,
-                "ranks": 1 if way == WAYS[0] else 2,
-                "threads per rank": 2 if way == WAYS[0] else 1,
-                "group": args.group,
-                "test": f"pp{args.pp}, tg{args.tg}",
-                "pp tok/s": round(statistics.median(each["pp"] for each in own), 1),
-                "tg tok/s": round(tg, 2),
-                "tg, times": round(statistics.median(ratios), 3) if ratios else None,
-                "ms/token": round(1e3 / tg, 2),
-                "predicted ms": predicted.get(way),
-                "all-reduces per token": own[0]["sums"],
-                "bytes per token": own[0]["sent"],
-                "transport": "" if way == WAYS[0] else own[0]["transport"],
-                "foreign_cpu": round(statistics.median(foreign), 2) if foreign else None,
-            },
-            args.json,
-        )
+    usable = sorted(os.sched_getaffinity(0))
+    for ranks, cores in args.splits:
+        needed = ranks * (1 if args.sums else cores)
+        if len(usable) < needed:
+            raise SystemExit(f"{ranks}x{cores} needs {needed} cores, {len(usable)} are usable")
+        if not args.sums:
+            compare(ranks, usable[:needed], args)
+            continue
+        found = together(sums, ranks, lambda i, folder, ranks=ranks: (i, ranks, usable, folder, 2000))
+        for width, us in found.items():
+            row = {"bench": "sums", "ranks": ranks, "floats": int(width), **{f"{k}, µs": v for k, v in us.items()}}
+            write(row, args.json)
 
 
 if __name__ == "__main__":

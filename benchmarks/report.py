@@ -417,11 +417,8 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
 OTHER: dict[str, Callable[[Sequence[Row]], str]] = {
     "models": models,
     "experts": experts,
-    "quality": plain_table,
-    "calibration": plain_table,
-    "cqil_quality": plain_table,
-    "cqil_speed": plain_table,
     "support": support,
+    **dict.fromkeys(("quality", "calibration", "cqil_quality", "cqil_speed", "ranks", "sums", "sockets"), plain_table),
 }
 """Name -> the function that makes it from the rows in NAME*.jsonl."""
 

@@ -104,6 +104,44 @@ def random_model(name: str, dtype: Any) -> Any:
     return model.eval()
 
 
+def packed_model(name: str, settings: Any) -> Any:
+    """The named shape with random codes, as ``torch_cpullm.optimize(model, settings)`` would leave it; quickly made."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    from torch_cpullm import swap
+    from torch_cpullm.packing import PackedWeight, resolve_group
+    from torch_cpullm.plan import find_targets
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # memory that nobody touches: no float weight is ever written
+    try:
+        config = AutoConfig.for_model(**SHAPES[name], tie_word_embeddings=False, dtype="bfloat16")
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    finally:
+        torch.set_default_dtype(before)
+    targets, skipped = find_targets(model, settings)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for target in targets:
+            (stored,) = target.parameters.values()
+            n, k = target.shape(stored)
+            recipe = target.recipe
+            group = resolve_group(recipe.group_size, k)
+            codes = torch.empty(n // 32, k // 4, 64 if recipe.bits == 4 else 128, dtype=torch.uint8)
+            codes.random_(generator=generator)
+            scales = torch.full((n // 32, -(-k // group), 32), 0.03 / (1 << recipe.bits - 1), dtype=torch.float16)
+            zeros = None if recipe.sym or recipe.bits == 8 else torch.full(scales.shape, 8, dtype=torch.uint8)
+            weight = PackedWeight(codes, scales, zeros, n, k, recipe.bits, recipe.group_size)
+            swap.put_in_place(model, target, target.replacement([weight], torch.bfloat16, settings.compute))
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+    swap.finish(model, settings, skipped, swap.freeze(model))
+    return model
+
+
 def _has_sdpa(name: str) -> bool:
     return SHAPES[name]["model_type"] != "gptj"
 

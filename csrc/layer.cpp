@@ -1,21 +1,9 @@
 #include "layer.h"
 
-#include <cstring>
-
 #include "layer_input.h"
 
 namespace cpullm {
 namespace {
-
-bool same(const float* a, const float* b, int64_t count) {
-  return a == b || (a && b && !std::memcmp(a, b, size_t(count) * sizeof(float)));
-}
-
-bool same(const LayerNorm& a, const LayerNorm& b, int64_t width) {
-  if (!a.present || !b.present) return a.present == b.present;
-  return a.norm.eps == b.norm.eps && a.norm.layer == b.norm.layer && same(a.norm.gain, b.norm.gain, width) &&
-         same(a.norm.bias, b.norm.bias, width);
-}
 
 // One layer of the group: what it is, and the memory that its steps share. All but `private_*` is the team's.
 struct Part {
@@ -37,10 +25,12 @@ struct LayerRun {
   bool parallel, lp;
   Compute compute;
   const LayerCall& c;  // what all members share
+  RankSum* ranks;
   float* residual = nullptr;  // x + sum a
 
-  LayerRun(const LayerGroup& group, const Kernels& kernels, Member who, int64_t threads, Barrier& barrier, Arena& arena)
-      : g(group), team{kernels, who, barrier}, c(group.layers[0].call) {
+  LayerRun(const LayerGroup& group, const Kernels& kernels, Member who, int64_t threads, Barrier& barrier, Arena& arena,
+           RankSum* sums)
+      : g(group), team{kernels, who, barrier}, c(group.layers[0].call), ranks(sums) {
     const LayerProgram& first = *g.layers[0].program;
     m = c.batch * c.tokens;
     hidden = first.hidden;
@@ -277,6 +267,13 @@ struct LayerRun {
     return {{0, rows}, {part.begin * kPanel, std::min(part.end * kPanel, hidden)}};
   }
 
+  // x [rows, hidden] <- its sum over ranks; every thread has its own columns, before and after.
+  void sum_ranks(float* x, int64_t rows) {
+    if (!ranks) return;
+    const Range own = own_columns(rows).columns;
+    team.barriers += ranks->sum(x, rows, hidden, own.begin, own.end, team.member, team.barrier);
+  }
+
   // The area for adding what each part left in `out`, after a norm in place of those that have one.
   Area finish(LayerNorm LayerProgram::* norm, float* Part::* out, int64_t rows) {
     bool present = false;
@@ -364,7 +361,8 @@ struct LayerRun {
 
   // Rows [row0, row0 + rows) of what the MLP of a part reads.
   Rows source_rows(const Part& part, int64_t row0, int64_t rows) const {
-    if (!parallel) return {part.source + row0 * hidden, rows, hidden, hidden, Float::f32, nullptr};
+    if (!parallel && c.stage == Stage::whole)
+      return {part.source + row0 * hidden, rows, hidden, hidden, Float::f32, nullptr};
     return {element_of(c.x, row0 * c.x_stride, c.type), rows, hidden, c.x_stride, c.type, nullptr};
   }
 
@@ -376,7 +374,7 @@ struct LayerRun {
       const LayerProgram& first = *parts[0].p;
       const LayerNorm& norm = parallel && !p.mlp_norm.present ? p.input_norm : p.mlp_norm;
       const LayerNorm& other = parallel && !first.mlp_norm.present ? first.input_norm : first.mlp_norm;
-      if (parallel && !p.mlp_norm.present && rows == m) {
+      if (parallel && !p.mlp_norm.present && rows == m && c.stage == Stage::whole) {
         part.in = part.h;
       } else if (&part != parts && (parallel || lp) && p.up[0].w.group == first.up[0].w.group &&
                  same(norm, other, hidden)) {
@@ -396,7 +394,17 @@ struct LayerRun {
     }
     if (wait) team.sync();
     const Range columns = team.mine(panels_of(hidden));
+    if (c.stage == Stage::mlp) {
+      team.product(parts[0].p->down, parts[0].in, static_cast<float*>(c.y) + row0 * hidden, hidden, columns);
+      return;
+    }
     for (Part& part : *this) team.product(part.p->down, part.in, part.mlp_out, hidden, columns);
+    const bool added = parallel && ranks;  // a and m of a parallel layer are one sum over ranks
+    if (added) {
+      float* const own = parts[0].mlp_out;
+      add(own_columns(rows), 1.0f, own, Float::f32, hidden, parts[0].o_out + row0 * hidden, nullptr, own, Float::f32);
+    }
+    sum_ranks(parts[0].mlp_out, rows);
     const Area area = finish(&LayerProgram::post_mlp_norm, &Part::mlp_out, rows);
     // In the order of the members. Sums between them stay fp32: in the residual, or where the first MLP's output was.
     const void* from = parallel ? element_of(c.x, row0 * c.x_stride, c.type) : residual + row0 * hidden;
@@ -407,8 +415,9 @@ struct LayerRun {
       float* const between = parallel ? parts[0].mlp_out : residual + row0 * hidden;
       void* const to = last ? const_cast<void*>(element_of(c.y, row0 * hidden, c.type)) : between;
       const float* const own = part.mlp_out;
-      const float* const first = parallel ? part.o_out + row0 * hidden : own;
-      add(area, part.p->residual_scale, from, type, stride, first, parallel ? own : nullptr, to,
+      const bool both = parallel && !added;
+      const float* const first = both ? part.o_out + row0 * hidden : own;
+      add(area, part.p->residual_scale, from, type, stride, first, both ? own : nullptr, to,
           last ? c.type : Float::f32);
       from = to;
       type = Float::f32;
@@ -416,7 +425,8 @@ struct LayerRun {
     }
   }
 
-  void run() {
+  // a Wo of each part, in its o_out or, where that is all, in y.
+  void attention() {
     const Rows x{c.x, m, hidden, c.x_stride, c.type, nullptr};
     bool wait = false;
     for (Part& part : *this) {
@@ -440,9 +450,22 @@ struct LayerRun {
     }
     if (wait) team.sync();
     const Range columns = team.mine(panels_of(hidden));
-    for (Part& part : *this) team.product(part.p->o, part.in, part.o_out, hidden, columns);
-    if (!parallel) add_attention();
-    team.sync();  // the residual is whole, and nobody reads input b any more
+    for (Part& part : *this) {
+      float* const to = c.stage == Stage::attention ? static_cast<float*>(c.y) : part.o_out;
+      team.product(part.p->o, part.in, to, hidden, columns);
+    }
+  }
+
+  void run() {
+    if (c.stage != Stage::mlp) attention();
+    if (c.stage == Stage::attention) return;
+    if (c.stage == Stage::whole) {
+      if (!parallel) {
+        sum_ranks(parts[0].o_out, m);
+        add_attention();
+      }
+      team.sync();  // the residual is whole, and nobody reads input b any more
+    }
     for (int64_t row0 = 0; row0 < m; row0 += kMlpRows) {
       if (row0) team.sync();  // the rows before are done with the shared buffers
       mlp(row0, std::min(kMlpRows, m - row0));
@@ -455,14 +478,14 @@ struct LayerRun {
 int64_t layer_workspace(const LayerGroup& group, const Kernels& kernels, int64_t threads) {
   Barrier barrier;
   Arena arena{nullptr};
-  LayerRun(group, kernels, {0, threads}, threads, barrier, arena);
+  LayerRun(group, kernels, {0, threads}, threads, barrier, arena, nullptr);
   return arena.used;
 }
 
 int64_t run_layers(const LayerGroup& group, const Kernels& kernels, Member member, int64_t threads, Barrier& barrier,
-                   char* workspace) {
+                   char* workspace, RankSum* ranks) {
   Arena arena{workspace};
-  LayerRun run(group, kernels, member, threads, barrier, arena);
+  LayerRun run(group, kernels, member, threads, barrier, arena, ranks);
   run.run();
   return run.team.barriers;
 }

@@ -5,11 +5,14 @@
 // x -> h = norm(x); q, k, v = h Wq, h Wk, h Wv; norm and rope of q and k; k, v to the cache; a = attention Wo;
 // sequential: r = x + norm(a), y = r + norm(MLP(norm(r)));  parallel: y = x + a + MLP(norm(x) or h).
 // A group: y = x + sum a_l + sum MLP_l(norm(f_l)), f_l = x + a_l + the a_j of `bypass` members before l, or of all.
+// A layer that is cut among ranks has a share of the heads and of the MLP: a Wo and the MLP are sums over ranks. They go
+// through memory that the ranks share, or the layer is run in two parts, with the caller's sum after each.
 // b batch, s tokens of this call, m = b s rows.
 #pragma once
 
 #include "input.h"
 #include "kernels/block.h"
+#include "ranks.h"
 #include "team.h"
 
 namespace cpullm {
@@ -42,6 +45,10 @@ struct LayerProgram {
   float scale, softcap, residual_scale;
 };
 
+// What a run computes: y = the layer; y = a Wo; y = MLP(norm(x)), or of a parallel layer without a norm for its MLP,
+// MLP(h). y of a part is fp32.
+enum class Stage { whole, attention, mlp };
+
 // The arguments of one run. Caches are [b, g, capacity, d] and hold `length` tokens already; k_cache null: none.
 struct LayerCall {
   const void* x;
@@ -60,6 +67,7 @@ struct LayerCall {
   CacheType cache_type;
   int64_t k_stride[3], v_stride[3], k_scale_stride[2], v_scale_stride[2];
   int64_t length;
+  Stage stage;
 };
 
 // A layer and its part of a run.
@@ -81,9 +89,10 @@ struct LayerGroup {
 // Bytes of 64-byte aligned memory that a run by at most `threads` threads needs.
 int64_t layer_workspace(const LayerGroup& group, const Kernels& kernels, int64_t threads);
 
-// One thread's part; all threads of the team call it with the same arguments but their own `member`. Returns how many
-// barriers it passed, which for a group are no more than for its layers each.
+// One thread's part; all threads of the team call it with the same arguments but their own `member` and `ranks`. Returns
+// how many barriers it passed, which for a group are no more than for its layers each. ranks: null where the layer is
+// whole; otherwise the group is of one layer, and has a barrier more per sum.
 int64_t run_layers(const LayerGroup& group, const Kernels& kernels, Member member, int64_t threads, Barrier& barrier,
-                   char* workspace);
+                   char* workspace, RankSum* ranks);
 
 }  // namespace cpullm

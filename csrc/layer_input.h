@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
 #include "input.h"
 #include "layer.h"
@@ -12,6 +13,17 @@ namespace {
 constexpr int64_t kMlpRows = 1024;  // rows of an MLP at a time: bounds its memory
 constexpr int64_t kPrivateInputs =
     12 * 1024;  // up to here every thread quantises all rows itself: cheaper than a barrier
+
+// Whether two norms (vectors) compute the same.
+inline bool same(const float* a, const float* b, int64_t count) {
+  return a == b || (a && b && !std::memcmp(a, b, size_t(count) * sizeof(float)));
+}
+
+inline bool same(const LayerNorm& a, const LayerNorm& b, int64_t width) {
+  if (!a.present || !b.present) return a.present == b.present;
+  return a.norm.eps == b.norm.eps && a.norm.layer == b.norm.layer && same(a.norm.gain, b.norm.gain, width) &&
+         same(a.norm.bias, b.norm.bias, width);
+}
 
 // One thread's place in the team, and its scratch memory.
 struct Team {

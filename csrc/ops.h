@@ -86,6 +86,11 @@ Weight check_weight(const char* op, const Tensor& codes, const Tensor& scales, c
 // The activation of this name; anything else is an error that names `op`.
 Act act_of(const char* op, const std::string& name);
 
+// The memory that ranks share for sums of rows of `width` floats; anything else is an error that names `op`.
+struct RankMemory;
+RankMemory check_ranks(const char* op, const Tensor& shared, int64_t rank, int64_t ranks, int64_t width,
+                       double timeout_s, std::atomic<bool>& lost);
+
 // Whether a parallel region may begin. Not in a child that was forked after its parent had used one: the threads are gone
 // there, and OpenMP would wait for them for ever. The first refusal is said on stderr.
 bool may_use_threads();

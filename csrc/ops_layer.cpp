@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <unordered_map>
 #include <vector>
 
@@ -258,18 +259,24 @@ std::shared_ptr<const Program> find_program(int64_t handle) {
   return it->second;
 }
 
-// The arguments of one layer, but for where it reads and writes.
-LayerCall check_call(const LayerProgram& p, const Tensor& x, const OptionalTensor& cos, const OptionalTensor& sin,
-                     const OptionalTensor& mask, const OptionalTensor& k_cache, const OptionalTensor& v_cache,
-                     const OptionalTensor& k_scale, const OptionalTensor& v_scale, int64_t length) {
+// The arguments of what needs x alone.
+LayerCall check_input(const LayerProgram& p, const Tensor& x) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 3 && x.size(2) == p.hidden, kForward, ": x must be a CPU tensor [b, s, ",
                   p.hidden, "], got ", shape_of(x));
-  STD_TORCH_CHECK(length >= 0 && length < kMostSize, kForward, ": length must not be negative, got ", length);
   LayerCall c{};
   c.type = float_type(x, kForward, "x");
   c.batch = x.size(0);
   c.tokens = x.size(1);
   c.x_stride = p.hidden;
+  return c;
+}
+
+// The arguments of one layer, but for where it reads and writes.
+LayerCall check_call(const LayerProgram& p, const Tensor& x, const OptionalTensor& cos, const OptionalTensor& sin,
+                     const OptionalTensor& mask, const OptionalTensor& k_cache, const OptionalTensor& v_cache,
+                     const OptionalTensor& k_scale, const OptionalTensor& v_scale, int64_t length) {
+  STD_TORCH_CHECK(length >= 0 && length < kMostSize, kForward, ": length must not be negative, got ", length);
+  LayerCall c = check_input(p, x);
   c.length = length;
   if (p.rotary_dim) {
     c.cos = check_rope(cos, "cos", p, c);
@@ -316,11 +323,13 @@ struct Steps {
   }
 };
 
-// All groups in one parallel region, each from the output of the one before; x [b, s, hidden] -> y.
-Tensor run_steps(Steps& steps, const Tensor& x) {
+// All groups in one parallel region, each from the output of the one before; x [b, s, hidden] -> y, of x's type or of a
+// part of a layer fp32. ranks: null where the layers are whole.
+Tensor run_steps(Steps& steps, const Tensor& x, const RankMemory* ranks = nullptr) {
   const Tensor source = x.is_contiguous() ? x : torch::stable::contiguous(x);
   const int64_t sizes[] = {x.size(0), x.size(1), x.size(2)};
-  Tensor y = empty_cpu(sizes, 3, x.scalar_type());
+  const bool whole = steps.layers[0].call.stage == Stage::whole;
+  Tensor y = empty_cpu(sizes, 3, whole ? x.scalar_type() : ScalarType::Float);
   if (x.numel() == 0) return y;
   const Kernels& table = kernels();
   const int64_t threads = team_size();
@@ -339,11 +348,14 @@ Tensor run_steps(Steps& steps, const Tensor& x) {
   char* memory = workspace.get<char>(needed);
   Barrier barrier;
   std::atomic<int64_t> barriers{0};
+  const std::optional<RankSum> first = ranks ? std::optional<RankSum>(*ranks) : std::nullopt;
   const auto part = [&](const Member& member) {
     int64_t passed = 0;
+    std::optional<RankSum> sums = first;
     for (size_t i = 0; i < count; ++i) {
       if (i) barrier.wait(member.count);
-      passed += run_layers(steps.groups[i], table, member, threads, barrier, memory) + (i ? 1 : 0);
+      passed += run_layers(steps.groups[i], table, member, threads, barrier, memory, sums ? &*sums : nullptr);
+      passed += i ? 1 : 0;
     }
     if (member.id == 0) barriers = passed;
   };
@@ -363,6 +375,30 @@ Tensor layer_forward(int64_t handle, const Tensor& x, const OptionalTensor& cos,
   return run_steps(steps, x);
 }
 
+// One part of a layer.
+Tensor run_part(const std::shared_ptr<const Program>& program, const LayerCall& call, Stage stage, const Tensor& x) {
+  Steps steps;
+  steps.programs.push_back(program);
+  steps.layers.push_back({&program->layer, call});
+  steps.layers[0].call.stage = stage;
+  steps.group({1}, 0);
+  return run_steps(steps, x);
+}
+
+Tensor layer_attention(int64_t handle, const Tensor& x, const OptionalTensor& cos, const OptionalTensor& sin,
+                       const OptionalTensor& mask, const OptionalTensor& k_cache, const OptionalTensor& v_cache,
+                       const OptionalTensor& k_scale, const OptionalTensor& v_scale, int64_t length) {
+  const auto program = find_program(handle);
+  const LayerProgram& p = program->layer;
+  return run_part(program, check_call(p, x, cos, sin, mask, k_cache, v_cache, k_scale, v_scale, length),
+                  Stage::attention, x);
+}
+
+Tensor layer_mlp(int64_t handle, const Tensor& x) {
+  const auto program = find_program(handle);
+  return run_part(program, check_input(program->layer, x), Stage::mlp, x);
+}
+
 // Tensor `index` of a list, none for -1.
 OptionalTensor pick(const std::vector<Tensor>& list, int64_t index, const char* name) {
   STD_TORCH_CHECK(index >= -1 && index < int64_t(list.size()), "cpullm::layers_forward: ", name,
@@ -372,7 +408,8 @@ OptionalTensor pick(const std::vector<Tensor>& list, int64_t index, const char* 
 
 Tensor layers_forward(std::vector<int64_t> handles, const Tensor& x, std::vector<Tensor> tensors,
                       std::vector<int64_t> rotary, std::vector<int64_t> masks, std::vector<Tensor> caches,
-                      int64_t length, std::vector<int64_t> groups, int64_t bypass) {
+                      int64_t length, std::vector<int64_t> groups, int64_t bypass, const OptionalTensor& shared,
+                      int64_t rank, int64_t ranks, double timeout_s) {
   const size_t count = handles.size();
   STD_TORCH_CHECK(count > 0 && rotary.size() == 2 * count && masks.size() == count,
                   "cpullm::layers_forward: rotary must be 2 indices and masks 1 for each of the ", count, " programs");
@@ -390,7 +427,14 @@ Tensor layers_forward(std::vector<int64_t> handles, const Tensor& x, std::vector
                         pick(tensors, masks[i], "masks"), cache(0), cache(1), cache(2), cache(3), length)});
   }
   steps.group(groups, bypass);
-  return run_steps(steps, x);
+  if (!shared) return run_steps(steps, x);
+  STD_TORCH_CHECK(groups.size() == count, "cpullm::layers_forward: layers that are cut among ranks are in no groups");
+  std::atomic<bool> lost{false};
+  const int64_t hidden = steps.programs[0]->layer.hidden;
+  const RankMemory memory = check_ranks("cpullm::layers_forward", *shared, rank, ranks, hidden, timeout_s, lost);
+  Tensor y = run_steps(steps, x, &memory);
+  STD_TORCH_CHECK(!lost, "cpullm::layers_forward: no answer in shared memory");
+  return y;
 }
 
 // Barriers that the last run started by this thread passed.
@@ -409,19 +453,29 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cpullm, m) {
   m.def(
       "layer_forward(int program, Tensor x, Tensor? cos, Tensor? sin, Tensor? mask, Tensor(a!)? k_cache, "
       "Tensor(b!)? v_cache, Tensor(c!)? k_scale, Tensor(d!)? v_scale, int length) -> Tensor");
+  // The parts of a layer that is cut among ranks, this rank's summand of each, float32: of attention's output, and of the
+  // MLP's, which reads the layer's x and the sum of attention's outputs, or of a parallel layer x alone.
+  m.def(
+      "layer_attention(int program, Tensor x, Tensor? cos, Tensor? sin, Tensor? mask, Tensor(a!)? k_cache, "
+      "Tensor(b!)? v_cache, Tensor(c!)? k_scale, Tensor(d!)? v_scale, int length) -> Tensor");
+  m.def("layer_mlp(int program, Tensor x) -> Tensor");
   // Several layers in one parallel region. groups: sizes of runs of layers that read one input, each run from the output
   // of the one before; bypass: members of a group before one whose attention its MLP reads as well, -1: all. rotary: cos
   // and sin of every layer, masks: its mask, as indices into `tensors`, -1 for none. caches: none, or k and v of every
-  // layer, or k, v and their scales; all hold `length` tokens.
+  // layer, or k, v and their scales; all hold `length` tokens. shared, rank, ranks, timeout_s: of layers that are cut among
+  // the ranks of one host, as of shared_sum; an error where a rank did not come in time.
   m.def(
       "layers_forward(int[] programs, Tensor x, Tensor[] tensors, int[] rotary, int[] masks, Tensor(a!)[] caches, int "
-      "length, int[] groups, int bypass) -> Tensor");
+      "length, int[] groups, int bypass, Tensor(b!)? shared=None, int rank=0, int ranks=1, float timeout_s=0.) -> "
+      "Tensor");
   m.def("layer_barriers() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cpullm, CPU, m) {
   m.impl("layer_forward", TORCH_BOX(&cpullm::layer_forward));
   m.impl("layers_forward", TORCH_BOX(&cpullm::layers_forward));
+  m.impl("layer_attention", TORCH_BOX(&cpullm::layer_attention));
+  m.impl("layer_mlp", TORCH_BOX(&cpullm::layer_mlp));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cpullm, CompositeExplicitAutograd, m) {

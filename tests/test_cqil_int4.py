@@ -49,8 +49,8 @@ def counts(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(layer_program, "_group_forward", counting("groups", layer_program._group_forward))
-    monkeypatch.setattr(layer_stack, "_forward", counting("steps", layer_stack._forward))
+    monkeypatch.setattr(layer_program, "run_all", counting("groups", layer_program.run_all))
+    monkeypatch.setattr(layer_stack, "run_all", counting("steps", layer_stack.run_all))
     return found
 
 

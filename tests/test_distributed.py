@@ -199,7 +199,7 @@ def test_a_rank_that_is_lost_ends_the_others(what, transport, tmp_path):
     found = run(interrupted, tmp_path / "ranks", what, transport, tmp_path)
     assert not list(Path("/dev/shm").glob("cpullm_*")), "the memory has no name by then"
     lost_at = float((tmp_path / "at").read_text())
-    assert "RuntimeError: rank 0 of 2: another rank has ended, or has not answered for 2 s" in found[0]["error"]
+    assert "LostRankError: rank 0 of 2: another rank has ended, or has not answered for 2 s" in found[0]["error"]
     assert found[0]["at"] - lost_at < 10
     if what == "kill":
         assert found[1] == {"died": -signal.SIGKILL}
@@ -219,13 +219,13 @@ def test_an_all_reduce_is_timed():
 def test_sums_in_shared_memory():
     """Ranks as threads: the same bits on all, however far one runs ahead."""
     shared, count, rounds = torch.zeros(3 * (64 + 2 * 1024), dtype=torch.uint8), 3, 20
-    values = torch.randn(count, rounds, 100)
+    values = torch.randn(count, rounds, 5, 100)  # two rows at a time: three parts
     found = torch.zeros_like(values)
 
     def rank(index):
         for i in range(rounds):
             x = values[index, i].clone()
-            assert ops.shared_sum(x, shared, index, count, i + 1, 30.0)
+            assert ops.shared_sum(x, shared, index, count, 30.0)
             found[index, i] = x
 
     with ThreadPoolExecutor(count) as pool:
@@ -236,23 +236,23 @@ def test_sums_in_shared_memory():
 
 def test_a_sum_does_not_wait_for_ever():
     x, start = torch.ones(4), time.monotonic()
-    assert not ops.shared_sum(x, torch.zeros(4096, dtype=torch.uint8), 0, 2, 1, 0.1)
+    assert not ops.shared_sum(x, torch.zeros(4096, dtype=torch.uint8), 0, 2, 0.1)
     assert 0.1 <= time.monotonic() - start < 5
 
 
 def test_sums_refuse_what_does_not_fit():
     shared = torch.zeros(2 * (64 + 2 * 64), dtype=torch.uint8)
-    for x, memory, rank, ranks, round_, text in (
-        (torch.ones(4, dtype=torch.float64), shared, 0, 2, 1, "x must be a contiguous float32"),
-        (torch.ones(4, 4).T, shared, 0, 2, 1, "x must be a contiguous float32"),
-        (torch.ones(4), shared.int(), 0, 2, 1, "shared must be a contiguous uint8"),
-        (torch.ones(4), shared[1:], 0, 2, 1, "aligned to 64 bytes"),
-        (torch.ones(4), shared, 2, 2, 1, "rank must lie in"),
-        (torch.ones(4), shared, -1, 2, 1, "rank must lie in"),
-        (torch.ones(4), shared, 0, 65, 1, "rank must lie in"),
-        (torch.ones(4), shared, 0, 2, 0, "round must be positive"),
-        (torch.ones(17), shared, 0, 2, 1, "room for 64 bytes per rank, x has 68"),
-        (torch.ones(1), shared[:0], 0, 2, 1, "room for"),
+    for x, memory, rank, ranks, text in (
+        (torch.ones(4, dtype=torch.float64), shared, 0, 2, "x must be a contiguous float32"),
+        (torch.ones(4, 4).T, shared, 0, 2, "x must be a contiguous float32"),
+        (torch.tensor(1.0), shared, 0, 2, "at least one dimension"),
+        (torch.ones(4), shared.int(), 0, 2, "shared must be a contiguous uint8"),
+        (torch.ones(4), shared[1:], 0, 2, "aligned to 64 bytes"),
+        (torch.ones(4), shared, 2, 2, "rank must lie in"),
+        (torch.ones(4), shared, -1, 2, "rank must lie in"),
+        (torch.ones(4), shared, 0, 65, "rank must lie in"),
+        (torch.ones(17), shared, 0, 2, "room for 64 bytes per rank, a row has 68"),
+        (torch.ones(1), shared[:0], 0, 2, "room for"),
     ):
         with pytest.raises(RuntimeError, match=text):
-            ops.shared_sum(x, memory, rank, ranks, round_, 1.0)
+            ops.shared_sum(x, memory, rank, ranks, 1.0)

@@ -1,10 +1,13 @@
 """Tensor parallel over two and four ranks: logits, tokens, bytes and all-reduces, and layers that cannot be cut."""
 
+from collections import Counter
+
 import pytest
 import torch
 from families import LLAMA_LIKE, Family
 from layer_models import ALL
 from ranks import run
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_cpullm
 from torch_cpullm import cqil, distributed
@@ -16,6 +19,7 @@ FAMILIES = {
     "llama": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
     "qwen3": ("Qwen3Config", {"head_dim": 16}),  # norms of queries and keys per head
     "gemma2": ("Gemma2Config", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 5}),  # norms behind
+    "phi": ("PhiConfig", {"num_key_value_heads": 8}),  # attention and MLP read the same
     "opt": ("OPTConfig", {"ffn_dim": 300, "word_embed_proj_dim": 128, "num_key_value_heads": 8}),  # two linears
 }
 
@@ -26,23 +30,46 @@ def built(name, compute="int8", group_size=32, **options):
     return torch_cpullm.optimize(model, torch_cpullm.CpuLlmConfig(compute=compute, group_size=group_size))
 
 
-def share(rank, name, compute, kv_heads):
+class Operators(TorchDispatchMode):
+    """Counts calls of operators of layers by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "cpullm" and "layer" in func._opname:
+            self.calls[func._opname] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def share(rank, cases):
+    """What each case gives on the ranks and in one process."""
+    return [shared(*case) for case in cases]
+
+
+def shared(name, compute, transport, kv_heads):
     one, mine = (built(name, compute, num_key_value_heads=kv_heads) for _ in range(2))
-    distributed.shard_tensors(mine)
+    distributed.shard_tensors(mine, transport=transport)
     before = distributed.traffic(mine)
     want, got = one(IDS).logits, mine(IDS).logits
     after = distributed.traffic(mine)
-    exact = built(name, "fp32", num_key_value_heads=kv_heads)(IDS).logits
-    tokens = [m.generate(IDS, max_new_tokens=8, do_sample=False).tolist() for m in (mine, one)]
+    exact = one if compute == "fp32" else built(name, "fp32", num_key_value_heads=kv_heads)
+    padded = {"attention_mask": torch.tensor([[1] * 7, [0, 0] + [1] * 5]), "max_new_tokens": 8, "do_sample": False}
+    tokens = [m.generate(IDS, **padded).tolist() for m in (mine, one)]
+    chosen = [m.generate(IDS, max_new_tokens=8, do_sample=False).tolist() for m in (mine, one)]
     out = mine(IDS, use_cache=True)
+    with Operators() as operators:
+        mine(torch.tensor([[8], [9]]), past_key_values=out.past_key_values, position_ids=torch.full((2, 1), 7))
     return {
         "difference": float((got - want).abs().max() / want.abs().max()),
-        "errors": [float((logits - exact).norm() / exact.norm()) for logits in (got, want)],
+        "errors": [float((logits - exact(IDS).logits).norm()) for logits in (got, want)],
         "sums": [b - a for a, b in zip(before, after, strict=True)],
-        "tokens": tokens,
+        "tokens": [tokens, chosen],
         "bytes": [_bytes(mine), _bytes(one)],
         "kv heads": out.past_key_values.layers[0].keys.shape[1],
         "report": str(torch_cpullm.report(mine)),
+        "operators": operators.calls,
     }
 
 
@@ -50,26 +77,51 @@ def _bytes(model):
     return sum(row.bytes_after for row in torch_cpullm.report(model).rows if ".layers." in row.name and row.bits)
 
 
-CASES = [("llama", "fp32", 2), ("llama", "int8", 2), ("qwen3", "int8", 2), ("gemma2", "fp32", 2), ("opt", "fp32", 2)]
-CASES.append(("llama", "fp32", 4))  # two or three of the MLP's ten groups each
+MEMORY, GLOO = "shared memory", "gloo"
+# (family, compute, transport, heads of keys) by number of ranks; 32 rows of keys for each rank: fewer would be padded.
+CASES = {
+    2: [
+        ("llama", "fp32", GLOO, 4),
+        ("llama", "int8", MEMORY, 4),
+        ("qwen3", "int8", MEMORY, 4),
+        ("gemma2", "fp32", GLOO, 4),
+        ("gemma2", "fp32", MEMORY, 4),
+        ("opt", "fp32", MEMORY, 8),
+        ("phi", "fp32", GLOO, 8),
+        ("phi", "fp32", MEMORY, 8),
+    ],
+    4: [("llama", "fp32", MEMORY, 8), ("llama", "int8", GLOO, 8)],  # two or three of the MLP's ten groups each
+}
 
 
-@pytest.mark.parametrize(("name", "compute", "world"), CASES)
-def test_ranks_equal_one_process(name, compute, world, tmp_path):
-    kv_heads = 8 if name == "opt" or world == 4 else 4  # 32 rows for each rank: fewer would be padded
-    found = run(share, tmp_path, name, compute, kv_heads, world=world)
-    for each in found:
-        assert "error" not in each, each
-        if compute == "fp32":
-            assert each["difference"] < 1e-4
-        else:  # cut inputs fall into other blocks of 128, which are rounded to INT8 on scales of their own
-            assert each["errors"][0] < 1.5 * each["errors"][1]
-        assert each["sums"] == [4, 4 * IDS.numel() * 128 * 4], "two sums of float32 per layer"
-        assert each["tokens"][0] == found[0]["tokens"][0], "all ranks go on with the same tokens"
-        assert compute == "int8" or each["tokens"][0] == each["tokens"][1]
-        assert each["kv heads"] == kv_heads // world, "a share of the cache"
-        assert "2 of 2 as per-linear ops: it is cut among ranks" in each["report"]
-    assert sum(each["bytes"][0] for each in found) == found[0]["bytes"][1], "every weight is on one rank"
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_equal_one_process(world, tmp_path):
+    found = run(share, tmp_path, CASES[world], world=world)
+    assert not [each for each in found if "error" in each], found
+    for i, (name, compute, transport, kv_heads) in enumerate(CASES[world]):
+        ranks = [each[i] for each in found]
+        for each in ranks:
+            if compute == "fp32":
+                assert each["difference"] < 1e-4, name
+            else:  # cut inputs fall into other blocks of 128, which are rounded to INT8 on scales of their own
+                assert each["errors"][0] < 1.5 * each["errors"][1], name
+            sums = 2 if name == "phi" else 4
+            assert each["sums"] == [sums, sums * IDS.numel() * 128 * 4], (
+                "two sums of float32 per layer, one if parallel"
+            )
+            for mine, one in each["tokens"]:
+                assert compute == "int8" or mine == one, name
+            assert each["tokens"] == [
+                [mine, own[1]] for (mine, _), own in zip(ranks[0]["tokens"], each["tokens"], strict=True)
+            ]
+            assert each["kv heads"] == kv_heads // world, "a share of the cache"
+            level = "one op" if transport == MEMORY else "two ops"
+            assert f"2 of 2 as {level}" in each["report"], each["report"]
+            if transport == GLOO:
+                assert each["operators"] == {"layer_attention": 2, "layer_mlp": 2}, name
+            else:
+                assert each["operators"] == {"layers_forward": 1}, name
+        assert sum(each["bytes"][0] for each in ranks) == ranks[0]["bytes"][1], "every weight is on one rank"
 
 
 def refused(_):

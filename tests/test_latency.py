@@ -79,9 +79,11 @@ def test_seconds_are_the_equation():
     alone = latency.seconds(latency.one_process(EIGHT), CONSTANTS)
     assert alone == pytest.approx(8e-3 + 2e-3 + 8 * 5 * 1e-6 + 5 * 1e-5)
     two = latency.seconds(latency.tensor_parallel(EIGHT, 2), CONSTANTS)
-    assert two == pytest.approx(4e-3 + 2e-3 + 8 * 5 * 1e-6 + 124 * 1e-5 + 16 * 1e-4)
+    assert two == pytest.approx(4e-3 + 2e-3 + 8 * 5 * 1e-6 + (8 * 6 + 4) * 1e-5 + 16 * 1e-4)
+    inside = latency.seconds(latency.tensor_parallel(EIGHT, 2, inside=True), CONSTANTS)
+    assert inside == pytest.approx(4e-3 + 2e-3 + (8 * 5 + 16) * 1e-6 + 5 * 1e-5 + 16 * 1e-4), "a barrier per sum"
     four = latency.tensor_parallel(EIGHT, 4)
-    assert latency.seconds(four, CONSTANTS) == pytest.approx(2e-3 + 2e-3 + 4e-5 + 124e-5 + 16 * 2e-4)
+    assert latency.seconds(four, CONSTANTS) == pytest.approx(2e-3 + 2e-3 + 4e-5 + 52e-5 + 16 * 2e-4)
 
 
 def test_cqil_reads_a_share_of_the_groups_and_meets_once_per_group():

@@ -41,13 +41,13 @@ def counted(monkeypatch):
     """The number of steps that ran as one operator, as a list of one."""
     from torch_cpullm import layer_stack
 
-    count, real = [0], layer_stack._forward
+    count, real = [0], layer_stack.run_all
 
     def forward(*args):
         count[0] += 1
         return real(*args)
 
-    monkeypatch.setattr(layer_stack, "_forward", forward)
+    monkeypatch.setattr(layer_stack, "run_all", forward)
     return count
 
 

@@ -285,3 +285,45 @@ def test_a_preloaded_runtime_stands_before_the_others(tmp_path):
     assert launch.openmp_in_use(both, "") == both
     assert launch.openmp_in_use(both, str(gomp)) == both  # has not all of libiomp5's functions
     assert launch.openmp_in_use([*both, "/gone"], str(tmp_path / "other.so")) == [*both, "/gone"]
+
+
+# ---- ranks ----------------------------------------------------------------------------------------------------------
+
+
+def of_ranks(root, count, cpus=range(16), **options):
+    plans = [
+        run.decide(run.Options(rank=(i, count), **options), root=root, affinity=cpus, environment={})
+        for i in range(count)
+    ]
+    return [(sorted(plan.cpus), plan.threads, plan.node) for plan in plans]
+
+
+def test_ranks_get_a_node_each_or_an_even_part_of_the_cores(machine):
+    root = machine()
+    assert of_ranks(root, 2) == [([0, 1, 2, 3], "4", 0), ([4, 5, 6, 7], "4", 1)]
+    assert of_ranks(root, 4) == [([0, 1], "2", 0), ([2, 3], "2", 0), ([4, 5], "2", 1), ([6, 7], "2", 1)]
+    assert of_ranks(root, 2, node=1) == [([4, 5], "2", 1), ([6, 7], "2", 1)]
+    assert of_ranks(root, 2, cores="0-5") == [([0, 1, 2, 3], "4", 0), ([4, 5], "2", 1)]
+    assert of_ranks(root, 3, cores="0-3", threads=1) == [([0], "1", 0), ([1], "1", 0), ([2, 3], "1", 0)]
+
+
+def test_ranks_of_a_machine_without_nodes(machine):
+    assert of_ranks(machine(nodes={}), 2, cpus=range(4)) == [([0, 1], "2", None), ([2, 3], "2", None)]
+
+
+def test_ranks_share_a_quota(machine):
+    assert [threads for _, threads, _ in of_ranks(machine(quota="400000"), 2)] == ["2", "2"]
+
+
+def test_more_ranks_than_cores(machine):
+    with pytest.raises(InputError, match="--nproc: 9 ranks, but 8 cores to run on"):
+        of_ranks(machine(), 9)
+    with pytest.raises(InputError, match="--nproc: 2 ranks, but 0 cores to run on"):
+        of_ranks(machine(), 2, node=7)
+
+
+def test_a_rank_is_one_of_torchs_launcher():
+    started = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    assert run.rank_of(2, started) == (1, 2)
+    assert run.rank_of(3, started) is None, "another job's"
+    assert run.rank_of(2, {}) is None

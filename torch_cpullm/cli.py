@@ -16,6 +16,7 @@ import textwrap
 import traceback
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
@@ -350,24 +351,38 @@ def run(
     ] = Memory.prefer,
     openmp: Annotated[OpenMP, typer.Option(help="intel: libiomp5 in the place of torch's libgomp.")] = OpenMP.default,
     malloc: Annotated[Malloc, typer.Option(help="Memory allocator.")] = Malloc.default,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, max=64, metavar="N", help="Ranks of torch.distributed, as torchrun has them.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Do not say what was done.")] = False,
     debug: DebugOption = False,
 ) -> None:
     """Start a Python program on the cores and the memory of one NUMA node, with one thread per core.
 
     Options go before SCRIPT; all that follows it is the program's. The program replaces this command: its exit status
-    and signals are its own.
+    and signals are its own. With --nproc N there are N of it, each bound to a node, or to an even part of the cores.
 
     \b
     Examples:
       cpullm run serve.py --port 8000
       cpullm run --node 1 --threads 8 -m torch_cpullm bench
       cpullm run --cores 0-7 --openmp intel --malloc jemalloc chat.py
+      cpullm run --nproc 2 tutorials/ranks.py ./my-model
     """  # noqa: D301 (a raw string would lose the mark that keeps these lines apart)
     from . import run as launcher
 
     words = launcher.command(target, arguments or [], module=module)
-    options = launcher.Options(threads, cores, node, memory.value, openmp.value, malloc.value)
+    rank = None if nproc is None else launcher.rank_of(nproc, os.environ)
+    options = launcher.Options(threads, cores, node, memory.value, openmp.value, malloc.value, rank)
+    if nproc is not None and rank is None:
+        for number in range(nproc):  # what does not fit is said once
+            launcher.decide(replace(options, rank=(number, nproc)))
+        given = {"--threads": threads, "--cores": cores, "--node": node, "--memory": memory.value}
+        given |= {"--openmp": openmp.value, "--malloc": malloc.value, "--nproc": nproc}
+        own = [word for name, value in given.items() if value is not None for word in (name, str(value))]
+        own += ["--quiet"] * quiet + ["-m"] * module
+        words = launcher.command("torch_cpullm", ["run", *own, "--", target, *(arguments or [])], module=True)
+        raise typer.Exit(launcher.ranks(words, nproc))
     plan = launcher.decide(options)
     line = launcher.bind(plan, options)
     if not quiet:

@@ -8,8 +8,10 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +24,12 @@ TIMEOUT_S = 8.0
 
 TRANSPORTS = ("auto", "gloo", "shared memory")
 
-_SHARED_BYTES = 256 << 10  # longest sum in shared memory: decode steps are shorter, prompts are bound by arithmetic
+_SHARED_BYTES = 256 << 10  # of a buffer: a decode step's sum at once, a prompt's in parts that stay in the caches
+_NO_ANSWER = "no answer in shared memory"
+
+
+class LostRankError(RuntimeError):
+    """A rank is dead or hangs: the model cannot go on."""
 
 
 class Ranks:
@@ -44,12 +51,12 @@ class Ranks:
             members, timeout=timedelta(seconds=timeout_s), backend="gloo", use_local_synchronization=True
         )
         self.rank, self.size, self.timeout_s = members.index(dist.get_rank()), len(members), timeout_s
-        self.all_reduces = self.bytes = self._rounds = 0
+        self.all_reduces = self.bytes = 0
         self._shared: Tensor | None = None
 
     @property
     def transport(self) -> str:
-        """What sums of decode steps go through; longer ones go through gloo."""
+        """What sums go through."""
         return "gloo" if self._shared is None else "shared memory"
 
     def use(self, transport: str, width: int) -> None:
@@ -74,11 +81,14 @@ class Ranks:
         finally:
             if file is not None:
                 file.unlink()
-        if "" in places or len(set(places)) > 1:
+        if "" in places or len(set(places)) > 1 or 4 * width > _SHARED_BYTES:
             if required:
-                raise ValueError("the ranks have no memory to share: they must run on one host, with room in /dev/shm")
+                raise ValueError(
+                    "the ranks have no memory to share: they must run on one host, with room in /dev/shm, and sum rows "
+                    f"of at most {_SHARED_BYTES // 4} floats"
+                )
             return
-        x = torch.zeros(min(width, _SHARED_BYTES // 4))
+        x = torch.zeros(width)
         gloo_s = self.seconds_of(x)
         self._shared = shared
         faster = self.gather(str(self.seconds_of(x) < gloo_s))
@@ -96,23 +106,38 @@ class Ranks:
         return statistics.median(spent)
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of x, float32, over all ranks, the same bits on all, perhaps in x.
+        """The sum of x, float32 [.., n], over all ranks, the same bits on all, perhaps in x.
 
-        RuntimeError where a rank is dead or hangs.
+        LostRankError where a rank is dead or hangs.
         """
         x = x.contiguous()
-        self.all_reduces += 1
-        self.bytes += x.nbytes
-        if self._shared is not None and x.nbytes <= _SHARED_BYTES:
-            self._rounds += 1
-            if not ops.shared_sum(x, self._shared, self.rank, self.size, self._rounds, self.timeout_s):
-                raise self._lost("no answer in shared memory")
+        self._count(1, x)
+        if self._shared is not None:
+            if not ops.shared_sum(x, self._shared, self.rank, self.size, self.timeout_s):
+                raise self.lost(_NO_ANSWER)
             return x
         try:
             dist.all_reduce(x, group=self.group)
         except RuntimeError as error:
-            raise self._lost(str(error)) from error
+            raise self.lost(str(error)) from error
         return x
+
+    def run(self, operator: Callable[..., Tensor], arguments: tuple[Any, ...], x: Tensor, sums: int) -> Tensor:
+        """``operator(*arguments, ..)``, which sums ``sums`` times as many floats as x has in shared memory itself.
+
+        LostRankError where a rank is dead or hangs.
+        """
+        self._count(sums, x)
+        try:
+            return operator(*arguments, self._shared, self.rank, self.size, self.timeout_s)
+        except RuntimeError as error:
+            if _NO_ANSWER not in str(error):
+                raise
+            raise self.lost(_NO_ANSWER) from error
+
+    def _count(self, sums: int, x: Tensor) -> None:
+        self.all_reduces += sums
+        self.bytes += 4 * sums * x.numel()
 
     def gather(self, text: str) -> list[str]:
         """``text`` of every rank."""
@@ -125,7 +150,7 @@ class Ranks:
             found = [torch.empty_like(room) for _ in range(self.size)]
             dist.all_gather(found, room, group=self.group)
         except RuntimeError as error:
-            raise self._lost(str(error)) from error
+            raise self.lost(str(error)) from error
         return [bytes(each[: int(size)].tolist()).decode() for each, size in zip(found, sizes, strict=True)]
 
     def check_alike(self, what: str, text: str) -> None:
@@ -135,8 +160,9 @@ class Ranks:
         if other is not None:
             raise ValueError(f"{what} must be the same on all ranks: {found[0]} on rank 0, {found[other]} on {other}")
 
-    def _lost(self, why: str) -> RuntimeError:
-        return RuntimeError(
+    def lost(self, why: str) -> LostRankError:
+        """What to raise where another rank does not answer."""
+        return LostRankError(
             f"rank {self.rank} of {self.size}: another rank has ended, or has not answered for {self.timeout_s:g} s; "
             f"this model cannot go on ({why.splitlines()[0]})"
         )

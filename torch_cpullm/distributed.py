@@ -1,9 +1,9 @@
 """One model on several ranks of torch.distributed: members of CQIL groups on a rank each, or every layer cut.
 
-    torchrun --nproc-per-node 2 tutorials/ranks.py ./model
+    cpullm run --nproc 2 tutorials/ranks.py ./model
 
-Every rank runs the same program on the same inputs: ``generate()`` gives every rank the same tokens. Sums go
-through gloo, or on one host through shared memory.
+Every rank runs the same program on the same inputs, and gets the same tokens; or after :func:`follow` rank 0 runs it
+alone. Sums go through gloo, or on one host through shared memory.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import importlib.metadata
 import inspect
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from .linear import PackedLinear
 from .packing import QuantizedWeight, pack, unpack
 
 _RANKS = "_cpullm_ranks"  # attribute of a model: its Ranks
+_LEADER = "_cpullm_leader"  # attribute of a model on rank 0: what sends its calls to the others
 
 
 def transport(model: nn.Module) -> str:
@@ -39,6 +40,15 @@ def transport(model: nn.Module) -> str:
 def traffic(model: nn.Module) -> tuple[int, int]:
     """(all-reduces, bytes put into them) of this rank since ``model`` was sharded; ValueError for one that is not."""
     return _ranks(model).all_reduces, _ranks(model).bytes
+
+
+def all_reduce_seconds(model: nn.Module, width: int) -> float:
+    """Median seconds of a sum of float32 [width] over the ranks of a sharded model, which all ask for it."""
+    ranks = _ranks(model)
+    before = ranks.all_reduces, ranks.bytes
+    seconds = ranks.seconds_of(torch.zeros(width), 300)
+    ranks.all_reduces, ranks.bytes = before
+    return seconds
 
 
 def _ranks(model: nn.Module) -> Ranks:
@@ -72,6 +82,41 @@ def _fingerprint(model: nn.Module) -> str:
     texts += [f"{name} {list(p.shape)} {p.dtype}" for name, p in model.named_parameters()]
     texts += [f"{name} {type(module).__name__}" for name, module in model.named_modules()]
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+
+
+def follow(model: nn.Module) -> None:
+    """Let rank 0 alone run the program: on the other ranks this returns when rank 0 leaves, on rank 0 at once.
+
+    From here on every call of a sharded ``model``'s decoder on rank 0, by ``generate()``, a pipeline or by hand, is
+    repeated by the other ranks, which so need no input, tokenizer or seed. They leave after :func:`leave`, or when the
+    program of rank 0 ends, by an exception too::
+
+        distributed.shard_tensors(model)
+        distributed.follow(model)
+        if dist.get_rank() == 0:
+            print(pipeline("text-generation", model=model, tokenizer=tokenizer)("Hello"))
+
+    Raises ValueError for a model that is not sharded or leads already, and on all ranks
+    :class:`collective.LostRankError` within the timeout that it was sharded with when another rank is killed or stops.
+    """
+    from .following import Leader, repeat_calls
+
+    ranks = _ranks(model)
+    decoder = next(decoders(model)).owner
+    if _LEADER in model.__dict__:
+        raise ValueError("the other ranks follow this model already")
+    if ranks.rank == 0:
+        model.__dict__[_LEADER] = Leader(decoder, ranks)
+    else:
+        repeat_calls(decoder, ranks)
+
+
+def leave(model: nn.Module) -> None:
+    """Let the ranks that follow this model on rank 0 go; it cannot be called any more."""
+    leader = model.__dict__.get(_LEADER)
+    if leader is None:
+        raise ValueError("nobody follows this model: torch_cpullm.distributed.follow(model), on all ranks")
+    leader.end()
 
 
 # ---- CQIL groups ----------------------------------------------------------------------------------------------------
@@ -212,8 +257,9 @@ def shard_tensors(
 
     Of an optimised model, every rank keeps its share of the heads (rows of q, k, v, inputs of o) and of the MLP (rows
     of gate and up, inputs of down, cut between groups of weights): the same codes and scales as before. Embedding,
-    norms and head stay whole. Layers then run as an operator per linear. Arguments, seeds and errors as in
-    :func:`shard_groups`; a few tokens are computed before and after, to see that the model is still the same.
+    norms and head stay whole. In shared memory a layer, or a decode step of all layers, is one operator that makes the
+    sums itself; through gloo it is two, attention and MLP. Arguments, seeds and errors as in :func:`shard_groups`; a
+    few tokens are computed before and after, to see that the model is still the same.
 
     Raises ValueError, on all ranks alike: the model is not optimised, a layer is of unknown structure or has fused
     linears, its heads or the groups of its weights do not divide among the ranks. Raises RuntimeError where the cut
@@ -234,8 +280,8 @@ def shard_tensors(
         remove_programs(model)
         for match in matches:
             _cut_layer(model.get_submodule(match.name), cast("LayerSpec", match.spec), ranks)
+        install_programs(model)
         got = _probe(model)
-    model.__dict__["_cpullm_layers"] = {match.name: "it is cut among ranks" for match in matches}
     model.__dict__[_RANKS] = ranks
     model.__dict__["save_pretrained"] = _refuse_to_save
     if not float((got - want).abs().max()) <= 0.1 * float(want.abs().max()):  # INT8 activations round elsewhere
@@ -275,9 +321,6 @@ def _uncut(match: Match, ranks: int) -> str:
 def _cut_layer(layer: nn.Module, spec: LayerSpec, ranks: Ranks) -> None:
     """Keep this rank's share of a layer, in place."""
 
-    def meet(_: nn.Module, __: tuple, out: Tensor) -> Tensor:
-        return ranks.sum(out.float()).to(out.dtype)
-
     def even(count: int) -> slice:
         return slice(count * ranks.rank // ranks.size, count * (ranks.rank + 1) // ranks.size)
 
@@ -287,9 +330,7 @@ def _cut_layer(layer: nn.Module, spec: LayerSpec, ranks: Ranks) -> None:
     parts = [(linear, _rows(linear, even(linear.out_features))) for linear in spec.qkv]
     parts += [(linear, _rows(linear, inner)) for linear in spec.up]
     for linear, own in ((spec.o, even(spec.o.in_features)), (spec.down, inner)):
-        new = _columns(linear, own, bias=ranks.rank == 0)
-        new.register_forward_hook(meet)
-        parts.append((linear, new))
+        parts.append((linear, _columns(linear, own, ranks)))
     places = {module: path for path, module in layer.named_modules()}
     for linear, new in parts:
         path, _, name = places[linear].rpartition(".")
@@ -305,19 +346,34 @@ def _rows(linear: PackedLinear, own: slice) -> PackedLinear:
     whole = unpack(linear.packed)
     zeros = None if whole.zeros is None else whole.zeros[own]
     weight = replace(whole, codes=whole.codes[own], scales=whole.scales[own], zeros=zeros)
-    return _like(linear, weight, None if linear.bias is None else linear.bias[own])
+    return _like(linear, weight, None if linear.bias is None else linear.bias[own], PackedLinear)
 
 
-def _columns(linear: PackedLinear, own: slice, *, bias: bool) -> PackedLinear:
+def _columns(linear: PackedLinear, own: slice, ranks: Ranks) -> SummedLinear:
     """The linear of these inputs, which begin a group; a bias that is added to a sum is on one rank."""
     whole, group = unpack(linear.packed), linear.packed.group
     groups = slice(own.start // group, -(-own.stop // group))
     zeros = None if whole.zeros is None else whole.zeros[:, groups]
     weight = replace(whole, codes=whole.codes[:, own], scales=whole.scales[:, groups], zeros=zeros)
-    return _like(linear, weight, linear.bias if bias else None)
+    new = _like(linear, weight, linear.bias if ranks.rank == 0 else None, SummedLinear)
+    new.ranks = ranks
+    return new
 
 
-def _like(linear: PackedLinear, weight: QuantizedWeight, bias: Tensor | None) -> PackedLinear:
-    new = PackedLinear(pack(weight), bias, dtype=linear.dtype, compute=linear.compute)
+_L = TypeVar("_L", bound=PackedLinear)
+
+
+def _like(linear: PackedLinear, weight: QuantizedWeight, bias: Tensor | None, kind: type[_L]) -> _L:
+    new = kind(pack(weight), bias, dtype=linear.dtype, compute=linear.compute)
     new.train(linear.training)
     return new
+
+
+class SummedLinear(PackedLinear):
+    """``y = sum over ranks of x W^T + bias``; W, x: this rank's inputs. What a layer without a program calls."""
+
+    ranks: Ranks
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [.., in_features] -> [.., out_features] of x's dtype, the same bits on all ranks."""
+        return self.ranks.sum(super().forward(x).float()).to(x.dtype)

@@ -2,6 +2,8 @@
 
     t = sum of bytes / bandwidth + barriers * t_barrier + operators * t_dispatch + all-reduces * t_net
 
+An all-reduce inside an operator, through shared memory, has a barrier of its own.
+
 Bytes are the packed weights that one rank reads for one token; bandwidth is that of the one-row product of weights of
 that form, as this machine's operator reads them; the rest are counts. No constant comes from a run of a model. Left
 out: the cache of keys and values (short contexts), and what generate() does around the model. Each socket is taken to
@@ -37,8 +39,7 @@ ALL_REDUCE_S = 114e-6
 """Seconds of an all-reduce of two processes where nobody measured it: the least of gloo on one (busy) machine."""
 
 _OUTSIDE = 4  # operators of a token beside its layers: embedding, positions, last norm, head
-# Of a cut layer: norm, q, k, v, rotation, cache, attention, o, sum, norm, gate, up, product, down, sum.
-_CUT = 15
+_CUT = 6  # of a layer cut among hosts: attention and MLP, each with a sum and an addition
 _READ_BYTES = 256 << 20  # of a bandwidth measurement: beyond the caches
 _TINY = 32  # width of the layer whose barriers are timed: one panel, nothing for a second thread to do
 
@@ -81,13 +82,14 @@ class Constants:
 
 @dataclass(frozen=True)
 class Work:
-    """What the busiest rank does for one token. ranks: of an all-reduce."""
+    """What the busiest rank does for one token. ranks: of an all-reduce; inside: operators make them themselves."""
 
     read: Bytes
     layers: int
     operators: int
     all_reduces: int = 0
     ranks: int = 1
+    inside: bool = False
 
 
 # ---- bytes ----------------------------------------------------------------------------------------------------------
@@ -190,10 +192,14 @@ def one_process(of: Footprint) -> Work:
     return Work(_sum([*of.layers, of.rest]), len(of.layers), 1 + _OUTSIDE)
 
 
-def tensor_parallel(of: Footprint, ranks: int) -> Work:
-    """Every layer cut in ``ranks``, run linear by linear with an all-reduce after o and down; the head whole."""
+def tensor_parallel(of: Footprint, ranks: int, *, inside: bool = False) -> Work:
+    """Every layer cut in ``ranks``, an all-reduce after attention and one after the MLP; the head whole.
+
+    inside: all layers are one operator, which makes the all-reduces in shared memory; otherwise a layer is two.
+    """
     count = len(of.layers)
-    return Work(_sum([_sum(of.layers, ranks), of.rest]), count, _CUT * count + _OUTSIDE, 2 * count, ranks)
+    operators = (1 if inside else _CUT * count) + _OUTSIDE
+    return Work(_sum([_sum(of.layers, ranks), of.rest]), count, operators, 2 * count, ranks, inside)
 
 
 def cqil_ranks(of: Footprint, groups: Sequence[tuple[int, int]], ranks: int) -> Work:
@@ -227,7 +233,7 @@ def _sum(many: Sequence[Bytes], parts: int = 1) -> Bytes:
 def seconds(work: Work, constants: Constants) -> float:
     """The equation at the top of this file."""
     reading = sum(size / constants.gbps[kind] / 1e9 for kind, size in work.read.items())
-    waiting = work.layers * constants.barriers * constants.barrier_s
+    waiting = (work.layers * constants.barriers + work.inside * work.all_reduces) * constants.barrier_s
     net = work.all_reduces * constants.all_reduce_s * math.log2(max(work.ranks, 1))
     return reading + waiting + work.operators * constants.dispatch_s + net
 
@@ -244,7 +250,8 @@ def predict(
         row: dict[str, float | int | None] = {"sockets": count, "one process": seconds(one_process(of), constants)}
         row |= dict.fromkeys(("tensor parallel", "CQIL", "CQIL of TP groups"))
         if count > 1:
-            row["tensor parallel"] = seconds(tensor_parallel(of, count), constants)
+            inside = constants.transport == "shared memory"
+            row["tensor parallel"] = seconds(tensor_parallel(of, count, inside=inside), constants)
             own = groups or default_groups(len(of.layers), min(count, 4))
             ranks = min(count, max((size for _, size in own), default=1))
             row["CQIL"] = seconds(cqil_ranks(of, own, ranks), constants) if own else None

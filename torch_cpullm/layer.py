@@ -26,7 +26,7 @@ from .layer_program import MOST_MEMBERS, Program, run_group
 from .layer_stack import LayerStack
 from .layer_watch import Watch
 
-ONE_OP, GROUP_OP, PER_LINEAR = "one op", "one op per group", "per-linear ops"
+ONE_OP, TWO_OPS, GROUP_OP, PER_LINEAR = "one op", "two ops", "one op per group", "per-linear ops"
 IN_TORCH = "a group in plain torch"
 
 # Arguments that may have any value: a program computes with them, or they do not change what a layer computes.
@@ -85,6 +85,8 @@ def _stack_up(decoder: Decoder) -> None:
     if not all(each._together for each in programs) or len({group.bypass for group in groups}) > 1:
         return
     runs = [cast("Program", each._run) for each in programs]
+    if any(each.operators > 1 for each in programs):  # sums between them that no operator makes
+        return
     sizes = [1 if each.member is None else each.member.group.size for each in programs if each.begins]
     layers, owner = list(decoder.layers), decoder.owner
     bypass = groups[0].bypass if groups else 0
@@ -125,13 +127,14 @@ def layer_levels(model: nn.Module) -> Iterator[tuple[str, str, str]]:
             reason = program.why_not() or program.why_not_together()
         elif not reason:
             reason = "its forward was replaced"
-        yield name, PER_LINEAR if reason else ONE_OP if member is None else GROUP_OP, reason
+        whole = ONE_OP if not isinstance(program, LayerProgram) or program.operators == 1 else TWO_OPS
+        yield name, PER_LINEAR if reason else whole if member is None else GROUP_OP, reason
 
 
 def all_in_programs(model: nn.Module) -> bool:
     """Whether every decoder layer of ``model`` runs as an operator, as far as :func:`install_programs` can tell."""
     names = model.__dict__.get("_cpullm_layers", {})
-    return bool(names) and all(level in (ONE_OP, GROUP_OP) for _, level, _ in layer_levels(model))
+    return bool(names) and all(level != PER_LINEAR and level != IN_TORCH for _, level, _ in layer_levels(model))
 
 
 class LayerProgram:
@@ -243,6 +246,11 @@ class LayerProgram:
             return "another layer of its group does not run as one operator"
         alike = len({each._kind for each in programs}) == 1
         return "" if alike else "the layers of its group compute in different ways"
+
+    @property
+    def operators(self) -> int:
+        """Of a call that the program serves: 2 of a layer that is cut among ranks of several hosts."""
+        return getattr(self._run, "operators", 1)
 
     @property
     def begins(self) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from .layer_cut import CutProgram
 from .layer_program import Program
 from .layer_reference import CacheLayer
 from .layer_spec import LayerSpec
@@ -15,4 +16,4 @@ Run = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None, CacheLayer 
 
 def prepare(spec: LayerSpec) -> Run:
     """A function ``(x, cos, sin, mask, cache) -> y`` for this layer; see :class:`layer_program.Program`."""
-    return Program(spec)
+    return Program(spec) if spec.ranks is None else CutProgram(spec)

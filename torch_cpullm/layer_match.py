@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -149,6 +149,9 @@ _probes: dict[tuple, tuple[Choice, int] | str] = {}
 
 
 def _probed(decoder: Decoder, index: int, parts: Parts) -> tuple[Choice, int]:
+    if parts.ranks is not None:  # a share computes as the whole does
+        count = parts.ranks.size
+        parts = replace(parts, heads=count * parts.heads, kv_heads=count * parts.kv_heads)
     key = _structure(decoder, index, parts)
     if key not in _probes:
         try:

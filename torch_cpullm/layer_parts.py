@@ -62,7 +62,10 @@ _PLAIN |= {"_gradient_checkpointing_func", "gradient_checkpointing"}
 
 @dataclass
 class Parts:
-    """What a layer consists of. norms: hidden-wide ones by name, in the order of definition; table: see TABLE."""
+    """What a layer consists of. norms: hidden-wide ones by name, in the order of definition; table: see TABLE.
+
+    ranks: see :class:`layer_spec.LayerSpec`; heads and kv_heads are this rank's.
+    """
 
     layer: nn.Module
     attention: nn.Module
@@ -79,6 +82,7 @@ class Parts:
     table: Tensor | None = None
     sinks: Tensor | None = None
     cache_name: str = CACHES[0]
+    ranks: Any = None
 
 
 @dataclass(frozen=True)
@@ -209,11 +213,14 @@ def _assemble(
     kinds, sizes = {kind for kind, _, _ in wide.values()}, {eps for _, eps, _ in kept}
     if len(kinds) != 1 or len(sizes) != 1:
         raise NoMatchError("its norms are of different kinds, or it has none")
-    heads, kv_heads, head_dim = _heads(attention, config, {role: linear for role, (_, linear) in linears.items()})
+    ranks = getattr(linears["o"][1], "ranks", None)
+    count = 1 if ranks is None else ranks.size
+    plain = {role: linear for role, (_, linear) in linears.items()}
+    heads, kv_heads, head_dim = _heads(attention, config, plain, count)
     return Parts(
         layer,
         attention,
-        {role: linear for role, (_, linear) in linears.items()},
+        plain,
         {path: norm for path, (_, _, norm) in wide.items()},
         per_role[0],
         per_role[1],
@@ -226,6 +233,7 @@ def _assemble(
         table,
         sinks,
         cache_name,
+        ranks,
     )
 
 
@@ -254,9 +262,11 @@ def read_norm(path: str, module: nn.Module) -> tuple[str, float, Norm]:
     raise NoMatchError(f"{path} computes another norm than RMS and LayerNorm")
 
 
-def _heads(attention: nn.Module, config: Any, linears: dict[str, PackedLinear]) -> tuple[int, int, int]:
-    """(heads, kv_heads, head_dim) from the shapes of the linears and what attention and config say."""
-    heads = int(getattr(config, "num_attention_heads", 0) or 0)
+def _heads(attention: nn.Module, config: Any, linears: dict[str, PackedLinear], ranks: int) -> tuple[int, int, int]:
+    """(heads, kv_heads, head_dim) of one of ``ranks`` equal shares, from the shapes of the linears and what attention
+    and config say.
+    """
+    heads = int(getattr(config, "num_attention_heads", 0) or 0) // ranks
     sizes = (*(getattr(attention, name, None) for name in _HEAD_DIMS), getattr(config, "head_dim", None))
     head_dim = next((size for size in sizes if isinstance(size, int)), 0)
     width = linears["o"].in_features
@@ -391,6 +401,7 @@ def build(parts: Parts, config: Any, choice: Choice) -> LayerSpec:
             sinks=parts.sinks,
             parallel=choice.parallel,
             residual_scale=float(cast("float", own_state(parts.layer).get(choice.residual, 1.0))),
+            ranks=parts.ranks,
         )
     except ValueError as error:
         raise NoMatchError(f"its sizes do not fit each other: {error}") from error

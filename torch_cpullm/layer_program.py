@@ -40,6 +40,7 @@ class Program:
             raise ValueError(text.split("layer_create: ")[-1]) from None
         weakref.finalize(self, torch.ops.cpullm.layer_free.default, self.handle).atexit = False
         self._kv_heads, self._head_dim = spec.kv_heads, spec.head_dim
+        self.ranks, self.sums = spec.ranks, 1 if spec.parallel else 2  # sums over ranks, in a run
 
     def __call__(
         self, x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, cache: CacheLayer | None
@@ -79,7 +80,7 @@ def run_group(programs: Sequence[Program], bypass: int, calls: Sequence[tuple]) 
     handles, groups = [program.handle for program in programs], [len(programs)]
     if all(cache is None for cache in caches):
         masks = [place(fitting(mask, x.shape[1])) for _, _, _, mask, _ in calls]
-        return _group_forward(handles, x, tensors, rotary, masks, [], 0, groups, bypass)
+        return run_all(programs, (handles, x, tensors, rotary, masks, [], 0, groups, bypass))
     if None in caches:
         return None
     held = [program.reserve(cache, x) for program, cache in zip(programs, caches, strict=True)]
@@ -87,10 +88,18 @@ def run_group(programs: Sequence[Program], bypass: int, calls: Sequence[tuple]) 
         return None
     masks = [place(fitting(mask, held[0][4] + x.shape[1])) for _, _, _, mask, _ in calls]
     buffers = [tensor for each in held for tensor in each[:4] if tensor is not None]
-    y = _group_forward(handles, x, tensors, rotary, masks, buffers, held[0][4], groups, bypass)
+    y = run_all(programs, (handles, x, tensors, rotary, masks, buffers, held[0][4], groups, bypass))
     for cache in caches:
         cache.advance(x.shape[1])
     return y
+
+
+def run_all(programs: Sequence[Program], arguments: tuple) -> Tensor:
+    """``layers_forward(*arguments)`` of these programs, whose sums over ranks, if any, go through shared memory."""
+    ranks = programs[0].ranks
+    if ranks is None:
+        return _group_forward(*arguments)
+    return ranks.run(_group_forward, arguments, arguments[1], sum(program.sums for program in programs))
 
 
 def fitting(mask: Tensor | None, keys: int) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -74,6 +75,9 @@ class LayerSpec:
     qkv: (query, key, value), or one linear with ``qkv_layout``. up: (gate, up), one linear of [gate | up] rows, or
     (up,) without gate; ``gated`` tells the last two apart. rope_style "half" pairs element i with i + rotary_dim / 2,
     "interleaved" 2i with 2i + 1; cos and sin hold a value per element, so each twice.
+
+    ranks: a :class:`torch_cpullm.collective.Ranks` of a layer that is cut among ranks. All of the above is this rank's
+    share then, and what Wo and Wdown give is summed over the ranks (of a parallel layer, the two together).
     """
 
     hidden: int
@@ -104,6 +108,7 @@ class LayerSpec:
     sinks: Tensor | None = None
     parallel: bool = False
     residual_scale: float = 1.0
+    ranks: Any = None
 
     def linears(self) -> Iterator[PackedLinear]:
         """All linears of the layer, in the order of use."""

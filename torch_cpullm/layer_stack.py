@@ -16,13 +16,11 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
-from .layer_program import Program, fitting
+from .layer_program import Program, fitting, run_all
 
-_forward = torch.ops.cpullm.layers_forward.default
 MOST_TOKENS = 8  # of a sequence in one step; beyond, the operators' own cost does not matter
 _BUFFERS = "_stack_buffers"  # attribute of a cache: whose, tokens it has room for, its keys, all its buffers in order
 _DEPTH = 12  # frames between a layer's forward and its decoder's
@@ -163,7 +161,8 @@ class LayerStack:
         held, buffers, length = ready
         for place in {*masks} - {-1}:
             tensors[place] = cast("Tensor", fitting(tensors[place], length + x.shape[1]))
-        y = _forward(self._handles, x, tensors, rotary, masks, buffers, length, self._groups, self._bypass)
+        arguments = (self._handles, x, tensors, rotary, masks, buffers, length, self._groups, self._bypass)
+        y = run_all(self._programs, arguments)
         for each in held:
             each.advance(x.shape[1])
         return y

@@ -252,25 +252,56 @@ def layers_forward(
     length: int,
     groups: list[int],
     bypass: int = 0,
+    shared: Tensor | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+    timeout_s: float = 0.0,
 ) -> Tensor:
     """The programs of several layers, in groups of these sizes, each on the output of the one before.
 
     A group of up to 8 layers reads one x: ``y = x + sum_l (a_l + m_l)``; m_l reads x + a_l + the a_j of the ``bypass``
     layers before l in the group, -1: of all. x [b, s, hidden] -> y alike. tensors: cos, sin and masks as
     :func:`layer_forward` takes them; rotary: indices of cos and sin of every layer, masks: of every layer's mask, -1
-    for none. caches: none, or k and v of every layer, or k, v and their scales; all hold ``length`` tokens. Raises
-    RuntimeError for what does not fit.
+    for none. caches: none, or k and v of every layer, or k, v and their scales; all hold ``length`` tokens. shared,
+    rank, ranks, timeout_s: of layers that are cut among ranks, as of :func:`shared_sum`: attention's output and the
+    MLP's are summed over ranks (of a parallel layer, their sum). Raises RuntimeError for what does not fit, and where
+    a rank did not come.
     """
-    return torch.ops.cpullm.layers_forward.default(programs, x, tensors, rotary, masks, caches, length, groups, bypass)
+    return torch.ops.cpullm.layers_forward.default(
+        programs, x, tensors, rotary, masks, caches, length, groups, bypass, shared, rank, ranks, timeout_s
+    )
 
 
-def shared_sum(x: Tensor, shared: Tensor, rank: int, ranks: int, round_: int, timeout_s: float) -> bool:
-    """x <- sum of every rank's x, in place, the same bits on all ranks; float32 [..]. False: a rank did not come.
+def layer_attention(
+    program: int,
+    x: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    mask: Tensor | None = None,
+    k_cache: Tensor | None = None,
+    v_cache: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    length: int = 0,
+) -> Tensor:
+    """``attention(norm(x)) Wo`` of a layer's program, float32 [b, s, hidden]; arguments as of :func:`layer_forward`."""
+    return torch.ops.cpullm.layer_attention.default(
+        program, x, cos, sin, mask, k_cache, v_cache, k_scale, v_scale, length
+    )
 
-    shared: uint8, zeroed memory that all ranks map, 64 bytes and two buffers for x per rank. round_: 1, 2, .. with
-    every call. RuntimeError for arguments that do not fit, x longer than a buffer among them.
+
+def layer_mlp(program: int, x: Tensor) -> Tensor:
+    """``mlp(norm(x))`` of a layer's program, x [b, s, hidden] of any float type -> float32; no residual is added."""
+    return torch.ops.cpullm.layer_mlp.default(program, x)
+
+
+def shared_sum(x: Tensor, shared: Tensor, rank: int, ranks: int, timeout_s: float) -> bool:
+    """x <- sum of every rank's x, in place, the same bits on all ranks; float32 [.., n]. False: a rank did not come.
+
+    shared: uint8, memory that all ranks map, zeroed before the first sum: 64 bytes and two buffers of a row of x or
+    more per rank. RuntimeError for arguments that do not fit.
     """
-    return torch.ops.cpullm.shared_sum.default(x, shared, rank, ranks, round_, timeout_s)
+    return torch.ops.cpullm.shared_sum.default(x, shared, rank, ranks, timeout_s)
 
 
 def _check_one_device(op: str, **tensors: Tensor | None) -> None:
@@ -388,8 +419,20 @@ def _layer_forward_fake(program, x, cos, sin, mask, k_cache, v_cache, k_scale, v
 
 
 @torch.library.register_fake("cpullm::layers_forward")
-def _layers_forward_fake(programs, x, tensors, rotary, masks, caches, length, groups, bypass):
+def _layers_forward_fake(
+    programs, x, tensors, rotary, masks, caches, length, groups, bypass, shared=None, rank=0, ranks=1, timeout_s=0.0
+):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("cpullm::layer_attention")
+def _layer_attention_fake(program, x, cos, sin, mask, k_cache, v_cache, k_scale, v_scale, length):
+    return x.new_empty(x.shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("cpullm::layer_mlp")
+def _layer_mlp_fake(program, x):
+    return x.new_empty(x.shape, dtype=torch.float32)
 
 
 __all__ = [
@@ -405,7 +448,9 @@ __all__ = [
     "experts",
     "isa",
     "isa_levels",
+    "layer_attention",
     "layer_forward",
+    "layer_mlp",
     "layer_norm",
     "layers_forward",
     "linear",

@@ -3,6 +3,7 @@
     decide()   options and machine -> Plan; raises InputError where the two do not fit
     bind()     CPUs and memory of this process, which a program that it becomes keeps
     become()   the program in the place of this process: exit status and signals are its own
+    ranks()    instead: several processes of this command, started as torchrun does, which bind and become one each
 
 What the system refuses (some containers forbid binding) is said and left out, unless the user asked for it by name.
 """
@@ -13,9 +14,11 @@ import importlib.metadata
 import math
 import os
 import platform
+import signal
 import struct
 import sys
 import sysconfig
+import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +49,10 @@ _PINNING = ("KMP_AFFINITY", "OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY")
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for; None: not said. cores: CPU numbers as text; memory: prefer, bind or any."""
+    """What the user asked for; None: not said. cores: CPU numbers as text; memory: prefer, bind or any.
+
+    rank: (number, how many there are) of a process that shares the machine with others like it.
+    """
 
     threads: int | None = None
     cores: str | None = None
@@ -54,6 +60,7 @@ class Options:
     memory: str = "prefer"
     openmp: str = "default"
     malloc: str = "default"
+    rank: tuple[int, int] | None = None
 
 
 @dataclass
@@ -99,7 +106,11 @@ def decide(
         raise InputError("--cores and --node exclude each other")
     if options.cores is not None:
         cpus = _listed(options.cores, usable)
-    else:
+        nodes = {node: there & cpus for node, there in nodes.items()}
+    if options.rank is not None:
+        chosen = {options.node: nodes.get(options.node, frozenset())} if options.node is not None else nodes
+        cpus = _of_rank(options, chosen, usable if options.cores is None else cpus, root)
+    elif options.cores is None:
         cpus = _of_one_node(options, nodes, usable, root)
     threads, notes = _threads(options, cpus, env, root)
     ours = [node for node, there in nodes.items() if there & cpus]
@@ -145,6 +156,22 @@ def _of_one_node(
     raise InputError(f"--threads: {options.threads} threads, but {have} CPU{'s' * (have > 1)} to run on{hint}")
 
 
+def _of_rank(
+    options: Options, nodes: Mapping[int, frozenset[int]], usable: frozenset[int], root: str | Path
+) -> frozenset[int]:
+    """One CPU per core of a node for each rank, or where there are fewer nodes, an even part of all, node by node."""
+    rank, count = options.rank or (0, 1)
+    found = [launch.one_cpu_per_core(cpus, root=root) for cpus in nodes.values() if cpus]
+    if not found and options.node is None:
+        found = [launch.one_cpu_per_core(usable, root=root)]
+    if len(found) >= count:
+        return frozenset(found[rank])
+    cores = [cpu for node in found for cpu in node]
+    if len(cores) < count:
+        raise InputError(f"--nproc: {count} ranks, but {len(cores)} core{'s' * (len(cores) != 1)} to run on")
+    return frozenset(cores[len(cores) * rank // count : len(cores) * (rank + 1) // count])
+
+
 def _threads(options: Options, cpus: frozenset[int], env: Mapping[str, str], root: str | Path) -> tuple[str, list[str]]:
     """(OMP_NUM_THREADS, warnings): the option, else the user's variable, else what cores and cgroup quota allow."""
     default = launch.default_threads(root=root, affinity=cpus)
@@ -153,15 +180,18 @@ def _threads(options: Options, cpus: frozenset[int], env: Mapping[str, str], roo
         if options.threads > len(cpus):
             raise InputError(f"--threads: {options.threads} threads, but --cores names {len(cpus)} CPUs")
         asked = str(options.threads)
+    quota = default.cgroup_quota
+    if options.rank is not None and quota is not None:
+        quota /= options.rank[1]
     if not asked:
-        return str(default.count), []
+        return str(default.count if quota is None else max(1, min(default.count, math.floor(quota)))), []
     first = asked.split(",")[0].strip()
     count = int(first) if first.isascii() and first.isdecimal() else 0
     notes = []
     if count > len(cpus):
         notes.append(f"OMP_NUM_THREADS={asked} is more than the {len(cpus)} CPUs to run on")
-    elif default.cgroup_quota is not None and count > max(1, math.floor(default.cgroup_quota)):
-        notes.append(f"{count} threads share a cgroup quota of {default.cgroup_quota:.4g} CPUs")
+    elif quota is not None and count > max(1, math.floor(quota)):
+        notes.append(f"{count} threads share a cgroup quota of {quota:.4g} CPUs")
     return asked, notes
 
 
@@ -282,7 +312,8 @@ def bind(plan: Plan, options: Options) -> str:
             if options.memory == "bind":
                 raise InputError(f"--memory bind: the system refuses: {error.strerror or error}") from error
             plan.notes.append(f"memory not bound to node {plan.node}: {error.strerror or error}")
-    return "cpullm run: " + ", ".join([*done, *(path.name for path in plan.preload)])
+    who = "" if options.rank is None else f"rank {options.rank[0]} of {options.rank[1]}: "
+    return f"cpullm run: {who}" + ", ".join([*done, *(path.name for path in plan.preload)])
 
 
 def become(words: Sequence[str], plan: Plan) -> None:
@@ -291,3 +322,44 @@ def become(words: Sequence[str], plan: Plan) -> None:
         if stream is not None:  # closed by the caller: ">&-"
             stream.flush()
     os.execve(words[0], list(words), {**os.environ, **plan.variables})
+
+
+# ---- several ranks --------------------------------------------------------------------------------------------------
+
+
+def rank_of(count: int, env: Mapping[str, str]) -> tuple[int, int] | None:
+    """(number, ``count``) of a process that torch's launcher has started as one of ``count``; None for any other."""
+    started = "TORCHELASTIC_RUN_ID" in env and env.get("LOCAL_WORLD_SIZE") == str(count)
+    return (int(env["LOCAL_RANK"]), count) if started else None
+
+
+def ranks(words: Sequence[str], count: int) -> int:
+    """Start ``count`` processes with these words as torchrun does, RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
+
+    Returns the exit status: 0, that of the first rank that failed, or 128 + the signal that ended it or this process.
+    When a rank fails or a signal comes, all others are ended.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, words[0])(*words[1:])
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode
+        what = f"exit status {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+        print(f"cpullm run: rank {rank} ended with {what}; the others were ended", file=sys.stderr)
+        return code if code >= 0 else 128 - code
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0

@@ -1,10 +1,10 @@
 """One model on several ranks: tensor parallel, or the members of CQIL groups on a rank each.
 
-    torchrun --nproc-per-node 2 tutorials/ranks.py MODEL                        tensor parallel
-    torchrun --nproc-per-node 2 tutorials/ranks.py MODEL --plan plan.json       CQIL; cqil.search(..).to_json() makes it
-    OMP_NUM_THREADS=8 torchrun ..                                    threads per rank, where the default of 1 is few
+    cpullm run --nproc 2 tutorials/ranks.py MODEL                        tensor parallel
+    cpullm run --nproc 2 tutorials/ranks.py MODEL --plan plan.json       CQIL; cqil.search(..).to_json() makes it
+    torchrun --nproc-per-node 2 tutorials/ranks.py MODEL                 the same, bound to nothing, with one thread
 
-MODEL is a .gguf file or a directory of Hugging Face. Every rank generates the same tokens; rank 0 prints them.
+MODEL is a .gguf file or a directory of Hugging Face. Rank 0 generates; the others repeat its decoder's calls.
 """
 
 import argparse
@@ -35,16 +35,18 @@ def main() -> None:
         cqil.apply(model, cqil.Plan.from_json(args.plan.read_text()))
         distributed.shard_groups(model)
 
-    inputs = runner.encode(loaded.tokenizer, args.prompt, chat=False)
-    before = distributed.traffic(model)
-    if args.sample is not None:
-        torch.manual_seed(args.sample)
-    out = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=args.sample is not None)
+    distributed.follow(model)  # ranks above 0 stay here until rank 0 leaves
     if dist.get_rank() == 0:
+        inputs = runner.encode(loaded.tokenizer, args.prompt, chat=False)
+        before = distributed.traffic(model)
+        if args.sample is not None:
+            torch.manual_seed(args.sample)
+        out = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=args.sample is not None)
         print(loaded.tokenizer.decode(out[0], skip_special_tokens=True))
         new = out.shape[1] - inputs["input_ids"].shape[1]
         sums, sent = (after - start for after, start in zip(distributed.traffic(model), before, strict=True))
         print(f"\n{sums / new:.1f} all-reduces and {sent / new / 1024:.1f} KiB per token, prompt included")
+        distributed.leave(model)
     dist.destroy_process_group()
 
 
