@@ -351,7 +351,9 @@ def models(found: Sequence[Row]) -> str:
 
 
 def support(found: Sequence[Row]) -> str:
-    """Topic x version of transformers, the newest row of each: yes, or the tests that passed of those that ran."""
+    """Topic x version of transformers, the newest row of each: yes, or the tests that passed of those that ran; no
+    where most say that this version lacks what they need.
+    """
     newest = {(row["topic"], row["transformers"]): row for row in sorted(found, key=lambda row: row["date"])}
     if not newest:
         return ""
@@ -360,8 +362,11 @@ def support(found: Sequence[Row]) -> str:
     def cell(row: Row | None) -> str:
         if row is None:
             return ""
-        ran = row["passed"] + row["failed"]
-        return f"yes, {ran} tests" if ran and not row["failed"] else f"{row['passed']} of {ran} tests"
+        ran, left = row["passed"] + row["failed"], row["skipped"]
+        if left > ran:
+            return "no"
+        text = f"yes, {ran} tests" if ran and not row["failed"] else f"{row['passed']} of {ran} tests"
+        return text + f", {left} left out" * (left > 0)
 
     body = [[topic, *(cell(newest.get((topic, version))) for version in versions)] for topic in TOPICS]
     return f"{short_caption(list(newest.values()))}\n\n" + markdown(["transformers", *versions], body)
