@@ -194,17 +194,15 @@ FAMILIES = [
         ),
         experts=True,
     ),
-]
-
-# Beside FAMILIES, all of which the README names: a mixture with an expert for every token.
-SHARED_EXPERT = Family(
-    "qwen2-moe",
-    "Qwen2MoeConfig",
-    llama_like(
-        num_experts=6,
-        num_experts_per_tok=3,
-        moe_intermediate_size=36,
-        shared_expert_intermediate_size=52,
+    Family(
+        "qwen2-moe",
+        "Qwen2MoeConfig",
+        llama_like(
+            num_experts=6,
+            num_experts_per_tok=3,
+            moe_intermediate_size=36,
+            shared_expert_intermediate_size=52,
+        ),
+        experts=True,
     ),
-    experts=True,
-)
+]
