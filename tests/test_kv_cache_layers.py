@@ -150,7 +150,7 @@ def test_masks_and_limits_are_those_of_a_full_cache():
     assert OLD or (made.get_max_length(), made.is_croppable) == (-1, True)
     items = list(made)
     assert [item[2] is not None for item in items] == [True, False, True]
-    taken_over = DynamicCache([(k, v, w) if w is not None else (k, v) for k, v, w in items])
+    taken_over = DynamicCache([(k, v, w.view(1)) if w is not None else (k, v) for k, v, w in items])
     assert taken_over.get_seq_length() == 9
 
 

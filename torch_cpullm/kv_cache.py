@@ -447,6 +447,8 @@ class _PreparesCache(_Maker):
             made = DynamicCache(config=model.config)
         by_default = made is not None and made is not given and asked is None
         if by_default and (not _is_compiled(model) or all_in_programs(model)):
+            if type(made) is DynamicCache and not made.layers:  # without the config, so that none of it slides
+                made = DynamicCache(config=model.config)
             ours = self.instead_of(made, model.config)
             if ours is not None:
                 model_kwargs["past_key_values"] = ours
