@@ -158,6 +158,7 @@ test-matrix: $(MATRIX_VERSIONS:%=$(MATRIX)/%/.done)
 	    $(PY) -m benchmarks.report; exit $$status
 
 $(MATRIX)/%/.done: | $(VENV)/.test $(VENV)/.model
+	@echo "transformers $*: an environment in $(@D), which shares torch and the test packages of $(VENV)"
 	@rm -rf $(@D) && $(PY) -m venv $(@D)
 	@$(PY) -c "$$FIND_TORCH" | { read -r version; \
 	    cat > "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/cpullm_torch.pth"; }

@@ -54,6 +54,8 @@ def run(python: str, known: Row) -> list[Row]:
     transformers, torch, version = json.loads(told.stdout)
     with tempfile.NamedTemporaryFile(suffix=".xml") as report:
         command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "filterwarnings=default", "--tb=short"]
+        command += ["--continue-on-collection-errors"]
+        print(f"transformers {transformers}: {len(files)} files of tests, some minutes", flush=True)
         subprocess.run([*command, f"--junitxml={report.name}", *files], cwd=ROOT, env=environment, check=False)
         text = Path(report.name).read_text(encoding="utf-8")
     counts = count(text) if text else {}
@@ -83,6 +85,7 @@ def count(junit: str) -> dict[str, dict[str, int]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status: 1 if a test failed somewhere."""
+    from . import report  # it imports this module
     from .machine import git_commit, machine_name, now
 
     parser = argparse.ArgumentParser("python -m benchmarks.matrix", description=(__doc__ or "").split("\n\n")[0])
@@ -96,8 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with args.out.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in made)
         passed, wrong = (sum(row[kind] for row in made) for kind in ("passed", "failed"))
-        print(f"transformers {made[0]['transformers']}: {passed} tests passed, {wrong} failed")
+        print(f"transformers {made[0]['transformers']}: {passed} tests passed, {wrong} failed", flush=True)
         failed += wrong
+    print(report.support(rows.read_other(args.out.stem, args.out.parent)))
     return int(failed > 0)
 
 

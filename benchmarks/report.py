@@ -19,6 +19,7 @@ from .rows import Row
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/**/*.md")
+_FACTS = ("machine", "commit", "date", "bench")  # of a row, beside what was measured
 SMALL_M = 8  # up to here a cell is held against the memory bandwidth, above against the int8 peak
 MARKS = "\\* other processes used more than 0.25 cores. ~ memory bandwidth changed by more than 10 % during the run."
 
@@ -351,7 +352,7 @@ def models(found: Sequence[Row]) -> str:
 
 
 def support(found: Sequence[Row]) -> str:
-    """Topic x version of transformers, the newest row of each: yes, or the tests that passed of those that ran."""
+    """Topic x version of transformers, newest rows: yes, tests passed of those run, or no where most were left out."""
     newest = {(row["topic"], row["transformers"]): row for row in sorted(found, key=lambda row: row["date"])}
     if not newest:
         return ""
@@ -360,8 +361,9 @@ def support(found: Sequence[Row]) -> str:
     def cell(row: Row | None) -> str:
         if row is None:
             return ""
-        ran = row["passed"] + row["failed"]
-        return f"yes, {ran} tests" if ran and not row["failed"] else f"{row['passed']} of {ran} tests"
+        ran, left = row["passed"] + row["failed"], row["skipped"]
+        text = f"yes, {ran} tests" if ran and not row["failed"] else f"{row['passed']} of {ran} tests"
+        return "no" if left > ran else text + f", {left} left out" * (left > 0)
 
     body = [[topic, *(cell(newest.get((topic, version))) for version in versions)] for topic in TOPICS]
     return f"{short_caption(list(newest.values()))}\n\n" + markdown(["transformers", *versions], body)
@@ -384,9 +386,7 @@ def plain_table(found: Sequence[Row]) -> str:
     parts = []
     for group in machines(found):
         last = [row for row in group if row["date"] == max(r["date"] for r in group)]
-        keys = list(
-            dict.fromkeys(key for row in last for key in row if key not in ("machine", "commit", "date", "bench"))
-        )
+        keys = dict.fromkeys(key for row in last for key in row if key not in _FACTS)
         body = [[_plain(row.get(key)) for key in keys] for row in last]
         parts += [short_caption(last), markdown([key.replace("_", " ") for key in keys], body)]
     return "\n\n".join(parts)
@@ -414,11 +414,12 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
 }
 """Name -> the function that makes it from rows of bench_ops: peers from all, others from the newest of each case."""
 
+PLAIN = "quality calibration kld trained compute tasks cqil_quality cqil_speed families serve ranks sums sockets".split()
 OTHER: dict[str, Callable[[Sequence[Row]], str]] = {
     "models": models,
     "experts": experts,
     "support": support,
-    **dict.fromkeys(("quality", "calibration", "cqil_quality", "cqil_speed", "ranks", "sums", "sockets"), plain_table),
+    **dict.fromkeys(PLAIN, plain_table),
 }
 """Name -> the function that makes it from the rows in NAME*.jsonl."""
 

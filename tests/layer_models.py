@@ -64,6 +64,7 @@ WHY_NOT = {  # family -> words of the reason; every other family matches
     "mpt": "alibi",
     "bloom": "alibi",
     "mixtral": "mlp.gate holds 'weight'",
+    "qwen2-moe": "mlp.gate holds 'weight'",
     "qwen3-moe": "which no program knows|is not known|no known role",
 }
 

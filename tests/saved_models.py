@@ -8,12 +8,12 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from families import FAMILIES, SHARED_EXPERT, VOCAB
+from families import FAMILIES, VOCAB
 
 import torch_cpullm
 from torch_cpullm.linear import STORED
 
-BY_NAME = {family.name: family for family in (*FAMILIES, SHARED_EXPERT)}
+BY_NAME = {family.name: family for family in FAMILIES}
 IDS = torch.randint(2, VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
 
 

@@ -185,8 +185,9 @@ def test_shapes_change_and_left_padding():
 
 def test_router_of_a_mixture_stays_exact(graphs):
     model = tiny("Mixtral", num_local_experts=4)
-    want = compile_in_place(model)
-    check(model(tokens()).logits, want(tokens()).logits)
+    if transformers.__version__.startswith("5.0."):  # Dynamo cannot trace its grouped products of floats
+        model.set_experts_implementation("eager")
+    check(*(each(tokens()).logits for each in (model, compile_in_place(model))))
     assert any("MixtralTopKRouter is no nn.Linear" in line for line in graphs())
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, SHARED_EXPERT, VOCAB, Family
+from families import FAMILIES, VOCAB, Family
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -21,7 +21,7 @@ from torch_cpullm.packing import PackedStack, PackedWeight, dequantize
 PROMPT, STEPS = 9, 16
 TOLERANCE = 1e-4  # of the largest logit of a step; 1e-3 is what the package promises
 BY_NAME = {family.name: family for family in FAMILIES}
-every_family = pytest.mark.parametrize("family", [*FAMILIES, SHARED_EXPERT], ids=str)
+every_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, VOCAB
+from families import CHUNKED, FAMILIES, LOOKUP_END, VOCAB
 from smollm2 import smollm2
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -217,8 +217,8 @@ def test_beam_search():
 
 
 MODES = {
-    "prompt lookup": {"prompt_lookup_num_tokens": 3},
-    "chunked prefill": {"prefill_chunk_size": 4},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3, **LOOKUP_END},
+    "chunked prefill": {"prefill_chunk_size": 4 if CHUNKED else None},
     "static cache": {"cache_implementation": "static"},
     "no cache": {"use_cache": False},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import smollm2 as shared
 import torch
+import transformers
+from families import VERSION
 from gguf import GGMLQuantizationType as Kind
 from gguf_files import (
     CASES,
@@ -29,7 +32,7 @@ from gguf_files import (
     write_file,
     write_model,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import torch_cpullm
 from torch_cpullm.experts import PackedExperts
@@ -37,6 +40,20 @@ from torch_cpullm.formats.gguf import load_gguf, quantized_weight
 from torch_cpullm.formats.gguf_reader import GgufFile
 from torch_cpullm.linear import PackedEmbedding, PackedLinear
 from torch_cpullm.packing import dequantize, pack, unpack
+
+
+@pytest.fixture(autouse=True)
+def readable(request: pytest.FixtureRequest) -> None:
+    if VERSION < (5, 17) and request.function is not test_older_transformers:
+        pytest.skip("GGUF files need transformers 5.17")
+
+
+def test_older_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They read GGUF files, but cut words in another way than llama.cpp and swap the tokens of beginning and end."""
+    monkeypatch.setitem(sys.modules, "transformers.integrations.gguf", None)
+    with pytest.raises(ImportError, match=r"load_gguf needs transformers 5\.17 or later: .* that version"):
+        load_gguf(shared.gguf_path(), progress=False)
+
 
 # ---------------------------------------------------------------------------------------- the real file
 
@@ -54,11 +71,10 @@ def smollm2() -> tuple[Any, Any]:
 
 @pytest.fixture(scope="module")
 def smollm2_by_transformers(smollm2_path: Path) -> Any:
+    packed = getattr(transformers, "GgufConfig", None)  # before there was one, files were always dequantised
+    options = {} if packed is None else {"quantization_config": packed(dequantize=True)}
     return AutoModelForCausalLM.from_pretrained(
-        smollm2_path.parent,
-        gguf_file=smollm2_path.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float32,
+        smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32, **options
     ).eval()
 
 

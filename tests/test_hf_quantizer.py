@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from families import FAMILIES, VOCAB, Family
+from families import FAMILIES, VERSION, VOCAB, Family
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -163,7 +163,10 @@ def test_a_tied_head_saved_under_its_own_name(folder, tmp_path):
         save_file(new, target / "model.safetensors", metadata={"format": "pt"})
         want = torch_cpullm.optimize(AutoModelForCausalLM.from_pretrained(target))
         got = load(target)
-        assert (got.lm_head.packed is got.model.embed_tokens.packed) == (name != "different"), name
+        # transformers 5.0 does not tie what a checkpoint has twice, later versions if the weights are equal.
+        tied = want.lm_head.packed is want.model.embed_tokens.packed
+        assert (got.lm_head.packed is got.model.embed_tokens.packed) == tied, name
+        assert tied == (name == "head" or (name == "both" and VERSION > (5, 0))), name
         assert torch.equal(logits(got), logits(want)), name
 
 
@@ -298,8 +301,8 @@ def test_wrong_settings(folder):
 def test_another_methods_config(folder, tmp_path):
     path = tmp_path / "m"
     load(folder("llama")).save_pretrained(path)
-    with pytest.raises(ValueError, match="quantized with CpuLlmConfig but you are passing a MetalConfig"):
-        AutoModelForCausalLM.from_pretrained(path, quantization_config=transformers.MetalConfig())
+    with pytest.raises(ValueError, match="quantized with CpuLlmConfig but you are passing a EetqConfig"):
+        AutoModelForCausalLM.from_pretrained(path, quantization_config=transformers.EetqConfig())
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, VOCAB, Family, llama_like
+from families import CHUNKED, FAMILIES, LOOKUP_END, VERSION, VOCAB, Family, llama_like
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, DynamicCache, EncoderDecoderCache, StaticCache, T5Config
 
@@ -75,8 +75,8 @@ MODES: dict[str, dict[str, Any]] = {
     "sampling": {"do_sample": True, "temperature": 1.2, "top_k": 40, "num_return_sequences": 3},
     "beam 4": {"num_beams": 4, "num_return_sequences": 2},
     "beam sampling": {"num_beams": 3, "do_sample": True},
-    "chunked prefill": {"prefill_chunk_size": 6},
-    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "chunked prefill": {"prefill_chunk_size": 6 if CHUNKED else None},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3, **LOOKUP_END},
 }
 
 
@@ -88,7 +88,9 @@ def test_generate(name, mode):
     for model in (ours(name), stock(name)):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(7)
-            results.append(run(model, ids, **MODES[mode]))
+            # transformers 5.0 itself cannot crop a sliding window.
+            plain = VERSION == (5, 0) and model is stock(name) and mode == "prompt lookup"
+            results.append(run(model, ids, **({} if plain else MODES[mode])))
     same(*results)
     assert type(results[0].past_key_values) is CpuLlmCache
     assert type(results[1].past_key_values) is DynamicCache
@@ -200,11 +202,15 @@ def test_encoder_decoder_and_recurrent_models_keep_their_caches():
     model = torch_cpullm.optimize(AutoModelForSeq2SeqLM.from_config(t5).eval())
     assert type(run(model, prompt()).past_key_values) is EncoderDecoderCache
     options = llama_like(layer_types=["conv", "full_attention"], num_attention_heads=4)
-    hybrid = torch_cpullm.optimize(Family("lfm2", "Lfm2Config", options).build())
-    assert type(run(hybrid, prompt()).past_key_values) is DynamicCache
-    assert type(hybrid(prompt()).past_key_values) is DynamicCache
-    with pytest.raises(ValueError, match="Lfm2Config has layers whose cache is not plain keys and values"):
-        CpuLlmCache(hybrid.config)
+    plain = Family("lfm2", "Lfm2Config", options).build()
+    theirs = type(plain(prompt()).past_key_values)  # DynamicCache, with transformers 5.0 a class of Lfm2's own
+    assert theirs is not CpuLlmCache
+    hybrid = torch_cpullm.optimize(plain)
+    assert type(run(hybrid, prompt()).past_key_values) is theirs
+    assert type(hybrid(prompt()).past_key_values) is theirs
+    if theirs is DynamicCache:
+        with pytest.raises(ValueError, match="Lfm2Config has layers whose cache is not plain keys and values"):
+            CpuLlmCache(hybrid.config)
 
 
 def test_a_compiled_model_keeps_transformers_cache():
@@ -238,7 +244,7 @@ def test_smaller_caches(name, dtype, bound):
         steps.append(got.logits)
     assert close(torch.cat(steps, 1), want, bound)
     greedy = run(model, ids[:1])
-    for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": copy.deepcopy(model)}):
+    for options in ({"prompt_lookup_num_tokens": 3, **LOOKUP_END}, {"assistant_model": copy.deepcopy(model)}):
         assert torch.equal(run(model, ids[:1], **options).sequences, greedy.sequences)
     assert run(model, ids, num_beams=3).sequences.shape == (2, 24 + NEW)
 

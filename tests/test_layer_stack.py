@@ -132,6 +132,20 @@ def test_recorded_states_and_hooks_are_right(monkeypatch):
     handle.remove()
 
 
+def test_a_wrapped_forward_is_called(monkeypatch):
+    """As transformers 5.0 wraps the layers whose outputs it records."""
+    model = optimised()
+    cache, steps = warm(model), counted(monkeypatch)
+    layer, seen = model.model.layers[1], []
+    program = layer.forward
+    layer.forward = lambda *args, **kwargs: seen.append(program(*args, **kwargs)) or seen[-1]
+    step(model, cache, ids_of(model, 1, 1))
+    assert (steps[0], len(seen)) == (0, 1)
+    layer.forward = program
+    step(model, cache, ids_of(model, 1, 1))
+    assert (steps[0], len(seen)) == (1, 1)
+
+
 def test_a_layer_called_by_itself_is_only_itself(monkeypatch):
     model = optimised()
     cache, steps = warm(model), counted(monkeypatch)

@@ -1,11 +1,12 @@
 """Models for text and pictures: the text model is packed and runs as programs, all else stays and is reported."""
 
 import copy
+import inspect
 
 import pytest
 import torch
 import transformers
-from families import llama_like, randomise
+from families import VERSION, llama_like, randomise
 from transformers import AutoModelForImageTextToText
 
 import torch_cpullm
@@ -61,7 +62,9 @@ def inputs(name):
     ids = torch.tensor([[5, 9, 252, IMAGE, IMAGE, IMAGE, IMAGE, 253, 77, 31]])
     if name == "qwen2-vl":  # patches of 3 channels, 2 frames, 4 x 4 pixels; merged two by two
         pixels = torch.randn(16, 3 * 2 * 4 * 4, generator=generator)
-        extra = {"image_grid_thw": torch.tensor([[1, 4, 4]]), "mm_token_type_ids": (ids == IMAGE).int()}
+        extra = {"image_grid_thw": torch.tensor([[1, 4, 4]])}
+        if "mm_token_type_ids" in inspect.signature(transformers.Qwen2VLModel.forward).parameters:  # not in 5.0
+            extra["mm_token_type_ids"] = (ids == IMAGE).int()
         return {"input_ids": ids, "pixel_values": pixels, **extra}
     given = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 16, 16, generator=generator)}
     if name == "gemma3":
@@ -88,7 +91,9 @@ def test_the_text_model_is_packed(name, tmp_path):
                 or "-D" in row.reason
             )
     assert "outside of the text model" in str(report)
-    assert {row.level for row in report.layers} == {"one op"}
+    mixes = name == "qwen2-vl" and VERSION < (5, 17)  # there each layer mixes the axes of its positions itself
+    assert {row.level for row in report.layers} == {"per-linear ops" if mixes else "one op"}
+    assert ("its positions have several axes" in " ".join(str(report).split())) == mixes
 
     got, want = logits(model, name), torch_cpullm.restore(copy.deepcopy(model))
     assert torch.allclose(got, logits(want, name), atol=2e-4)

@@ -343,7 +343,7 @@ class ScaledEmbedding(nn.Embedding):
 def test_embedding_that_scales_its_rows(seed, factor, dtype):
     """The packed rows are scaled by that very constant, not by one estimated from rounded numbers."""
     torch.manual_seed(seed)
-    embedding = ScaledEmbedding(50, 64)
+    embedding = ScaledEmbedding(50, 64, padding_idx=seed or None)  # beyond the rows that are tried out
     embedding.factor = factor
     model = torch_cpullm.optimize(Embedded(embedding).to(dtype))
     assert type(model.embed) is PackedEmbedding
@@ -366,10 +366,20 @@ class CappedEmbedding(nn.Embedding):
         return super().forward(ids).clamp(-1, 1)
 
 
+class BlankingEmbedding(nn.Embedding):
+    def forward(self, ids):
+        return super().forward(ids) * (ids != self.padding_idx).unsqueeze(-1)
+
+
 @pytest.mark.parametrize(
     "embedding",
-    [ShiftedEmbedding(50, 64), CappedEmbedding(50, 64), nn.Embedding(50, 64, max_norm=1.0)],
-    ids=["shifted", "capped", "max_norm"],
+    [
+        ShiftedEmbedding(50, 64),
+        CappedEmbedding(50, 64),
+        BlankingEmbedding(50, 64, padding_idx=9),
+        nn.Embedding(50, 64, max_norm=1.0),
+    ],
+    ids=["shifted", "capped", "blanking", "max_norm"],
 )
 def test_embedding_with_another_function_stays(embedding):
     model = Embedded(embedding)

@@ -13,7 +13,7 @@ from pathlib import Path
 import fresh
 import pytest
 import torch
-from families import FAMILIES, VOCAB, Family
+from families import FAMILIES, VERSION, VOCAB, Family
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from saved_models import (
@@ -254,10 +254,11 @@ messages = [{"role": "user", "content": "w3 w4 w5"}]
 chunks = client.chat.completions.create(model=model, messages=messages, max_tokens=5, temperature=0, stream=True)
 print(*(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices))
 """
-    command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()"]
+    command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve"]
+    chosen = ["--force-model", str(path)] if VERSION < (5, 1) else [str(path)]
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(
-            [*command, "serve", str(path), "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)],
+            [*command, *chosen, "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)],
             env=fresh.environment(installed),
             stdout=log,
             stderr=log,

@@ -401,6 +401,19 @@ def _is_compiled(model: nn.Module) -> bool:
     return torch.compiler.is_compiling() or any(part._compiled_call_impl is not None for part in model.modules())
 
 
+def _left_to_forward(model: Any, generation_config: Any) -> bool:
+    """Whether ``generate()`` makes no cache, since the decoder's forward will: the default of transformers 5.0.
+
+    It is made here all the same, since a compiled forward would make transformers' own. Prompts in chunks stay the
+    error that they are there: with a cache its masks are wrong.
+    """
+    if generation_config.use_cache is False or getattr(model.config, "is_encoder_decoder", False):
+        return False
+    if generation_config.prefill_chunk_size is not None:
+        return False
+    return any(isinstance(hook, _GivesCache) for part in model.modules() for hook in part._forward_pre_hooks.values())
+
+
 class _Maker:
     """Makes the cache of one model, or leaves it to transformers. masked: see :func:`_masks_windows`."""
 
@@ -427,13 +440,18 @@ class _PreparesCache(_Maker):
 
     def __call__(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         model: Any = self._model()
-        given = model_kwargs.get("past_key_values")
+        given, asked = model_kwargs.get("past_key_values"), generation_config.cache_implementation
         result = type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
         made: Any = model_kwargs.get("past_key_values")
-        by_default = made is not None and made is not given and generation_config.cache_implementation is None
+        if made is None and _left_to_forward(model, generation_config):
+            made = DynamicCache(config=model.config)
+        by_default = made is not None and made is not given and asked is None
         if by_default and (not _is_compiled(model) or all_in_programs(model)):
+            if type(made) is DynamicCache and not made.layers:  # without the config, so that none of it slides
+                made = DynamicCache(config=model.config)
             ours = self.instead_of(made, model.config)
-            model_kwargs["past_key_values"] = made if ours is None else ours
+            if ours is not None:
+                model_kwargs["past_key_values"] = ours
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _PreparesCache:

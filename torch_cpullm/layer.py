@@ -316,9 +316,14 @@ class LayerProgram:
         """Whether every program of the stack is still that of its layer."""
         watch, stack = self._stack_watch, self._stack
         found = [ref() for ref in self._others]
-        return all(each is not None and each._stack is stack for each in found) and (
+        return all(each is not None and each._stack is stack and each._in_place() for each in found) and (
             watch is not None and watch.unchanged()
         )
+
+    def _in_place(self) -> bool:
+        """Whether this is still the layer's forward: transformers 5.0 wraps those whose outputs it records."""
+        layer = self._layer()
+        return layer is not None and layer.__dict__.get("forward") is self
 
     def _traced(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What Dynamo sees: one operator, which calls this object again when it runs, or the class's forward."""

@@ -186,7 +186,7 @@ def _gives(module: nn.Module, result: Any, *args: Any) -> bool:
     """Whether ``module(*args)`` is ``result``, bit for bit."""
     try:
         made = module(*args)
-    except (TypeError, ValueError, RuntimeError, IndexError):  # it is for other arguments
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError):  # it is for other arguments
         return False
     made, result = (each if isinstance(each, tuple) else (each,) for each in (made, result))
     return len(made) == len(result) and all(

@@ -363,6 +363,8 @@ def embedding_multiplier(module: nn.Embedding) -> float | None:
     Buffers that are still on the meta device count as ones.
     """
     probe = copy.copy(module)
+    if probe.padding_idx is not None:
+        probe.padding_idx = min(probe.padding_idx, 1)  # torch wants it among the two rows
     probe.__dict__["_buffers"] = {
         name: torch.ones_like(buffer, device="cpu") if buffer is not None and buffer.is_meta else buffer
         for name, buffer in module._buffers.items()

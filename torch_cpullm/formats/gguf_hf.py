@@ -66,8 +66,8 @@ def transformers_gguf() -> SimpleNamespace:
         )
     except ImportError as error:
         raise ImportError(
-            f"load_gguf reads GGUF metadata through functions of transformers that version {version} does not have "
-            f"({error}); tested with {_TESTED}"
+            f"load_gguf needs transformers 5.17 or later: it reads GGUF metadata through functions that version "
+            f"{version} does not have ({error}); tested with {_TESTED}"
         ) from error
     return SimpleNamespace(
         tokenizer_keys=GGUF_TOKENIZER_MAPPING,
