@@ -4,9 +4,10 @@
     python -m benchmarks.bench_trained directory stories260K-hf --text tinystories_sample.txt --json ...
 
 train: a small GPT-NeoX, GPT-J, OPT and Falcon learn the language of language.py (seeded, about two minutes each on one
-core); scored is text of the same language that no model has seen. directory: a float checkpoint on a text of one's own.
-Calibration tokens are the model's own, so nothing that is scored is calibrated on. Losses are nats per token; the
-difference from float is paired, in per cent of the float loss with its 95 % interval.
+core); scored is text of the same language that no model has seen, in windows of 128. directory: a float checkpoint on a
+text of one's own, cut at <|endoftext|>, each piece after a begin token. Calibration tokens are the model's own,
+so nothing that is scored is calibrated on. Losses are nats per token; the difference from float is paired, in per cent
+of the float loss with its 95 % interval.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ import torch_cpullm
 from torch_cpullm.calibration import self_generated, text_ids
 from torch_cpullm.checkpoint import Form
 from torch_cpullm.config import Settings
-from torch_cpullm.layerwise import Recipe, calibrate
-from torch_cpullm.quality import evaluate, window_logits
+from torch_cpullm.layerwise import calibrate
+from torch_cpullm.quality import logits_of
 from torch_cpullm.sensitivity import allocate, sensitivities, stored_bits
 from torch_cpullm.trial import apply, forms_of, settings_of, twin
 
@@ -49,8 +50,12 @@ NO_DROPOUT = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
 FAMILIES: dict[str, dict[str, Any]] = {
     "GPTNeoX": {**LLAMA_NAMES, **NO_DROPOUT, "intermediate_size": 4 * HIDDEN},
     "GPTJ": {
-        **{"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "n_positions": WINDOW, "rotary_dim": 16},
-        **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+        "n_embd": HIDDEN,
+        "n_layer": LAYERS,
+        "n_head": HEADS,
+        "n_positions": WINDOW,
+        "rotary_dim": 16,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
     },
     "OPT": {**LLAMA_NAMES, "ffn_dim": 4 * HIDDEN, "word_embed_proj_dim": HIDDEN, "dropout": 0.0},
     "Falcon": {**LLAMA_NAMES, **NO_DROPOUT, "ffn_hidden_size": 4 * HIDDEN},
@@ -113,18 +118,25 @@ def unigram_loss(ids: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Case:
-    """What is scored: ids [tokens] in windows; drawn [sequences, s] to calibrate on; logits: the float model's."""
+    """texts: what is scored, each [tokens] but its first token; logits, losses [all tokens]: the float model's, for
+    the scored tokens; drawn [sequences, s]: to calibrate on.
+    """
 
-    ids: Tensor
-    window: int
+    texts: Sequence[Tensor]
+    logits: Tensor
+    losses: Tensor
     drawn: Tensor
-    logits: Sequence[Tensor]
 
 
-def case_of(model: Any, ids: Tensor, window: int, sequences: int) -> Case:
-    length = min(window, 128)
-    drawn = self_generated(model, sequences, length, seed=0)
-    return Case(ids, window, drawn, window_logits(model, ids, window=window))
+def case_of(model: Any, texts: Sequence[Tensor], sequences: int, length: int) -> Case:
+    return Case(texts, *scores(model, texts), self_generated(model, sequences, length, seed=0))
+
+
+def scores(model: Any, texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(log probabilities [all tokens, vocabulary], losses [all tokens]) of every token that has one before it."""
+    logits = torch.cat([logits_of(model, text)[:-1] for text in texts]).log_softmax(-1)
+    labels = torch.cat([text[1:] for text in texts])
+    return logits, -logits.gather(1, labels[:, None])[:, 0]
 
 
 def mixed_forms(model: Any, case: Case, forms: dict[str, Form], inside: list[str], bits: float) -> dict[str, Form]:
@@ -171,19 +183,25 @@ def one_op(model: Any) -> str:
 
 def compared(model: Any, case: Case, compute: str) -> dict[str, Any]:
     """Loss of ``model``, its difference from float in per cent of float's, and the KL divergence."""
-    found = evaluate(model, case.ids, window=case.window, reference=case.logits)
-    assert found.loss_difference is not None
-    assert found.difference_interval is not None
-    base = found.loss - found.loss_difference
-    change, spread = 100 * found.loss_difference / base, 100 * found.difference_interval / base
+    logits, losses = scores(model, case.texts)
+    difference = 100 * (losses - case.losses).double() / case.losses.double().mean()
+    spread = 1.96 * float(difference.std()) / len(difference) ** 0.5
+    kl = F.kl_div(logits, case.logits, log_target=True, reduction="sum") / len(losses)
     return {
-        f"loss, {compute} compute": round(found.loss, 4),
-        f"against float, {compute} compute": f"{change:+.2f} % ± {spread:.2f}",
-        f"KL, {compute} compute": round(found.kl or 0.0, 4),
+        f"loss, {compute} compute": round(float(losses.mean()), 4),
+        f"against float, {compute} compute": f"{float(difference.mean()):+.2f} % ± {spread:.2f}",
+        f"KL, {compute} compute": round(max(0.0, float(kl)), 4),
     }
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def texts_of(path: Path, tokenizer: Any) -> list[Tensor]:
+    """The pieces of a text file, each with the tokenizer's begin token."""
+    pieces = [piece.strip() for piece in path.read_text(encoding="utf-8").split("<|endoftext|>")]
+    begin = torch.tensor([tokenizer.bos_token_id])
+    return [torch.cat([begin, text_ids(piece, tokenizer)]) for piece in pieces if piece]
 
 
 def write(rows: Sequence[dict[str, Any]], path: Path | None) -> None:
@@ -198,8 +216,7 @@ def write(rows: Sequence[dict[str, Any]], path: Path | None) -> None:
 
 def run(name: str, model: Any, case: Case, args: argparse.Namespace, kind: str, extra: dict[str, Any]) -> None:
     start = {"bench": kind, "model": name}
-    base = evaluate(model, case.ids, window=case.window)
-    first = {"recipe and weights": "float", "loss, fp32 compute": round(base.loss, 4), **extra}
+    first = {"recipe and weights": "float", "loss, fp32 compute": round(float(case.losses.mean()), 4), **extra}
     write([{**start, **first}], args.json)
     for text in args.recipe or RECIPES:
         write([{**start, **measure(model, case, text)}], args.json)
@@ -214,28 +231,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     one.add_argument("--family", action="append", choices=list(FAMILIES), help="may be repeated; default: all")
     one.add_argument("--steps", type=int, default=900)
     one.add_argument("--models", type=Path, metavar="DIR", help="keep trained models there, or take them from there")
-    one.add_argument("--held-out", type=int, default=256, metavar="N", help=f"windows of {WINDOW} tokens that are scored")
+    one.add_argument(
+        "--held-out", type=int, default=256, metavar="N", help=f"windows of {WINDOW} tokens that are scored"
+    )
     two = kinds.add_parser("directory", help="a float checkpoint and a text")
     two.add_argument("path", type=Path)
     two.add_argument("--text", type=Path, required=True)
-    two.add_argument("--window", type=int, default=256)
+    two.add_argument("--length", type=int, default=256, help="tokens of a sequence to calibrate with")
     for each in (one, two):
         each.add_argument("--recipe", action="append", metavar="RECIPE,ZEROS,GROUP", help="as bench_calibration's")
         each.add_argument("--mixed", action="append", metavar="RECIPE,ZEROS,GROUP", help="the same in mixed precision")
         each.add_argument("--budget-bits", type=float, default=5.0, help="most bits per weight where they are mixed")
-        each.add_argument("--sequences", type=int, default=128, help="of up to 128 tokens to calibrate with")
+        each.add_argument("--sequences", type=int, default=128, help="to calibrate with")
         each.add_argument("--json", type=Path, help="append rows to this file")
     args = parser.parse_args(argv)
     if args.kind == "train":
         ids = language.text(args.held_out * WINDOW, 1)
         for family in args.family or FAMILIES:
             model = trained(family, args.steps, args.models)
-            case = case_of(model, ids, WINDOW, args.sequences)
+            case = case_of(model, ids.view(-1, WINDOW).unbind(), args.sequences, WINDOW)
             run(family, model, case, args, "trained", {"loss by frequency alone": round(unigram_loss(ids), 4)})
         return
     model = AutoModelForCausalLM.from_pretrained(args.path, dtype=torch.float32).eval()
-    ids = text_ids(args.text.read_text(encoding="utf-8"), AutoTokenizer.from_pretrained(args.path))
-    run(args.path.name, model, case_of(model, ids, args.window, args.sequences), args, "stories", {})
+    case = case_of(model, texts_of(args.text, AutoTokenizer.from_pretrained(args.path)), args.sequences, args.length)
+    run(args.path.name, model, case, args, "stories", {})
 
 
 if __name__ == "__main__":
