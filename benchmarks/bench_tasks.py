@@ -21,8 +21,7 @@ import gzip
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from datetime import datetime, timezone
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,8 +36,8 @@ from torch_cpullm.layerwise import calibrate
 from torch_cpullm.runner import find_model
 from torch_cpullm.trial import apply, forms_of
 
-from . import machine
-from .bench_calibration import recipe_of
+from . import rows
+from .bench_calibration import FORMS, recipe_of
 
 TASKS = ("lambada", "hellaswag")
 NAMES = {"float": "float", "default": "optimize(), default settings", "file": "GGUF file as it is (float minima)"}
@@ -127,22 +126,19 @@ def score(model: Any, sequences: Sequence[tuple[Tensor, int]]) -> list[Score]:
     found: dict[int, Score] = {}
     head, device = model.get_output_embeddings(), model.device
     for batch in batches([len(ids) for ids, _ in sequences]):
-        padded = pad_sequence([sequences[i][0] for i in batch], batch_first=True).to(device)
+        own = [sequences[i] for i in batch]
+        padded = pad_sequence([ids for ids, _ in own], batch_first=True).to(device)
         with torch.inference_mode():
             hidden = model.base_model(padded, use_cache=False)[0]
-            rows = [hidden[row, len(ids) - 1 - n : len(ids) - 1] for row, (ids, n) in _of(sequences, batch)]
-            logits = head(torch.cat(rows)).float().log_softmax(-1)
-        labels = torch.cat([ids[len(ids) - n :] for _, (ids, n) in _of(sequences, batch)]).to(device)
+            scored = [row[len(ids) - 1 - n : len(ids) - 1] for row, (ids, n) in zip(hidden, own, strict=True)]
+            logits = head(torch.cat(scored)).float().log_softmax(-1)
+        labels = torch.cat([ids[len(ids) - n :] for ids, n in own]).to(device)
         likelihoods = logits.gather(1, labels[:, None])[:, 0].double().cpu()
         greedy = (logits.argmax(-1) == labels).cpu()
-        counts = [sequences[i][1] for i in batch]
+        counts = [n for _, n in own]
         for i, values, same in zip(batch, likelihoods.split(counts), greedy.split(counts), strict=True):
             found[i] = Score(float(values.sum()), bool(same.all()))
     return [found[i] for i in range(len(sequences))]
-
-
-def _of(sequences: Sequence[tuple[Tensor, int]], batch: Iterable[int]) -> list[tuple[int, tuple[Tensor, int]]]:
-    return [(row, sequences[i]) for row, i in enumerate(batch)]
 
 
 def run_engine(
@@ -192,9 +188,8 @@ def name_of(engine: str, sequences: int) -> str:
     if engine in NAMES or Path(engine).is_dir():
         return NAMES.get(engine, Path(engine).name)
     recipe, form = recipe_of(engine)
-    zeros = {"none": "symmetric", "point": "zero points", "minimum": "minima"}[form.zeros]
     tokens = f", {sequences} x 512 tokens" if recipe.needs_data else ""
-    return f"{recipe}; INT4 g{form.group_size}, {zeros}{tokens}"
+    return f"{recipe}; INT4 g{form.group_size}, {FORMS[form.zeros]}{tokens}"
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
@@ -266,13 +261,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             run_engine(engine, engine_model(engine, args), tokenizer, tasks, args.examples, set(known))
     found = read_examples(args.examples)
     for engine in args.engine:
-        row = summary(name_of(engine, args.sequences), found[engine], found["float"])
-        row |= {"machine": machine.machine_name(), "commit": machine.git_commit()}
-        row |= {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d")}
-        print(json.dumps(row, ensure_ascii=False), flush=True)
-        if args.json:
-            with args.json.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        rows.write(summary(name_of(engine, args.sequences), found[engine], found["float"]), args.json)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,9 @@ of the float loss with its 95 % interval.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +34,7 @@ from torch_cpullm.quality import logits_of
 from torch_cpullm.sensitivity import allocate, sensitivities, stored_bits
 from torch_cpullm.trial import apply, forms_of, settings_of, twin
 
-from . import language, machine
+from . import language, rows
 from .bench_calibration import FORMS, recipe_of
 
 WINDOW, HIDDEN, LAYERS, HEADS = 128, 128, 3, 4
@@ -204,24 +202,14 @@ def texts_of(path: Path, tokenizer: Any) -> list[Tensor]:
     return [torch.cat([begin, text_ids(piece, tokenizer)]) for piece in pieces if piece]
 
 
-def write(rows: Sequence[dict[str, Any]], path: Path | None) -> None:
-    for row in rows:
-        row |= {"machine": machine.machine_name(), "commit": machine.git_commit()}
-        row |= {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d")}
-        print(json.dumps(row, ensure_ascii=False), flush=True)
-        if path is not None:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
 def run(name: str, model: Any, case: Case, args: argparse.Namespace, kind: str, extra: dict[str, Any]) -> None:
     start = {"bench": kind, "model": name}
     first = {"recipe and weights": "float", "loss, fp32 compute": round(float(case.losses.mean()), 4), **extra}
-    write([{**start, **first}], args.json)
+    rows.write({**start, **first}, args.json)
     for text in args.recipe or RECIPES:
-        write([{**start, **measure(model, case, text)}], args.json)
+        rows.write({**start, **measure(model, case, text)}, args.json)
     for text in args.mixed or ():
-        write([{**start, **measure(model, case, text, args.budget_bits)}], args.json)
+        rows.write({**start, **measure(model, case, text, args.budget_bits)}, args.json)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
