@@ -40,6 +40,12 @@ RECIPES: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
+def text_of(path: Path) -> str:
+    """WikiText-2 raw from a file of one row per line."""
+    rows = path.read_text(encoding="utf-8").split("\n")
+    return "\n\n".join(row + "\n" if row.strip() else "" for row in rows)
+
+
 def logits_of(model: Any, ids: Tensor) -> Tensor:
     """Logits of every window, float32 [windows, WINDOW, vocabulary]."""
     with torch.inference_mode():
@@ -90,9 +96,8 @@ def main() -> None:
     args = parser.parse_args()
     path = find_model(None)
     model, tokenizer = torch_cpullm.load_gguf(path, progress=False)
-    rows = args.text.read_text().split("\n")
-    text = "\n\n".join(row + "\n" if row.strip() else "" for row in rows)
-    ids = tokenizer(text[:60000], return_tensors="pt").input_ids[0][: WINDOWS * WINDOW].view(WINDOWS, WINDOW)
+    tokens = tokenizer(text_of(args.text)[:60000], return_tensors="pt").input_ids[0]
+    ids = tokens[: WINDOWS * WINDOW].view(WINDOWS, WINDOW)
     dense = torch_cpullm.restore(torch_cpullm.load_gguf(path, progress=False)[0])
     reference = logits_of(dense, ids)
     results = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,19 @@ def make(*, rotated: bool = True, **known: Any) -> Row:
         row[key] = _rounded(row[key])
     check(row)
     return {key: row[key] for key in KEYS}
+
+
+def write(row: dict[str, Any], path: str | Path | None) -> None:
+    """Print a row of another benchmark, with machine, commit and date, and append it to ``path`` if there is one."""
+    from . import machine  # which imports torch; tables are made without it
+
+    row |= {"machine": machine.machine_name(), "commit": machine.git_commit()}
+    row |= {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d")}
+    line = json.dumps(row, ensure_ascii=False)
+    print(line, flush=True)
+    if path is not None:
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
 
 def _rounded(value: float | None) -> float | None:
