@@ -23,7 +23,7 @@ import torch_cpullm
 from torch_cpullm.calibration import self_generated
 from torch_cpullm.checkpoint import Form
 from torch_cpullm.config import Settings
-from torch_cpullm.layerwise import Recipe, calibrate
+from torch_cpullm.layerwise import Method, calibrate
 from torch_cpullm.runner import find_model
 from torch_cpullm.trial import apply, forms_of
 
@@ -33,7 +33,7 @@ from .bench_quality import WINDOW, WINDOWS, logits_of, measure
 FORMS = {"none": "symmetric", "point": "zero points", "minimum": "minima"}
 
 
-def recipe_of(text: str) -> tuple[Recipe, Form]:
+def recipe_of(text: str) -> tuple[Method, Form]:
     """``awq+gptq+2,none,32`` as a recipe and a form; ValueError for anything else."""
     try:
         words, zeros, group = text.split(",")
@@ -41,7 +41,7 @@ def recipe_of(text: str) -> tuple[Recipe, Form]:
         scales = parts.pop(0) if parts[0] in ("awq", "teq") else ""
         sweeps = int(parts.pop()) if len(parts) > 1 else 0
         (rounding,) = parts
-        return Recipe(rounding, scales, sweeps), Form(4, int(group), zeros, "float16")
+        return Method(rounding, scales, sweeps), Form(4, int(group), zeros, "float16")
     except ValueError as error:
         raise ValueError(f"--recipe must be like awq+gptq+2,none,32, got {text!r}: {error}") from None
 
