@@ -419,6 +419,7 @@ OTHER: dict[str, Callable[[Sequence[Row]], str]] = {
     "experts": experts,
     "quality": plain_table,
     "calibration": plain_table,
+    "kld": plain_table,
     "cqil_quality": plain_table,
     "cqil_speed": plain_table,
     "support": support,

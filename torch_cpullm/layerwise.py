@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,32 +47,36 @@ ROUNDING = ("rtn", "hqq", "clip", "gptq", "signround")
 @dataclass(frozen=True)
 class Method:
     """How weights become codes. rounding: one of ROUNDING; scales: "", "awq" or "teq"; sweeps: how often
-    scales and codes are refined afterwards. See torch_cpullm.quant. Raises ValueError naming the field that is wrong.
+    scales and codes are refined afterwards; epochs: how often the scales then learn from the float model
+    (:mod:`torch_cpullm.distil`). See torch_cpullm.quant. Raises ValueError naming the field that is wrong.
     """
 
     rounding: str = "gptq"
     scales: str = ""
     sweeps: int = 0
     damping: float = 0.01
+    epochs: int = 0
 
     def __post_init__(self) -> None:
         if self.rounding not in ROUNDING:
             raise ValueError(f"rounding must be one of {', '.join(ROUNDING)}, got {self.rounding!r}")
         if self.scales not in ("", *SCALES):
             raise ValueError(f"scales must be empty or one of {', '.join(SCALES)}, got {self.scales!r}")
-        if type(self.sweeps) is not int or self.sweeps < 0:
-            raise ValueError(f"sweeps must be an integer of at least 0, got {self.sweeps!r}")
+        for name, value in (("sweeps", self.sweeps), ("epochs", self.epochs)):
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
         if not 0 < self.damping < 1:
             raise ValueError(f"damping must lie between 0 and 1, got {self.damping!r}")
 
     @property
     def needs_data(self) -> bool:
         """Whether it looks at calibration tokens at all."""
-        uses = self.scales, self.sweeps, self.rounding not in ("rtn", "hqq")
+        uses = self.scales, self.sweeps, self.epochs, self.rounding not in ("rtn", "hqq")
         return any(uses)
 
     def __str__(self) -> str:
         parts = [self.scales.upper(), self.rounding.upper(), f"refined x{self.sweeps}" if self.sweeps else ""]
+        parts.append(f"distilled x{self.epochs}" if self.epochs else "")
         return " + ".join(part for part in parts if part)
 
 
@@ -349,8 +353,8 @@ def put_values(layer: nn.Module, done: Calibrated) -> None:
 
 
 def run_key(model: nn.Module, ids: Tensor, forms: Mapping[str, Form], method: Method) -> str:
-    """What a run depends on, in a hash: method, forms, tokens and a sample of every weight."""
-    digest = hashlib.sha256(repr((method, sorted(forms.items(), key=lambda item: item[0]))).encode())
+    """What a run depends on, in a hash: method but for its epochs, forms, tokens and a sample of every weight."""
+    digest = hashlib.sha256(repr((replace(method, epochs=0), sorted(forms.items(), key=lambda item: item[0]))).encode())
     digest.update(ids.contiguous().numpy().tobytes())
     for name, parameter in model.named_parameters():
         sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 256)].double()

@@ -21,9 +21,10 @@ from .calibrated import Calibrated
 from .calibration import LENGTH, calibration_ids, self_generated, text_ids
 from .checkpoint import Form
 from .config import Settings
+from .distil import quantize_model
 from .folding import matrix
 from .layer_group import member_of
-from .layerwise import Method, calibrate
+from .layerwise import Method
 from .quality import check_ids, evaluate
 from .sensitivity import allocate, sensitivities, stored_bits
 from .swap import check_model
@@ -103,7 +104,7 @@ def autotune(
             ids = calibration_ids(calibration, tokenizer, model, sequences=sequences, length=length, seed=seed)
         used = ids if ids is not None else torch.zeros(1, 1, dtype=torch.int64)
         own = None if folder is None else Path(folder) / name.replace(" ", "").replace(",", "-")
-        found = calibrate(model, used, forms, method, folder=own, progress=progress)
+        found = quantize_model(model, used, forms, method, folder=own, progress=progress)
         made = time.perf_counter() - start
         own_settings = settings_of(model, forms, settings)
         value = _number(measure(apply(twin(model), found, own_settings)), name)
