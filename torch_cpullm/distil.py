@@ -28,7 +28,7 @@ from .quant.groups import as_groups
 from .trial import twin
 
 RATE = 0.003
-_TOGETHER = 4  # sequences of a step
+_TOGETHER = 2  # sequences of a step
 
 
 def quantize_model(
@@ -166,7 +166,7 @@ class _Product(torch.autograd.Function):
         return x @ _weight(levels, scale, base).to(x.dtype).T
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor, None]:
         x, levels, scale, base = ctx.saved_tensors
         by_x = gradient @ _weight(levels, scale, base).to(gradient.dtype) if ctx.needs_input_grad[0] else None
         by_weight = (gradient.flatten(0, -2).T @ x.flatten(0, -2)).float()
