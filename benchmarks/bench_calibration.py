@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -108,7 +109,7 @@ def main() -> None:
         if bits is not None:
             forms = mixed_forms(float_model, drawn[:SENSITIVITY], forms, form, bits)
         found = quantize_model(float_model, drawn[: args.sequences], forms, method, folder=layers, progress=False)
-        seconds = time.perf_counter() - start
+        print(f"{method}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         model = apply(twin(float_model), found, settings_of(float_model, forms, settings))
         tokens = f"{args.sequences} x {drawn.shape[1]} {args.source}" if method.needs_data else "none"
         kind = f"INT4 g{form.group_size}" if bits is None else "INT4 and INT8, g32 and g64"
@@ -118,7 +119,6 @@ def main() -> None:
         if held_out is not None:  # int8 compute, in which measure() leaves the model
             other = divergence(logits_of(model, held_out), logits_of(float_model, held_out))
             row["KL, held-out text"] = round(max(0.0, other), 4)
-        row["seconds"] = round(seconds)
         if args.save is not None:
             model.save_pretrained(args.save / name.replace(";", ",").replace(" ", ""))
         row |= {"machine": machine.machine_name(), "commit": machine.git_commit()}

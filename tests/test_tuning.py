@@ -18,7 +18,7 @@ from torch_cpullm.trial import forms_of
 
 FP32 = Settings(compute="fp32")
 FEW = {"sequences": 4, "length": 16, "config": FP32, "progress": False}
-SHORT = (Method("rtn"), Method("gptq"))
+SHORT = (Method("rtn"), Method("gptq"), Method("gptq", epochs=1))
 
 
 def measure_against(model):
@@ -54,7 +54,8 @@ def test_an_unreachable_target_keeps_the_best_and_says_so(caplog):
     with caplog.at_level(logging.WARNING, "torch_cpullm"):
         tuned = torch_cpullm.autotune(model, None, 0.0, measure_against(model), methods=SHORT, budget_bits=5.5, **FEW)
     assert not tuned.met
-    assert [step.name for step in tuned.steps] == ["RTN", "GPTQ", "GPTQ, mixed"]
+    names = ["RTN", "GPTQ", "GPTQ + distilled x1", "GPTQ + distilled x1, mixed"]
+    assert [step.name for step in tuned.steps] == names
     assert tuned.best.change == min(step.change for step in tuned.steps) > 0
     assert all(step.bits <= 5.5 for step in tuned.steps)
     assert "no method met the target" in caplog.text

@@ -1,6 +1,6 @@
 """The automatic flow: methods from cheap to dear, each measured, until the loss is within the target.
 
-    RTN -> HQQ -> AWQ + clip -> GPTQ -> AWQ + GPTQ, refined -> the same in mixed precision
+    RTN -> HQQ -> AWQ + clip -> GPTQ -> AWQ + GPTQ, refined -> distilled -> the same in mixed precision
 
 Source of the flow: Shen et al. 2023, "Efficient LLM Inference on CPUs" (try a recipe, evaluate, tune again).
 """
@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from .calibrated import Calibrated
 from .calibration import LENGTH, calibration_ids, self_generated, text_ids
 from .checkpoint import Form
 from .config import Settings
-from .distil import quantize_model
+from .distil import distil
 from .folding import matrix
 from .layer_group import member_of
-from .layerwise import Method
+from .layerwise import Method, calibrate
 from .quality import check_ids, evaluate
 from .sensitivity import allocate, sensitivities, stored_bits
 from .swap import check_model
@@ -39,6 +40,7 @@ LADDER = (
     Method("clip", "awq"),
     Method("gptq"),
     Method("gptq", "awq", sweeps=2),
+    Method("gptq", "awq", sweeps=2, epochs=1),
 )
 SEQUENCES = 64
 _HELD_OUT = 8  # sequences of the default evaluation
@@ -96,35 +98,44 @@ def autotune(
     tuned = Tuned(model, target, what, baseline, seed)
     ids: Tensor | None = None
     best: tuple[float, Calibrated, Settings] | None = None
+    made: tuple[Method, Mapping[str, Form], Calibrated] | None = None  # what a distilled step begins with
 
-    def attempt(method: Method, forms: Mapping[str, Form], name: str) -> bool:
-        nonlocal best, ids
+    def attempt(method: Method, forms: Mapping[str, Form], kind: str = "") -> bool:
+        nonlocal best, ids, made
+        plain, name = replace(method, epochs=0), f"{method}{kind}"
         start = time.perf_counter()
         if ids is None and method.needs_data:
             ids = calibration_ids(calibration, tokenizer, model, sequences=sequences, length=length, seed=seed)
         used = ids if ids is not None else torch.zeros(1, 1, dtype=torch.int64)
-        own = None if folder is None else Path(folder) / name.replace(" ", "").replace(",", "-")
-        found = quantize_model(model, used, forms, method, folder=own, progress=progress)
-        made = time.perf_counter() - start
+        if made is None or made[:2] != (plain, forms):
+            own = None if folder is None else Path(folder) / f"{plain}{kind}".replace(" ", "").replace(",", "-")
+            made = plain, forms, calibrate(model, used, forms, plain, folder=own, progress=progress)
+        found = made[2]
+        if method.epochs:
+            found = distil(model, found, used, epochs=method.epochs, progress=progress)
+        seconds = time.perf_counter() - start
         own_settings = settings_of(model, forms, settings)
         value = _number(measure(apply(twin(model), found, own_settings)), name)
         change = (baseline - value if higher_is_better else value - baseline) / abs(baseline)
         stored, weights = _stored(model, {key: forms[key] for key in inside}, experts)
         size = sum(t.nbytes for packed in _unique(found) for t in packed) + _stored(model, {}, experts)[0] // 8
-        tuned.steps.append(Step(name, value, change, stored / weights, size, made, _counts(forms, inside, experts)))
+        tuned.steps.append(Step(name, value, change, stored / weights, size, seconds, _counts(forms, inside, experts)))
         log.info("autotune: %s", tuned.steps[-1])
         if best is None or change < best[0]:
             best = change, found, own_settings
         return change <= target
 
-    met = any(attempt(method, forms, str(method)) for method in methods)
+    usable = [method for method in methods if not method.epochs or hasattr(model, "config")]
+    if len(usable) < len(methods):
+        log.warning("autotune: distilled methods are left out, they need a model of transformers")
+    met = any(attempt(method, forms) for method in usable)
     if not met:
-        last = next((method for method in reversed(methods) if method.needs_data), methods[-1])
+        last = next((method for method in reversed(usable) if method.needs_data), methods[0])
         mixed = _mixed(
             model, forms, inside, experts, budget_bits, ids, calibration, tokenizer, sequences, length, seed, progress
         )
         if mixed is not None and mixed != forms:
-            met = attempt(last, mixed, f"{last}, mixed")
+            met = attempt(last, mixed, ", mixed")
     assert best is not None
     apply(model, best[1], best[2])
     if not met:
@@ -265,3 +276,5 @@ def _check_arguments(
             raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
     if not methods or not all(isinstance(method, Method) for method in methods):
         raise ValueError(f"methods must be one or more of torch_cpullm.layerwise.Method, got {methods!r}")
+    if not hasattr(model, "config") and all(method.epochs for method in methods):
+        raise ValueError("distilled methods need a model of transformers, and there is no other method to try")
