@@ -62,7 +62,8 @@ def logits_of(model: Any, ids: Tensor) -> Iterator[Tensor]:
     """Logits of the scored positions, float32 [scored, vocabulary], chunk by chunk."""
     for window in ids:
         with torch.inference_mode():
-            yield model(window[None]).logits[0, SCORED].float()
+            logits = model(window[None]).logits[0, SCORED].float()
+        yield logits  # outside of the mode, which would otherwise stay on in the caller
 
 
 def logits_of_gguf(path: Path, ids: Tensor) -> Iterator[Tensor]:

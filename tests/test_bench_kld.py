@@ -29,6 +29,7 @@ def test_kld_of_a_model_and_of_another(monkeypatch):
     other.model.norm.weight.data *= 1.1
     ids = tokens(model, 4, 16)
     same = bench_kld.compare(bench_kld.logits_of(model, ids), model, ids)
+    assert not torch.is_inference_mode_enabled()
     assert same["KLD"] == 0
     assert same["perplexity / float"] == 1
     assert same["same top token, %"] == 100
