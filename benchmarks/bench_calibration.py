@@ -5,45 +5,73 @@ the columns. The calibration tokens are drawn from the packed file with a seed; 
 
     python -m benchmarks.bench_calibration --text wikitext2_raw_test.txt --recipe awq+gptq+2,none,32
 
-A recipe is rounding (rtn, hqq, clip, gptq, signround; awq+ before it; +SWEEPS of refinement after it), zeros (none,
-point, minimum), group size.
+A recipe is a method, zeros (none, point, minimum) and a group size. The method: rounding (rtn, hqq, clip, gptq,
+signround; awq+ before it; +SWEEPS of refinement after it; then +EPOCHSe of distillation). In place of the group size,
+mixBITS spends that many bits per weight on groups of 32 and 64 of 4 and 8 bits, by sensitivity. A recipe is to be
+chosen by its KL on --held-out, a text that is neither calibrated on nor reported.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
+import time
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import torch_cpullm
 from torch_cpullm.calibration import self_generated
 from torch_cpullm.checkpoint import Form
 from torch_cpullm.config import Settings
-from torch_cpullm.layerwise import Recipe, calibrate
+from torch_cpullm.distil import quantize_model
+from torch_cpullm.layerwise import Method
 from torch_cpullm.runner import find_model
-from torch_cpullm.trial import apply, forms_of
+from torch_cpullm.sensitivity import allocate, sensitivities
+from torch_cpullm.trial import apply, forms_of, settings_of, twin
 
 from . import machine
-from .bench_quality import WINDOW, WINDOWS, logits_of, measure
+from .bench_quality import WINDOW, WINDOWS, divergence, logits_of, measure
 
+SENSITIVITY = 8  # sequences that the mixture is chosen on
 FORMS = {"none": "symmetric", "point": "zero points", "minimum": "minima"}
 
 
-def recipe_of(text: str) -> tuple[Recipe, Form]:
-    """``awq+gptq+2,none,32`` as a recipe and a form; ValueError for anything else."""
+def recipe_of(text: str) -> tuple[Method, Form, float | None]:
+    """``awq+gptq+2+1e,none,32`` as a method, a form, and the bits of a mixture; ValueError for anything else."""
     try:
         words, zeros, group = text.split(",")
         parts = words.split("+")
         scales = parts.pop(0) if parts[0] in ("awq", "teq") else ""
+        epochs = int(parts.pop()[:-1]) if parts[-1].endswith("e") else 0
         sweeps = int(parts.pop()) if len(parts) > 1 else 0
         (rounding,) = parts
-        return Recipe(rounding, scales, sweeps), Form(4, int(group), zeros, "float16")
+        bits = float(group[3:]) if group.startswith("mix") else None
+        form = Form(4, 32 if bits is not None else int(group), zeros, "float16")
+        return Method(rounding, scales, sweeps, epochs=epochs), form, bits
     except ValueError as error:
         raise ValueError(f"--recipe must be like awq+gptq+2,none,32, got {text!r}: {error}") from None
+
+
+def mixed_forms(model: Any, ids: Tensor, forms: dict[str, Form], form: Form, bits: float) -> dict[str, Form]:
+    """``forms`` with those of the decoder's 4-bit linears chosen by sensitivity for ``bits`` per weight."""
+    choices = [Form(4, 64, form.zeros, form.scales), Form(4, 32, form.zeros, form.scales)]
+    choices += [Form(8, 64, "none", form.scales), Form(8, 32, "none", form.scales)]
+    names = [name for name, own in forms.items() if own.bits == 4]
+    return {**forms, **allocate(sensitivities(model, ids, names, choices, progress=False), choices, bits)}
+
+
+def windows_of(path: Path, tokenizer: Any) -> Tensor:
+    """The first WINDOWS windows of a text, joined as bench_quality says."""
+    rows = path.read_text(encoding="utf-8").split("\n")
+    text = "\n\n".join(row + "\n" if row.strip() else "" for row in rows)
+    ids: Tensor = tokenizer(text[:60000], return_tensors="pt").input_ids[0]
+    return ids[: WINDOWS * WINDOW].view(WINDOWS, WINDOW)
 
 
 def main() -> None:
@@ -54,6 +82,10 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=64, help="of 512 tokens (64)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokens", type=Path, help="keep the drawn tokens in this file, or take them from it")
+    parser.add_argument("--source", default="own", help="what the rows call the tokens (own: the model's)")
+    parser.add_argument("--held-out", type=Path, metavar="TEXT", help="a text to choose by: adds its KL")
+    parser.add_argument("--layers", type=Path, metavar="DIR", help="keep finished layers here, or take them from here")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="save the models below this directory")
     args = parser.parse_args()
     recipes = [recipe_of(text) for text in args.recipe]
     path = find_model(None)
@@ -64,23 +96,31 @@ def main() -> None:
         drawn = self_generated(model, args.sequences, 512, args.seed)
         if args.tokens is not None:
             args.tokens.write_text(json.dumps(drawn.tolist()))
-    rows = args.text.read_text().split("\n")
-    text = "\n\n".join(row + "\n" if row.strip() else "" for row in rows)
-    ids = tokenizer(text[:60000], return_tensors="pt").input_ids[0][: WINDOWS * WINDOW].view(WINDOWS, WINDOW)
-    reference = logits_of(torch_cpullm.restore(model), ids)
-    for recipe, form in recipes:
-        model = torch_cpullm.restore(torch_cpullm.load_gguf(path, progress=False)[0])
+    ids = windows_of(args.text, tokenizer)
+    float_model = torch_cpullm.restore(model)
+    reference = logits_of(float_model, ids)
+    held_out = None if args.held_out is None else windows_of(args.held_out, tokenizer)
+    for method, form, bits in recipes:
         settings = Settings(group_size=form.group_size, sym=form.zeros == "none")
-        forms = {name: form if own.bits == 4 else own for name, own in forms_of(model, settings).items()}
-        found = calibrate(model, drawn[: args.sequences], forms, recipe, progress=False)
-        tokens = f"{args.sequences} x 512" if recipe.needs_data else "none"
-        name = f"{recipe}; INT4 g{form.group_size}, {FORMS[form.zeros]}"
+        forms = {name: form if own.bits == 4 else own for name, own in forms_of(float_model, settings).items()}
+        key = f"{replace(method, epochs=0)}{form.zeros}{form.group_size}{bits}".replace(" ", "")
+        layers = None if args.layers is None else args.layers / key
+        start = time.perf_counter()
+        if bits is not None:
+            forms = mixed_forms(float_model, drawn[:SENSITIVITY], forms, form, bits)
+        found = quantize_model(float_model, drawn[: args.sequences], forms, method, folder=layers, progress=False)
+        print(f"{method}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        model = apply(twin(float_model), found, settings_of(float_model, forms, settings))
+        tokens = f"{args.sequences} x {drawn.shape[1]} {args.source}" if method.needs_data else "none"
+        kind = f"INT4 g{form.group_size}" if bits is None else "INT4 and INT8, g32 and g64"
+        name = f"{method}; {kind}, {FORMS[form.zeros]}"
         row: dict[str, Any] = {"bench": "calibration", "recipe and weights": name, "calibration tokens": tokens}
-        row |= {
-            k: v
-            for k, v in measure(name, apply(model, found, settings), ids, reference).items()
-            if k not in ("bench", "weights")
-        }
+        row |= {k: v for k, v in measure(name, model, ids, reference).items() if k not in ("bench", "weights")}
+        if held_out is not None:  # int8 compute, in which measure() leaves the model
+            other = divergence(logits_of(model, held_out), logits_of(float_model, held_out))
+            row["KL, held-out text"] = round(max(0.0, other), 4)
+        if args.save is not None:
+            model.save_pretrained(args.save / name.replace(";", ",").replace(" ", ""))
         row |= {"machine": machine.machine_name(), "commit": machine.git_commit()}
         row |= {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d")}
         print(json.dumps(row), flush=True)

@@ -2,15 +2,20 @@
 
 At its best: weights repacked and in huge pages (no file mapping; glibc's tunable is set by bench_models), and each of
 prompt and generation with flash attention on or off, whichever is faster. Tokens are random and nothing is sampled, as
-in llama-bench.
+in llama-bench. For bench_kld, in a process of its own:
+
+    .peers/bin/python -m benchmarks.llamacpp tokens FILE.gguf TEXT OUT WINDOW    # JSON
+    .peers/bin/python -m benchmarks.llamacpp logits FILE.gguf IDS OUT BEGIN END    # float32 of positions BEGIN .. END
 """
 
 from __future__ import annotations
 
 import ctypes
 import itertools
+import json
 import random
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -116,6 +121,46 @@ class Engine:
         llama.llama_synchronize(context)
 
 
+def write_tokens(path: Path, text: Path, out: Path, window: int) -> None:
+    """Tokens of a text as llama-perplexity reads them: every window begins with the begin token if the model asks."""
+    engine = Engine(path, 1)
+    vocab = llama.llama_model_get_vocab(engine.model)
+    begins = bool(llama.llama_vocab_get_add_bos(vocab))
+    data = text.read_bytes()
+    tokens = (llama.llama_token * (len(data) + 1))()
+    count = llama.llama_tokenize(vocab, data, len(data), tokens, len(tokens), begins, False)
+    if count < 0:
+        raise RuntimeError("llama_tokenize failed")
+    ids = list(tokens[:count])
+    if begins:
+        for first in range(0, count, window):
+            ids[first] = llama.llama_vocab_bos(vocab)
+    out.write_text(json.dumps(ids))
+
+
+def write_logits(path: Path, asked: Path, out: Path, begin: int, end: int) -> None:
+    """Logits of one window of ids, of positions ``begin`` to ``end`` - 1, float32 [positions, vocabulary]."""
+    engine, ids = Engine(path, 1), json.loads(asked.read_text())
+    params = llama.llama_context_default_params()
+    params.n_ctx = params.n_batch = len(ids)
+    params.n_ubatch = 512
+    params.n_threads = params.n_threads_batch = 1
+    context = llama.llama_init_from_model(engine.model, params)
+    if not context:
+        raise RuntimeError("llama.cpp cannot make a context of this size")
+    buffer = llama.llama_batch_init(len(ids), 0, 1)
+    buffer.n_tokens = len(ids)
+    for index, token in enumerate(ids):
+        buffer.token[index], buffer.pos[index] = token, index
+        buffer.n_seq_id[index], buffer.seq_id[index][0] = 1, 0
+        buffer.logits[index] = begin <= index < end
+    if llama.llama_decode(context, buffer):
+        raise RuntimeError("llama_decode failed")
+    size = (end - begin) * engine.vocab
+    found = ctypes.cast(llama.llama_get_logits(context), ctypes.POINTER(ctypes.c_float * size)).contents
+    out.write_bytes(found)
+
+
 def streamed(path: Path) -> tuple[int, int]:
     """Bytes and number of the weights that every token reads: all matrices but an embedding that is not the head."""
     import gguf
@@ -124,3 +169,9 @@ def streamed(path: Path) -> tuple[int, int]:
     untied = any(tensor.name == "output.weight" for tensor in tensors)
     read = [t for t in tensors if len(t.shape) > 1 and not (untied and t.name == "token_embd.weight")]
     return sum(int(t.n_bytes) for t in read), sum(int(t.n_elements) for t in read)
+
+
+if __name__ == "__main__":
+    what, *given = sys.argv[1:]
+    files = [Path(name) for name in given[:3]]
+    {"tokens": write_tokens, "logits": write_logits}[what](*files, *map(int, given[3:]))

@@ -34,7 +34,7 @@ LAYERS = [
         *("quality", "calibration", "folding", "calibrated", "layerwise", "sensitivity", "tune_report"),
     ],
     ["swap", "backend", "cqil", "distributed"],  # transforms: model -> model
-    ["trial", "tuning"],  # calibrated weights into a model, by the parts of optimize
+    ["trial", "distil", "tuning"],  # calibrated weights into a model, by the parts of optimize
     ["formats.gguf", "cqil_repair"],  # they use transforms: a model from a file by optimize, training a grouped model
     ["hf"],
     ["loading", "convert"],

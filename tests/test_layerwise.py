@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from torch_cpullm.checkpoint import Form
 from torch_cpullm.config import Settings
 from torch_cpullm.folding import apply_fold, find_folds, matrix
-from torch_cpullm.layerwise import Recipe, calibrate, capture, decoder_layers, look, run_layer
+from torch_cpullm.layerwise import Method, calibrate, capture, decoder_layers, look, run_layer
 from torch_cpullm.linear import PackedLinear
 from torch_cpullm.packing import dequantize
 from torch_cpullm.trial import apply, forms_of, twin
@@ -96,14 +96,14 @@ def test_folds_leave_the_layer_as_it_was(name):
 # ---- calibration ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", [Recipe("gptq"), Recipe("gptq", "awq", 1)], ids=str)
+@pytest.mark.parametrize("recipe", [Method("gptq"), Method("gptq", "awq", 1)], ids=str)
 @pytest.mark.parametrize("name", ["llama-tied", "gemma3", "phi3", "gpt2", "falcon", "qwen3-moe", "bloom"])
 def test_calibrated_models_are_closer_than_rounded_ones(name, recipe):
     model = BY_NAME[name].build()
     ids, held_out = tokens(model, 24, 32), tokens(model, 3, 32, seed=9)
     reference, before = logits(model, held_out), snapshot(model)
     forms = forms_of(model, SETTINGS)
-    plain = apply(twin(model), calibrate(model, ids[:1], forms, Recipe("rtn"), progress=False), SETTINGS)
+    plain = apply(twin(model), calibrate(model, ids[:1], forms, Method("rtn"), progress=False), SETTINGS)
     found = calibrate(model, ids, forms, recipe, progress=False)
     assert same(model, before)
     better = apply(twin(model), found, SETTINGS)
@@ -115,7 +115,7 @@ def test_rounding_to_nearest_is_what_optimize_does():
     import torch_cpullm
 
     model = llama()
-    found = calibrate(model, tokens(model), forms_of(model, SETTINGS), Recipe("rtn"), progress=False)
+    found = calibrate(model, tokens(model), forms_of(model, SETTINGS), Method("rtn"), progress=False)
     mine, theirs = apply(twin(model), found, SETTINGS), torch_cpullm.optimize(model, SETTINGS)
     for name, module in theirs.named_modules():
         if isinstance(module, PackedLinear):
@@ -131,7 +131,7 @@ def test_save_and_reload_bit_identical_with_mixed_forms(tmp_path):
             forms[name] = (Form(4, 64, "none", "float16"), Form(8, 32, "none", "float16"))[index % 2]
     forms["model.layers.1.mlp.down_proj"] = Form(4, 32, "minimum", "float16")
     ids = tokens(model, 8)
-    apply(model, calibrate(model, ids, forms, Recipe("gptq", "awq", 1), progress=False), SETTINGS)
+    apply(model, calibrate(model, ids, forms, Method("gptq", "awq", 1), progress=False), SETTINGS)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(model, ids), logits(again, ids))
@@ -141,7 +141,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     import torch_cpullm.layerwise as module
 
     model = llama()
-    ids, forms, recipe = tokens(model, 4), forms_of(model, SETTINGS), Recipe("gptq", "awq", 1)
+    ids, forms, recipe = tokens(model, 4), forms_of(model, SETTINGS), Method("gptq", "awq", 1)
     whole = calibrate(model, ids, forms, recipe, folder=tmp_path / "whole", progress=False)
     original = module.write_layer
 
@@ -160,7 +160,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     for name, packed in whole.packed.items():
         assert torch.equal(packed.codes, resumed.packed[name].codes), name
     with pytest.raises(ValueError, match="is of another model, recipe or calibration text"):
-        calibrate(model, ids, forms, Recipe("gptq"), folder=tmp_path / "whole", progress=False)
+        calibrate(model, ids, forms, Method("gptq"), folder=tmp_path / "whole", progress=False)
     (tmp_path / "whole/layer-0001.safetensors").write_bytes(b"\0" * 30)
     with pytest.raises(ValueError, match="no whole safetensors file"):
         calibrate(model, ids, forms, recipe, folder=tmp_path / "whole", progress=False)
@@ -173,9 +173,9 @@ def test_bad_input():
     model = llama()
     forms = forms_of(model, SETTINGS)
     with pytest.raises(ValueError, match=r"token ids must lie in 0\.\.95, got 0\.\.96"):
-        calibrate(model, torch.tensor([[0, 96]]), forms, Recipe())
+        calibrate(model, torch.tensor([[0, 96]]), forms, Method())
     with pytest.raises(ValueError, match=r"must be \[sequences, tokens\]"):
-        calibrate(model, torch.tensor([0, 1]), forms, Recipe())
+        calibrate(model, torch.tensor([0, 1]), forms, Method())
     with pytest.raises(ValueError, match="no list of decoder layers"):
         decoder_layers(torch.nn.Sequential(torch.nn.Linear(4, 4)))
     with torch.no_grad():
@@ -184,14 +184,14 @@ def test_bad_input():
     with pytest.raises(
         ValueError, match=r"calibration: model\.layers\.1\.self_attn\.q_proj: the inputs hold NaN or inf"
     ):
-        calibrate(model, tokens(model), forms, Recipe(), progress=False)
+        calibrate(model, tokens(model), forms, Method(), progress=False)
     assert [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])] == [
         "model.layers.1.input_layernorm.weight"  # NaN is not equal to itself
     ]
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules())
     for field, value in (("rounding", "best"), ("scales", "smooth"), ("sweeps", -1), ("damping", 0)):
         with pytest.raises(ValueError, match=field):
-            Recipe(**{field: value})
+            Method(**{field: value})
 
 
 def test_a_twin_is_another_model_of_the_same_memory():
@@ -201,7 +201,7 @@ def test_a_twin_is_another_model_of_the_same_memory():
     assert other.lm_head.weight is other.model.embed_tokens.weight
     assert other.lm_head.weight is not model.lm_head.weight
     assert other.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
-    found = calibrate(model, tokens(model), forms_of(model, SETTINGS), Recipe("clip"), progress=False)
+    found = calibrate(model, tokens(model), forms_of(model, SETTINGS), Method("clip"), progress=False)
     apply(other, found, SETTINGS)
     assert all(parameter.requires_grad for parameter in model.parameters())
     name = "model.layers.0.mlp.up_proj"

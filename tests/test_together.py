@@ -19,7 +19,7 @@ from torch_cpullm.checkpoint import Form
 from torch_cpullm.config import Settings
 from torch_cpullm.convert import convert
 from torch_cpullm.experts import PackedExperts
-from torch_cpullm.layerwise import Recipe, calibrate
+from torch_cpullm.layerwise import Method, calibrate
 from torch_cpullm.linear import PackedLinear
 from torch_cpullm.trial import apply, forms_of, settings_of
 
@@ -73,7 +73,7 @@ def test_mixed_forms_are_overrides(tmp_path: Path) -> None:
         **(asked.overrides or {}),
     }
     plain = torch_cpullm.optimize(copy.deepcopy(model), settings)
-    found = calibrate(model, tokens(model, 2, 8), forms, Recipe("rtn"), progress=False)
+    found = calibrate(model, tokens(model, 2, 8), forms, Method("rtn"), progress=False)
     apply(model, found, settings)
     assert model.get_submodule(UP).packed.bits == 8
     assert torch.equal(logits(plain), logits(model))
@@ -84,13 +84,20 @@ def test_mixed_forms_are_overrides(tmp_path: Path) -> None:
 
 def test_autotune_of_a_mixture() -> None:
     model = BY_NAME["mixtral"].build()
-    few: dict[str, Any] = {"sequences": 2, "length": 8, "recipes": (Recipe("gptq"),)}
+    few: dict[str, Any] = {"sequences": 2, "length": 8, "methods": (Method("gptq"),)}
     few |= {"budget_bits": 9.0, "progress": False}
     tuned = torch_cpullm.autotune(model, None, 1e9, lambda tried: float(logits(tried).square().mean()), **few)
     assert tuned.met
     kinds = {type(module) for module in model.modules()}
     assert {PackedExperts, PackedLinear} <= kinds
     assert torch.isfinite(logits(model)).all()
+    packed = [m for m in model.modules() if isinstance(m, PackedExperts)]
+    linears = [m.packed for m in model.modules() if isinstance(m, PackedLinear) and m is not model.lm_head]
+    stored = sum(p.nbytes for p in linears) + sum(w.whole.nbytes for m in packed for w in m.weights().values())
+    weights = sum(p.n * p.k for p in linears) + sum(w.count * w.n * w.k for m in packed for w in m.weights().values())
+    assert tuned.steps[0].bits == pytest.approx(8 * stored / weights)
+    assert tuned.steps[0].forms["INT4 g32 zero points (experts, rounded to nearest)"] == len(packed)
+    assert tuned.steps[0].bytes > stored
 
 
 def test_calibrated_names_of_another_model() -> None:
@@ -103,14 +110,16 @@ def test_calibrated_names_of_another_model() -> None:
 def test_quantize_auto(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`cpullm quantize --auto` is `cpullm autotune` with the settings of quantize."""
     calls: list[Any] = []
-    monkeypatch.setattr(cli_quantize, "tune", lambda *given, **options: calls.append(given) or "found")
+    monkeypatch.setattr(
+        cli_quantize, "tune", lambda *given, argument, **options: calls.append((*given, argument)) or "found"
+    )
     monkeypatch.setattr(runner, "find_model", lambda spec, option="--model": tmp_path)
     out = str(tmp_path / "out")
     options = ["--auto", "--target", "0.02", "--group-size", "64", "--sym", "--exclude", "o_proj", "--eval", "held.txt"]
     assert cli.main(["quantize", "model", out, *options]) == 0
     assert "found" in capsys.readouterr().out
     settings = {"compute": "int8", "group_size": 64, "sym": True, "modules_to_not_convert": ["o_proj"]}
-    assert calls == [("model", Path(out), settings, 0.02, Path("held.txt"), None)]
+    assert calls == [("model", Path(out), settings, 0.02, Path("held.txt"), None, "SRC")]
     (tmp_path / "config.json").write_text("{}")
     assert cli.main(["quantize", "model", out, "--target", "0.02"]) == 2
     assert "are for --auto" in capsys.readouterr().err

@@ -11,14 +11,14 @@ from test_layerwise import logits, loss_of, same, snapshot, tokens
 import torch_cpullm
 from torch_cpullm.checkpoint import Form
 from torch_cpullm.config import Settings
-from torch_cpullm.layerwise import Recipe
+from torch_cpullm.layerwise import Method
 from torch_cpullm.linear import PackedLinear
 from torch_cpullm.sensitivity import Unit, allocate, gradient_squares, sensitivities, stored_bits
 from torch_cpullm.trial import forms_of
 
 FP32 = Settings(compute="fp32")
 FEW = {"sequences": 4, "length": 16, "config": FP32, "progress": False}
-SHORT = (Recipe("rtn"), Recipe("gptq"))
+SHORT = (Method("rtn"), Method("gptq"), Method("gptq", epochs=1))
 
 
 def measure_against(model):
@@ -28,7 +28,7 @@ def measure_against(model):
     return lambda tried: 1 + loss_of(tried, reference, ids)
 
 
-def test_a_reachable_target_stops_at_the_first_recipe(tmp_path):
+def test_a_reachable_target_stops_at_the_first_method(tmp_path):
     model = llama()
     tuned = torch_cpullm.autotune(model, None, 0.5, measure_against(model), **FEW)
     assert tuned.met
@@ -52,18 +52,19 @@ def torch_cpullm_bits(model):
 def test_an_unreachable_target_keeps_the_best_and_says_so(caplog):
     model = llama()
     with caplog.at_level(logging.WARNING, "torch_cpullm"):
-        tuned = torch_cpullm.autotune(model, None, 0.0, measure_against(model), recipes=SHORT, budget_bits=5.5, **FEW)
+        tuned = torch_cpullm.autotune(model, None, 0.0, measure_against(model), methods=SHORT, budget_bits=5.5, **FEW)
     assert not tuned.met
-    assert [step.name for step in tuned.steps] == ["RTN", "GPTQ", "GPTQ, mixed"]
+    names = ["RTN", "GPTQ", "GPTQ + distilled x1", "GPTQ + distilled x1, mixed"]
+    assert [step.name for step in tuned.steps] == names
     assert tuned.best.change == min(step.change for step in tuned.steps) > 0
     assert all(step.bits <= 5.5 for step in tuned.steps)
-    assert "no recipe met the target" in caplog.text
+    assert "no method met the target" in caplog.text
     assert "MISSED" in str(tuned)
     assert "MISSED" in tuned.markdown()
 
 
 def test_the_same_seed_gives_the_same_model():
-    results = [torch_cpullm.autotune(llama(), None, 0.0, recipes=(Recipe("gptq"),), **FEW) for _ in range(2)]
+    results = [torch_cpullm.autotune(llama(), None, 0.0, methods=(Method("gptq"),), **FEW) for _ in range(2)]
     first, second = ([step.value for step in tuned.steps] for tuned in results)
     assert first == second
     a, b = (tuned.model.model.layers[1].mlp.down_proj.packed for tuned in results)
@@ -75,7 +76,7 @@ def test_a_higher_measure_may_be_the_better():
     model = llama()
     measure = measure_against(model)
     tuned = torch_cpullm.autotune(
-        model, None, 0.9, lambda tried: 2 - measure(tried), higher_is_better=True, recipes=SHORT, **FEW
+        model, None, 0.9, lambda tried: 2 - measure(tried), higher_is_better=True, methods=SHORT, **FEW
     )
     assert tuned.baseline == 1
     assert tuned.steps[0].change > 0
@@ -104,7 +105,7 @@ def test_what_goes_wrong_later_leaves_the_float_model_alone():
         return float(len(calls))
 
     with pytest.raises(RuntimeError, match="the user's own"):
-        torch_cpullm.autotune(model, None, 0.0, fails, recipes=SHORT, **FEW)
+        torch_cpullm.autotune(model, None, 0.0, fails, methods=SHORT, **FEW)
     assert same(model, before)
     assert calls[0] is model
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -116,7 +117,7 @@ def test_bad_arguments():
     for options, text in (
         ({"target": -1}, "target must be a number of at least 0"),
         ({"budget_bits": 4.0}, r"budget_bits=4 is below what the smallest 4-bit form"),
-        ({"recipes": ()}, "recipes must be one or more"),
+        ({"methods": ()}, "methods must be one or more"),
         ({"config": Settings(bits=8)}, "with bits=8 call optimize"),
         ({"eval": "a text"}, "a text needs the tokenizer"),
         ({"eval": torch.tensor([1, 2])}, "has 2 tokens, too few"),
@@ -151,6 +152,9 @@ def test_the_command_saves_model_and_report(tmp_path, monkeypatch, capsys):
     assert isinstance(again.model.layers[0].mlp.up_proj, PackedLinear)
     assert cli.main([*command, "--eval", str(tmp_path / "nothing.txt")]) == 2
     assert "no such file" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert cli.main(["autotune", "nowhere", str(out)]) == 2
+    assert "MODEL nowhere: no such file or directory" in capsys.readouterr().err
 
 
 # ---- mixed precision ------------------------------------------------------------------------------------------------
@@ -179,7 +183,7 @@ def test_sensitivities_foretell_kl():
         for name in unit.names:
             weight = matrix(changed.get_submodule(name))
             inputs = Statistics.empty(weight.shape[1]).with_rows(torch.eye(weight.shape[1]))
-            weight.copy_(dequantize(quantize(weight, inputs, CHOICES[0], Recipe("clip"))))
+            weight.copy_(dequantize(quantize(weight, inputs, CHOICES[0], Method("clip"))))
         measured.append(evaluate(changed, ids.flatten(), window=32, reference=model).kl)
         estimated.append(unit.kl[0])
         assert unit.kl[2] < unit.kl[0]

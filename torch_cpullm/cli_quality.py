@@ -174,18 +174,20 @@ def tune(
     loss: float,
     eval_text: Path | None,
     calibration: Path | None,
+    argument: str = "MODEL",
     **options: Any,
 ) -> str:
     """Run :func:`torch_cpullm.autotune`, save model, tokenizer and report; returns the report's text, or InputError.
 
-    settings: fields of :class:`torch_cpullm.config.Settings`. options: of autotune.
+    settings: fields of :class:`torch_cpullm.config.Settings`. argument: what errors call ``source``. options: of
+    autotune.
     """
     from . import runner
     from .config import Settings
     from .convert import check_target
     from .tuning import autotune
 
-    path = runner.find_model(source, "SRC")
+    path = runner.find_model(source, argument)
     for name, file in (("--eval", eval_text), ("--calibration", calibration)):
         if file is not None and not file.is_file():
             raise runner.InputError(f"{name} {file}: no such file")

@@ -85,7 +85,16 @@ def quantize(
         recipe["modules_to_not_convert"] = recipe.pop("exclude")
     if auto:
         shown = sys.stderr.isatty() and not quiet
-        found = tune(source, target, {"compute": compute.value, **recipe}, loss, eval_text, calibration, progress=shown)
+        found = tune(
+            source,
+            target,
+            {"compute": compute.value, **recipe},
+            loss,
+            eval_text,
+            calibration,
+            argument="SRC",
+            progress=shown,
+        )
         if not quiet:
             typer.echo(found)
         return

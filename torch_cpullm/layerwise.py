@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,53 +45,57 @@ ROUNDING = ("rtn", "hqq", "clip", "gptq", "signround")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Method:
     """How weights become codes. rounding: one of ROUNDING; scales: "", "awq" or "teq"; sweeps: how often
-    scales and codes are refined afterwards. See torch_cpullm.quant. Raises ValueError naming the field that is wrong.
+    scales and codes are refined afterwards; epochs: how often the scales then learn from the float model
+    (:mod:`torch_cpullm.distil`). See torch_cpullm.quant. Raises ValueError naming the field that is wrong.
     """
 
     rounding: str = "gptq"
     scales: str = ""
     sweeps: int = 0
     damping: float = 0.01
+    epochs: int = 0
 
     def __post_init__(self) -> None:
         if self.rounding not in ROUNDING:
             raise ValueError(f"rounding must be one of {', '.join(ROUNDING)}, got {self.rounding!r}")
         if self.scales not in ("", *SCALES):
             raise ValueError(f"scales must be empty or one of {', '.join(SCALES)}, got {self.scales!r}")
-        if type(self.sweeps) is not int or self.sweeps < 0:
-            raise ValueError(f"sweeps must be an integer of at least 0, got {self.sweeps!r}")
+        for name, value in (("sweeps", self.sweeps), ("epochs", self.epochs)):
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
         if not 0 < self.damping < 1:
             raise ValueError(f"damping must lie between 0 and 1, got {self.damping!r}")
 
     @property
     def needs_data(self) -> bool:
         """Whether it looks at calibration tokens at all."""
-        uses = self.scales, self.sweeps, self.rounding not in ("rtn", "hqq")
+        uses = self.scales, self.sweeps, self.epochs, self.rounding not in ("rtn", "hqq")
         return any(uses)
 
     def __str__(self) -> str:
         parts = [self.scales.upper(), self.rounding.upper(), f"refined x{self.sweeps}" if self.sweeps else ""]
+        parts.append(f"distilled x{self.epochs}" if self.epochs else "")
         return " + ".join(part for part in parts if part)
 
 
-def quantize(weight: Tensor, statistics: Statistics | None, form: Form, recipe: Recipe) -> QuantizedWeight:
-    """``weight`` [n, k] in ``form`` by ``recipe``; 8 bits, and weights without statistics, are rounded to nearest."""
+def quantize(weight: Tensor, statistics: Statistics | None, form: Form, method: Method) -> QuantizedWeight:
+    """``weight`` [n, k] in ``form`` by ``method``; 8 bits, and weights without statistics, are rounded to nearest."""
     dtype = SCALE_DTYPES[form.scales]
     shape = (form.bits, form.group_size, form.zeros, dtype)
-    if recipe.rounding == "hqq" or (form.zeros == "minimum" and (statistics is None or recipe.rounding == "rtn")):
+    if method.rounding == "hqq" or (form.zeros == "minimum" and (statistics is None or method.rounding == "rtn")):
         found = quantize_hqq(weight, *shape)
-    elif statistics is None or form.bits == 8 or recipe.rounding == "rtn":
+    elif statistics is None or form.bits == 8 or method.rounding == "rtn":
         found = quantize_rtn(weight, form.bits, form.group_size, form.zeros == "none", dtype)
-    elif recipe.rounding == "clip":
+    elif method.rounding == "clip":
         found = quantize_clip(weight, statistics, *shape)
-    elif recipe.rounding == "signround":
+    elif method.rounding == "signround":
         found = quantize_signround(weight, statistics, *shape)
     else:
-        found = quantize_gptq(weight, statistics, *shape, damping=recipe.damping)
-    if recipe.sweeps and statistics is not None and form.bits == 4:
-        found = refine(weight, found, statistics, recipe.sweeps, recipe.damping)
+        found = quantize_gptq(weight, statistics, *shape, damping=method.damping)
+    if method.sweeps and statistics is not None and form.bits == 4:
+        found = refine(weight, found, statistics, method.sweeps, method.damping)
     return found
 
 
@@ -234,22 +238,22 @@ def calibrate_layer(
     linears: dict[str, Form],
     inputs: Tensor,
     call: _Call,
-    recipe: Recipe,
+    method: Method,
     where: str,
 ) -> Calibrated:
     """Quantise the linears of ``layer``, a float32 copy, which gets the quantised values. Names are the layer's own."""
     found = Calibrated()
-    seen = look(layer, list(linears), inputs, call, where) if recipe.needs_data else _Seen()
+    seen = look(layer, list(linears), inputs, call, where) if method.needs_data else _Seen()
     divided: dict[str, Tensor] = {}
-    if recipe.scales:
-        divided = _fold(layer, linears, seen, inputs[0], call, recipe, found)
+    if method.scales:
+        divided = _fold(layer, linears, seen, inputs[0], call, method, found)
     for name, form in linears.items():
         statistics = seen.statistics.get(seen.shared.get(name, name))
         if statistics is not None and name in divided:
             statistics = statistics.divided(divided[name])
         module = layer.get_submodule(name)
         try:
-            quantized = quantize(matrix(module), statistics, form, recipe)
+            quantized = quantize(matrix(module), statistics, form, method)
         except ValueError as error:
             raise ValueError(f"calibration: {where}{name}: {error}") from error
         found.packed[name] = pack(quantized)
@@ -258,7 +262,7 @@ def calibrate_layer(
 
 
 def _fold(
-    layer: nn.Module, linears: dict[str, Form], seen: _Seen, x: Tensor, call: _Call, recipe: Recipe, found: Calibrated
+    layer: nn.Module, linears: dict[str, Form], seen: _Seen, x: Tensor, call: _Call, method: Method, found: Calibrated
 ) -> dict[str, Tensor]:
     """Fold scales where that is possible; linear -> by what its inputs were divided. ``found`` gets what changed."""
     divided: dict[str, Tensor] = {}
@@ -269,7 +273,7 @@ def _fold(
             continue
         weights = [matrix(layer.get_submodule(name)) for name in fold.readers]
         statistics = seen.statistics[seen.shared[fold.readers[0]]]
-        scales = SCALES[recipe.scales](
+        scales = SCALES[method.scales](
             weights, statistics, form.bits, form.group_size, form.zeros, SCALE_DTYPES[form.scales], fold.spread
         )
         if not apply_fold(layer, fold, scales, lambda: run_layer(layer, x, call), changes):
@@ -290,7 +294,7 @@ def calibrate(
     model: nn.Module,
     ids: Tensor,
     forms: Mapping[str, Form],
-    recipe: Recipe,
+    method: Method,
     *,
     folder: str | Path | None = None,
     progress: bool = True,
@@ -298,7 +302,7 @@ def calibrate(
     """Quantise the modules named in ``forms`` layer by layer on tokens ids [sequences, s]; ``model`` stays as it is.
 
     forms: full module name -> the form that its weight gets. Modules outside the decoder layers are rounded to nearest.
-    folder: where finished layers are kept and looked for. It belongs to one model, recipe and set of tokens: files of
+    folder: where finished layers are kept and looked for. It belongs to one model, method and set of tokens: files of
     another one are an error.
 
     Raises ValueError: ids no tokens of the model or not [sequences, s], a layer whose activations hold NaN (named), a
@@ -308,7 +312,7 @@ def calibrate(
     if ids.dim() != 2:
         raise ValueError(f"calibration ids must be [sequences, tokens], got {list(ids.shape)}")
     prefix, layers = decoder_layers(model)
-    key = run_key(model, ids, forms, recipe)
+    key = run_key(model, ids, forms, method)
     found = Calibrated()
     inside = {name for name in forms if name.startswith(prefix + ".")}
     tied: dict[tuple[int, Form], PackedWeight] = {}
@@ -316,12 +320,12 @@ def calibrate(
         weight = matrix(model.get_submodule(name))
         which = weight.data_ptr(), forms[name]
         if which not in tied:
-            tied[which] = pack(quantize(weight, None, forms[name], Recipe("rtn")))
+            tied[which] = pack(quantize(weight, None, forms[name], Method("rtn")))
         found.packed[name] = tied[which]
-    needs = recipe.needs_data
+    needs = method.needs_data
     inputs, calls = capture(model, layers, ids) if needs else (torch.empty(0), [_Call((), {})] * len(layers))
     with torch.no_grad():
-        bar = tqdm(enumerate(layers), total=len(layers), desc=str(recipe), unit="layer", disable=not progress)
+        bar = tqdm(enumerate(layers), total=len(layers), desc=str(method), unit="layer", disable=not progress)
         for index, original in bar:
             where = f"{prefix}.{index}."
             linears = {name.removeprefix(where): form for name, form in forms.items() if name.startswith(where)}
@@ -329,7 +333,7 @@ def calibrate(
             layer = copy.deepcopy(original).float().requires_grad_(False)
             done = read_layer(path, key, layer, linears) if path is not None and path.exists() else None
             if done is None:
-                done = calibrate_layer(layer, linears, inputs, calls[index], recipe, where)
+                done = calibrate_layer(layer, linears, inputs, calls[index], method, where)
                 if path is not None:
                     write_layer(path, key, done)
             else:
@@ -348,9 +352,9 @@ def put_values(layer: nn.Module, done: Calibrated) -> None:
         layer.get_parameter(name).data.copy_(value)
 
 
-def run_key(model: nn.Module, ids: Tensor, forms: Mapping[str, Form], recipe: Recipe) -> str:
-    """What a run depends on, in a hash: recipe, forms, tokens and a sample of every weight."""
-    digest = hashlib.sha256(repr((recipe, sorted(forms.items(), key=lambda item: item[0]))).encode())
+def run_key(model: nn.Module, ids: Tensor, forms: Mapping[str, Form], method: Method) -> str:
+    """What a run depends on, in a hash: method but for its epochs, forms, tokens and a sample of every weight."""
+    digest = hashlib.sha256(repr((replace(method, epochs=0), sorted(forms.items(), key=lambda item: item[0]))).encode())
     digest.update(ids.contiguous().numpy().tobytes())
     for name, parameter in model.named_parameters():
         sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 256)].double()

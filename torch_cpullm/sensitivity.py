@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from .checkpoint import Form
 from .folding import matrix
-from .layerwise import Recipe, capture, decoder_layers, look, quantize, run_layer
+from .layerwise import Method, capture, decoder_layers, look, quantize, run_layer
 from .packing import dequantize, resolve_group
 from .quant import Statistics
 
@@ -142,7 +142,7 @@ def _unit(
     for form in forms:
         cost = 0.0
         for name, weight in weights.items():
-            change = dequantize(quantize(weight, statistics, form, Recipe("clip"))) - weight.float()
+            change = dequantize(quantize(weight, statistics, form, Method("clip"))) - weight.float()
             rows = ((change @ statistics.second) * change).sum(1)
             cost += 0.5 * float((squares[name] * rows).sum()) if name in squares else 0.0
         kl.append(cost)

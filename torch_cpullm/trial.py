@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from . import ops
 from .calibrated import Calibrated
 from .checkpoint import Form
 from .config import Recipe, Settings
+from .experts import WEIGHTS
 from .launch import apply_default_threads
 from .linear import Packed
 from .plan import check_overrides, find_targets
@@ -28,6 +29,26 @@ def forms_of(model: nn.Module, settings: Settings) -> dict[str, Form]:
     check_overrides(settings, targets, skipped, {})
     return {
         target.name: _form(cast("Recipe", target.recipe), settings) for target in targets if target.kind != "experts"
+    }
+
+
+class Experts(NamedTuple):
+    """Experts that :func:`apply` rounds to nearest. shapes: [experts, n, k] of each of their weights."""
+
+    form: Form
+    shapes: list[list[int]]
+
+
+def experts_of(model: nn.Module, settings: Settings) -> dict[str, Experts]:
+    """Name -> experts that optimize() would pack, as ``settings`` have them."""
+    targets, _ = find_targets(model, settings)
+    return {
+        target.name: Experts(
+            _form(cast("Recipe", target.recipe), settings),
+            [list(target.module.get_parameter(name).shape) for name in WEIGHTS],
+        )
+        for target in targets
+        if target.kind == "experts"
     }
 
 

@@ -1,6 +1,6 @@
-"""The automatic flow: recipes from cheap to dear, each measured, until the loss is within the target.
+"""The automatic flow: methods from cheap to dear, each measured, until the loss is within the target.
 
-    RTN -> HQQ -> AWQ + clip -> GPTQ -> AWQ + GPTQ, refined -> the same in mixed precision
+    RTN -> HQQ -> AWQ + clip -> GPTQ -> AWQ + GPTQ, refined -> distilled -> the same in mixed precision
 
 Source of the flow: Shen et al. 2023, "Efficient LLM Inference on CPUs" (try a recipe, evaluate, tune again).
 """
@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,25 @@ from .calibrated import Calibrated
 from .calibration import LENGTH, calibration_ids, self_generated, text_ids
 from .checkpoint import Form
 from .config import Settings
+from .distil import distil
+from .folding import matrix
 from .layer_group import member_of
-from .layerwise import Recipe, calibrate
+from .layerwise import Method, calibrate
 from .quality import check_ids, evaluate
 from .sensitivity import allocate, sensitivities, stored_bits
 from .swap import check_model
-from .trial import apply, forms_of, settings_of, twin
+from .trial import Experts, apply, experts_of, forms_of, settings_of, twin
 from .tune_report import Step, Tuned
 
 log = logging.getLogger("torch_cpullm")
 
 LADDER = (
-    Recipe("rtn"),
-    Recipe("hqq"),
-    Recipe("clip", "awq"),
-    Recipe("gptq"),
-    Recipe("gptq", "awq", sweeps=2),
+    Method("rtn"),
+    Method("hqq"),
+    Method("clip", "awq"),
+    Method("gptq"),
+    Method("gptq", "awq", sweeps=2),
+    Method("gptq", "awq", sweeps=2, epochs=1),
 )
 SEQUENCES = 64
 _HELD_OUT = 8  # sequences of the default evaluation
@@ -54,7 +58,7 @@ def autotune(
     budget_bits: float = 5.0,
     *,
     config: Settings | None = None,
-    recipes: Sequence[Recipe] = LADDER,
+    methods: Sequence[Method] = LADDER,
     higher_is_better: bool = False,
     sequences: int = SEQUENCES,
     length: int = LENGTH,
@@ -62,9 +66,9 @@ def autotune(
     folder: str | Path | None = None,
     progress: bool = True,
 ) -> Tuned:
-    """Quantise ``model`` in place by the cheapest recipe whose loss is at most ``target`` worse than the float model's.
+    """Quantise ``model`` in place by the cheapest method whose loss is at most ``target`` worse than the float model's.
 
-    Recipes are tried in order, on a second model that shares the first one's memory; each result is measured with the
+    Methods are tried in order, on a second model that shares the first one's memory; each result is measured with the
     compute that ``config`` asks for. The first within the target is taken. If none is, bits are moved to where they
     matter (:mod:`torch_cpullm.sensitivity`), up to ``budget_bits``, and the best of all is kept; ``met`` is False then,
     and a warning says so.
@@ -74,15 +78,17 @@ def autotune(
     has generated itself, with another seed than the calibration's. Never pass what you will report, nor the
     calibration text. calibration: see :func:`torch_cpullm.calibration.calibration_ids`; sequences, length: how much
     of it. budget_bits: most stored bits per weight of the decoder's linears; forms beyond it are not tried. config:
-    settings otherwise (bits must be 4). folder: where finished layers are kept, so that a stopped run can go on.
+    settings otherwise (bits must be 4). Experts are rounded to nearest by every method, in the form of ``config``; they
+    count in the bits, and the report says so. folder: where finished layers are kept, so that a stopped run can go on.
 
     Returns :class:`Tuned`: the model, every step with its numbers, and ``save(folder)`` for the report. The same
     arguments and seed give the same result. Raises ValueError for wrong arguments, unusable data, an eval function
     that returns no finite number; what that function raises is passed on. The float model is untouched by any error.
     """
     settings = config if config is not None else Settings()
-    _check_arguments(model, settings, target, budget_bits, recipes)
-    forms = _base_forms(model, settings, budget_bits)
+    _check_arguments(model, settings, target, budget_bits, methods)
+    experts = experts_of(model, settings)
+    forms = _base_forms(model, settings, experts, budget_bits)
     inside = _decoder_names(model, forms)
     measure, what = _measure(eval, model, tokenizer, length, seed)
     model.eval()
@@ -92,39 +98,48 @@ def autotune(
     tuned = Tuned(model, target, what, baseline, seed)
     ids: Tensor | None = None
     best: tuple[float, Calibrated, Settings] | None = None
+    made: tuple[Method, Mapping[str, Form], Calibrated] | None = None  # what a distilled step begins with
 
-    def attempt(recipe: Recipe, forms: Mapping[str, Form], name: str) -> bool:
-        nonlocal best, ids
+    def attempt(method: Method, forms: Mapping[str, Form], kind: str = "") -> bool:
+        nonlocal best, ids, made
+        plain, name = replace(method, epochs=0), f"{method}{kind}"
         start = time.perf_counter()
-        if ids is None and recipe.needs_data:
+        if ids is None and method.needs_data:
             ids = calibration_ids(calibration, tokenizer, model, sequences=sequences, length=length, seed=seed)
         used = ids if ids is not None else torch.zeros(1, 1, dtype=torch.int64)
-        own = None if folder is None else Path(folder) / name.replace(" ", "").replace(",", "-")
-        found = calibrate(model, used, forms, recipe, folder=own, progress=progress)
-        made = time.perf_counter() - start
+        if made is None or made[:2] != (plain, forms):
+            own = None if folder is None else Path(folder) / f"{plain}{kind}".replace(" ", "").replace(",", "-")
+            made = plain, forms, calibrate(model, used, forms, plain, folder=own, progress=progress)
+        found = made[2]
+        if method.epochs:
+            found = distil(model, found, used, epochs=method.epochs, progress=progress)
+        seconds = time.perf_counter() - start
         own_settings = settings_of(model, forms, settings)
         value = _number(measure(apply(twin(model), found, own_settings)), name)
         change = (baseline - value if higher_is_better else value - baseline) / abs(baseline)
-        bits = _bits(model, {key: forms[key] for key in inside})
-        size = sum(t.nbytes for packed in _unique(found) for t in packed)
-        tuned.steps.append(Step(name, value, change, bits, size, made, _counts(forms, inside)))
+        stored, weights = _stored(model, {key: forms[key] for key in inside}, experts)
+        size = sum(t.nbytes for packed in _unique(found) for t in packed) + _stored(model, {}, experts)[0] // 8
+        tuned.steps.append(Step(name, value, change, stored / weights, size, seconds, _counts(forms, inside, experts)))
         log.info("autotune: %s", tuned.steps[-1])
         if best is None or change < best[0]:
             best = change, found, own_settings
         return change <= target
 
-    met = any(attempt(recipe, forms, str(recipe)) for recipe in recipes)
+    usable = [method for method in methods if not method.epochs or hasattr(model, "config")]
+    if len(usable) < len(methods):
+        log.warning("autotune: distilled methods are left out, they need a model of transformers")
+    met = any(attempt(method, forms) for method in usable)
     if not met:
-        last = next((recipe for recipe in reversed(recipes) if recipe.needs_data), recipes[-1])
+        last = next((method for method in reversed(usable) if method.needs_data), methods[0])
         mixed = _mixed(
-            model, forms, inside, budget_bits, ids, calibration, tokenizer, sequences, length, seed, progress
+            model, forms, inside, experts, budget_bits, ids, calibration, tokenizer, sequences, length, seed, progress
         )
         if mixed is not None and mixed != forms:
-            met = attempt(last, mixed, f"{last}, mixed")
+            met = attempt(last, mixed, ", mixed")
     assert best is not None
     apply(model, best[1], best[2])
     if not met:
-        log.warning("autotune: no recipe met the target; %s", tuned.verdict)
+        log.warning("autotune: no method met the target; %s", tuned.verdict)
     return tuned
 
 
@@ -138,7 +153,9 @@ def _choices(settings: Settings) -> list[Form]:
     return [*small, *(Form(8, group, "none", settings.scale_dtype) for group in (128, 32))]
 
 
-def _base_forms(model: nn.Module, settings: Settings, budget_bits: float) -> dict[str, Form]:
+def _base_forms(
+    model: nn.Module, settings: Settings, experts: Mapping[str, Experts], budget_bits: float
+) -> dict[str, Form]:
     """The forms of ``settings`` or, where these are beyond the budget, the largest of :func:`_choices` that is not."""
     forms = forms_of(model, settings)
     inside = _decoder_names(model, forms)
@@ -146,9 +163,11 @@ def _base_forms(model: nn.Module, settings: Settings, budget_bits: float) -> dic
         raise ValueError("the model has no linear layers in its decoder to quantise")
     for form in (None, *reversed(_choices(settings)[:3])):
         tried = forms if form is None else {name: form if name in inside else own for name, own in forms.items()}
-        if _bits(model, {name: tried[name] for name in inside}) <= budget_bits:
+        stored, weights = _stored(model, {name: tried[name] for name in inside}, experts)
+        if stored <= budget_bits * weights:
             return tried
-    raise ValueError(f"budget_bits={budget_bits:g} is below what the smallest 4-bit form of this model needs")
+    also = ", its experts in the form of config" if experts else ""
+    raise ValueError(f"budget_bits={budget_bits:g} is below what the smallest 4-bit form of this model needs{also}")
 
 
 def _decoder_names(model: nn.Module, forms: Mapping[str, Form]) -> list[str]:
@@ -156,23 +175,22 @@ def _decoder_names(model: nn.Module, forms: Mapping[str, Form]) -> list[str]:
     return [name for name in forms if not any(model.get_submodule(name) is end for end in ends)]
 
 
-def _bits(model: nn.Module, forms: Mapping[str, Form]) -> float:
-    """Stored bits per weight."""
-    from .folding import matrix
-
-    shapes = {name: matrix(model.get_submodule(name)).shape for name in forms}
-    return sum(stored_bits(forms[name], *shape) for name, shape in shapes.items()) / sum(
-        map(math.prod, shapes.values())
-    )
+def _stored(model: nn.Module, forms: Mapping[str, Form], experts: Mapping[str, Experts]) -> tuple[int, int]:
+    """(stored bits, number) of the weights of the modules in ``forms`` and of ``experts``."""
+    shapes = [(form, 1, *matrix(model.get_submodule(name)).shape) for name, form in forms.items()]
+    shapes += [(each.form, *shape) for each in experts.values() for shape in each.shapes]
+    bits = sum(count * stored_bits(form, n, k) for form, count, n, k in shapes)
+    return bits, sum(count * n * k for _, count, n, k in shapes)
 
 
-def _counts(forms: Mapping[str, Form], names: Sequence[str]) -> dict[str, int]:
+def _counts(forms: Mapping[str, Form], names: Sequence[str], experts: Mapping[str, Experts]) -> dict[str, int]:
     """How many modules have which form, in words."""
     words = {"none": "symmetric", "point": "zero points", "minimum": "minima"}
     found: dict[str, int] = {}
-    for name in names:
-        form = forms[name]
-        key = f"INT{form.bits} g{form.group_size} {words[form.zeros]}"
+    both = [(forms[name], "") for name in names]
+    both += [(each.form, " (experts, rounded to nearest)") for each in experts.values()]
+    for form, note in both:
+        key = f"INT{form.bits} g{form.group_size} {words[form.zeros]}{note}"
         found[key] = found.get(key, 0) + 1
     return dict(sorted(found.items()))
 
@@ -186,6 +204,7 @@ def _mixed(
     model: nn.Module,
     forms: Mapping[str, Form],
     inside: Sequence[str],
+    experts: Mapping[str, Experts],
     budget_bits: float,
     ids: Tensor | None,
     calibration: Any,
@@ -204,7 +223,9 @@ def _mixed(
     zeros = "point" if base.zeros == "none" and base.bits == 8 else base.zeros
     choices = _choices(Settings(sym=zeros == "none", scale_dtype=base.scales))
     units = sensitivities(model, ids[:_HELD_OUT], list(inside), choices, seed=seed, progress=progress)
-    return {**forms, **allocate(units, choices, budget_bits)}
+    stored, weights = _stored(model, {}, experts)
+    own = sum(unit.weights for unit in units)
+    return {**forms, **allocate(units, choices, (budget_bits * (own + weights) - stored) / own)}
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
@@ -238,7 +259,7 @@ def _number(value: Any, of: str) -> float:
 
 
 def _check_arguments(
-    model: nn.Module, settings: Settings, target: float, budget_bits: float, recipes: Sequence[Recipe]
+    model: nn.Module, settings: Settings, target: float, budget_bits: float, methods: Sequence[Method]
 ) -> None:
     if not isinstance(settings, Settings):
         raise TypeError(f"config must be a CpuLlmConfig, got {type(settings).__name__}")
@@ -253,5 +274,7 @@ def _check_arguments(
     for name, value in (("target", target), ("budget_bits", budget_bits)):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
             raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
-    if not recipes or not all(isinstance(recipe, Recipe) for recipe in recipes):
-        raise ValueError(f"recipes must be one or more of torch_cpullm.layerwise.Recipe, got {recipes!r}")
+    if not methods or not all(isinstance(method, Method) for method in methods):
+        raise ValueError(f"methods must be one or more of torch_cpullm.layerwise.Method, got {methods!r}")
+    if not hasattr(model, "config") and all(method.epochs for method in methods):
+        raise ValueError("distilled methods need a model of transformers, and there is no other method to try")

@@ -151,15 +151,15 @@ def refine(
         residual = second @ (now * step + base - w.T)  # half the gradient, [k, n]
         for begin in range(0, k, _BLOCK):
             end = min(begin + _BLOCK, k)
-            moved = torch.empty(end - begin, n)
+            own, moved = residual[begin:end].clone(), torch.empty(end - begin, n)
             for j in range(begin, end):
+                i = j - begin
                 value = now[j] * step[j] + base[j]
-                best = codes_of(value - residual[j] / second[j, j], step[j], base[j], bits)
-                moved[j - begin] = (best - now[j]) * step[j]
+                best = codes_of(value - own[i] / second[j, j], step[j], base[j], bits)
+                moved[i] = (best - now[j]) * step[j]
                 now[j] = best
-                residual[begin:end].addr_(second[begin:end, j], moved[j - begin])
-            rest = torch.cat([torch.arange(begin), torch.arange(end, k)])
-            residual[rest] += second[rest, begin:end] @ moved
+                own[i + 1 :].addr_(second[j + 1 : end, j], moved[i])
+            residual.addmm_(second[:, begin:end], moved)
         codes = now.T.contiguous()
     return canonical(codes, scale, zero, bits, quantized.group_size, zeros, dtype)
 

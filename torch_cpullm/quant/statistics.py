@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_BLOCK = 256  # columns of a block of second moments
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -29,7 +31,11 @@ class Statistics:
         if not bool(torch.isfinite(x).all()):
             raise ValueError("the inputs hold NaN or inf")
         share = len(x) / (self.rows + len(x))
-        second = torch.addmm(self.second, x.T, x, beta=1 - share, alpha=share / len(x))
+        second = self.second * (1 - share)
+        for begin in range(0, x.shape[1], _BLOCK):  # the blocks on and above the diagonal; those below mirror them
+            end = begin + _BLOCK
+            second[begin:end, begin:].addmm_(x[:, begin:end].T, x[:, begin:], alpha=share / len(x))
+            second[end:, begin:end] = second[begin:end, end:].T
         return Statistics(second, self.magnitude.lerp(x.abs().mean(0), share), self.rows + len(x))
 
     def divided(self, scales: Tensor) -> Statistics:

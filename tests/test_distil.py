@@ -1,0 +1,111 @@
+"""Distillation of scales: nearer to the float model at the same size, in every form, and what is refused."""
+
+import pytest
+import torch
+from families import FAMILIES
+from small_models import llama
+from test_layerwise import same, snapshot, tokens
+from torch import nn
+
+from torch_cpullm.checkpoint import Form
+from torch_cpullm.config import Settings
+from torch_cpullm.distil import _Linear, _Product, distil, quantize_model
+from torch_cpullm.layerwise import Method, calibrate
+from torch_cpullm.packing import dequantize, unpack
+from torch_cpullm.quality import evaluate
+from torch_cpullm.quant import quantize_hqq, quantize_rtn
+from torch_cpullm.trial import apply, forms_of, twin
+
+FP32 = Settings(compute="fp32")
+BY_NAME = {family.name: family for family in FAMILIES}
+
+
+def kl(model, found, ids, settings=FP32):
+    return evaluate(apply(twin(model), found, settings), ids.flatten(), window=ids.shape[1], reference=model).kl
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen2"])
+def test_scales_learn_and_codes_stay(name):
+    model = BY_NAME[name].build().eval()
+    ids = tokens(model, 8, 24)
+    forms = forms_of(model, FP32)
+    before = snapshot(model)
+    first = calibrate(model, ids, forms, Method("gptq"), progress=False)
+    learnt = distil(model, first, ids, epochs=6, progress=False)
+    # On what it learns from: random weights have nothing to say about other random tokens.
+    assert kl(model, learnt, ids) < kl(model, first, ids)
+    assert same(model, before)
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+    for key, packed in first.packed.items():
+        assert torch.equal(packed.codes, learnt.packed[key].codes)
+        assert packed.nbytes == learnt.packed[key].nbytes
+    again = quantize_model(model, ids, forms, Method("gptq", epochs=6), progress=False)
+    assert all(torch.equal(again.packed[key].scales, value.scales) for key, value in learnt.packed.items())
+    assert str(Method("gptq", epochs=6)) == "GPTQ + distilled x6"
+
+
+@pytest.mark.parametrize(
+    "quantized",
+    [
+        quantize_rtn(torch.randn(5, 72, generator=torch.Generator().manual_seed(0)), 4, 32),
+        quantize_rtn(torch.randn(5, 72, generator=torch.Generator().manual_seed(1)), 4, 64, True),
+        quantize_rtn(torch.randn(5, 72, generator=torch.Generator().manual_seed(2)), 8, -1, True),
+        quantize_hqq(torch.randn(5, 72, generator=torch.Generator().manual_seed(3)), 4, 32, "minimum"),
+    ],
+    ids=["points", "symmetric", "eight", "minima"],
+)
+def test_the_product_and_its_gradients(quantized):
+    """Against the dequantised weight, with a last group that is not whole, and autograd's own numbers."""
+    generator = torch.Generator().manual_seed(9)
+    linear = _Linear(quantized, torch.randn(5, generator=generator))
+    x = torch.randn(2, 3, 72, generator=generator, requires_grad=True)
+    torch.testing.assert_close(linear(x), nn.functional.linear(x, dequantize(quantized), linear.bias))
+    assert torch.equal(linear.quantized().scales, quantized.scales)
+    doubles = x.detach().double().requires_grad_()
+    pad = nn.functional.pad(doubles, (0, linear.pad))
+    scale = linear.scale().detach().double().requires_grad_()
+
+    def product(a, s):
+        return _Product.apply(a, linear.levels, s, None if linear.base is None else linear.base.double())
+
+    y = product(pad, scale)
+    y.square().sum().backward()
+    by_scale, by_x = scale.grad.clone(), doubles.grad.clone()
+    scale.grad = doubles.grad = None
+    base = 0 if linear.base is None else linear.base.double()[..., None]
+    weight = (linear.levels * scale[..., None] + base).flatten(1)
+    (nn.functional.pad(doubles, (0, linear.pad)) @ weight.T).square().sum().backward()
+    torch.testing.assert_close(by_scale, scale.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(by_x, doubles.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_folds_and_mixed_forms_stay():
+    model = llama().eval()
+    ids = tokens(model, 4, 16)
+    forms = forms_of(model, FP32)
+    forms["model.layers.0.mlp.down_proj"] = Form(8, 32, "none", "float16")
+    first = calibrate(model, ids, forms, Method("gptq", "awq"), progress=False)
+    learnt = distil(model, first, ids, epochs=2, progress=False)
+    assert set(first.parameters) <= set(learnt.parameters)
+    assert unpack(learnt.packed["model.layers.0.mlp.down_proj"]).bits == 8
+    for name, value in first.parameters.items():
+        assert (learnt.parameters[name] - value).abs().max() < 0.1 * value.abs().max()
+
+
+def test_what_is_refused():
+    model = llama().eval()
+    ids = tokens(model, 2, 8)
+    found = calibrate(model, ids, forms_of(model, FP32), Method("rtn"), progress=False)
+    for given, options, text in (
+        (ids[0], {}, r"ids must be \[sequences, tokens\], got \[8\]"),
+        (torch.tensor([[0, 96]]), {}, r"must lie in 0\.\.95"),
+        (ids, {"epochs": 0}, "epochs must be a positive integer"),
+        (ids, {"rate": 1.0}, "rate between 0 and 1"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            distil(model, found, given, progress=False, **options)
+    with pytest.raises(ValueError, match="epochs must be an integer of at least 0"):
+        Method(epochs=-1)
+    model.model.layers[0].mlp.up_proj.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="distilling: the loss is nan"):
+        distil(model, found, ids, progress=False)
