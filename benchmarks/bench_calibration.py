@@ -18,7 +18,6 @@ import json
 import sys
 import time
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,8 @@ from torch_cpullm.runner import find_model
 from torch_cpullm.sensitivity import allocate, sensitivities
 from torch_cpullm.trial import apply, forms_of, settings_of, twin
 
-from . import machine
-from .bench_quality import WINDOW, WINDOWS, divergence, logits_of, measure
+from .bench_quality import WINDOW, WINDOWS, divergence, logits_of, measure, text_of
+from .rows import write
 
 SENSITIVITY = 8  # sequences that the mixture is chosen on
 FORMS = {"none": "symmetric", "point": "zero points", "minimum": "minima"}
@@ -58,6 +57,12 @@ def recipe_of(text: str) -> tuple[Method, Form, float | None]:
         raise ValueError(f"--recipe must be like awq+gptq+2,none,32, got {text!r}: {error}") from None
 
 
+def label_of(method: Method, form: Form, bits: float | None) -> str:
+    """A recipe in words."""
+    kind = f"INT4 g{form.group_size}" if bits is None else "INT4 and INT8, g32 and g64"
+    return f"{method}; {kind}, {FORMS[form.zeros]}"
+
+
 def mixed_forms(model: Any, ids: Tensor, forms: dict[str, Form], form: Form, bits: float) -> dict[str, Form]:
     """``forms`` with those of the decoder's 4-bit linears chosen by sensitivity for ``bits`` per weight."""
     choices = [Form(4, 64, form.zeros, form.scales), Form(4, 32, form.zeros, form.scales)]
@@ -68,9 +73,7 @@ def mixed_forms(model: Any, ids: Tensor, forms: dict[str, Form], form: Form, bit
 
 def windows_of(path: Path, tokenizer: Any) -> Tensor:
     """The first WINDOWS windows of a text, joined as bench_quality says."""
-    rows = path.read_text(encoding="utf-8").split("\n")
-    text = "\n\n".join(row + "\n" if row.strip() else "" for row in rows)
-    ids: Tensor = tokenizer(text[:60000], return_tensors="pt").input_ids[0]
+    ids: Tensor = tokenizer(text_of(path)[:60000], return_tensors="pt").input_ids[0]
     return ids[: WINDOWS * WINDOW].view(WINDOWS, WINDOW)
 
 
@@ -112,8 +115,7 @@ def main() -> None:
         print(f"{method}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         model = apply(twin(float_model), found, settings_of(float_model, forms, settings))
         tokens = f"{args.sequences} x {drawn.shape[1]} {args.source}" if method.needs_data else "none"
-        kind = f"INT4 g{form.group_size}" if bits is None else "INT4 and INT8, g32 and g64"
-        name = f"{method}; {kind}, {FORMS[form.zeros]}"
+        name = label_of(method, form, bits)
         row: dict[str, Any] = {"bench": "calibration", "recipe and weights": name, "calibration tokens": tokens}
         row |= {k: v for k, v in measure(name, model, ids, reference).items() if k not in ("bench", "weights")}
         if held_out is not None:  # int8 compute, in which measure() leaves the model
@@ -121,12 +123,7 @@ def main() -> None:
             row["KL, held-out text"] = round(max(0.0, other), 4)
         if args.save is not None:
             model.save_pretrained(args.save / name.replace(";", ",").replace(" ", ""))
-        row |= {"machine": machine.machine_name(), "commit": machine.git_commit()}
-        row |= {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d")}
-        print(json.dumps(row), flush=True)
-        if args.json:
-            with args.json.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        write(row, args.json)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import math
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +26,12 @@ from torch import Tensor
 import torch_cpullm
 from torch_cpullm.runner import find_model
 
-from . import machine, peers
+from . import peers
+from .bench_quality import text_of
+from .rows import write
 
 CHUNKS, WINDOW = 4, 2048
 SCORED = slice(WINDOW // 2, WINDOW - 1)  # positions whose next token is scored
-
-
-def wikitext(path: Path) -> str:
-    """Rows of WikiText joined as bench_quality says."""
-    rows = path.read_text(encoding="utf-8").split("\n")
-    return "\n\n".join(row + "\n" if row.strip() else "" for row in rows)
 
 
 def ask_llamacpp(*arguments: str) -> None:
@@ -52,7 +47,7 @@ def token_ids(text: Path, kept: Path) -> Tensor:
     if not kept.exists():
         with tempfile.TemporaryDirectory() as folder:
             joined = Path(folder) / "text"
-            joined.write_text(wikitext(text)[: 8 * CHUNKS * WINDOW], encoding="utf-8")
+            joined.write_text(text_of(text)[: 8 * CHUNKS * WINDOW], encoding="utf-8")
             ask_llamacpp("tokens", str(find_model(None)), str(joined), str(kept), str(WINDOW))
     ids = torch.tensor(json.loads(kept.read_text()))
     return ids[: CHUNKS * WINDOW].view(CHUNKS, WINDOW)
@@ -117,12 +112,7 @@ def main() -> None:
             found, engine = logits_of_gguf(path, ids), "llama.cpp"
         row: dict[str, Any] = {"bench": "kld", "engine": engine, "file": path.stem if path.is_file() else path.name}
         row |= {"MB": round(size_of(path) / 1e6, 1), **compare(found, reference, ids)}
-        row |= {"machine": machine.machine_name(), "commit": machine.git_commit()}
-        row |= {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d")}
-        print(json.dumps(row), flush=True)
-        if args.json:
-            with args.json.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        write(row, args.json)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,7 @@ Scored: the first 4,096 tokens in two windows of 2,048 without overlap, no BOS.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from torch_cpullm.linear import PackedEmbedding, PackedLinear
 from torch_cpullm.plan import head_compute
 from torch_cpullm.runner import find_model
 
-from . import machine
+from .rows import write
 
 WINDOWS, WINDOW = 2, 2048
 RECIPES: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -116,12 +114,7 @@ def main() -> None:
         )
         print(results[-1], flush=True)
     for row in results:
-        row |= {"machine": machine.machine_name(), "commit": machine.git_commit()}
-        row |= {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d")}
-        print(json.dumps(row))
-        if args.json:
-            with args.json.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        write(row, args.json)
 
 
 if __name__ == "__main__":

@@ -32,12 +32,12 @@ from torch.nn.utils.rnn import pad_sequence
 import torch_cpullm
 from torch_cpullm.calibration import self_generated
 from torch_cpullm.config import Settings
-from torch_cpullm.layerwise import calibrate
+from torch_cpullm.distil import quantize_model
 from torch_cpullm.runner import find_model
-from torch_cpullm.trial import apply, forms_of
+from torch_cpullm.trial import apply, forms_of, settings_of
 
 from . import rows
-from .bench_calibration import FORMS, recipe_of
+from .bench_calibration import SENSITIVITY, label_of, mixed_forms, recipe_of
 
 TASKS = ("lambada", "hellaswag")
 NAMES = {"float": "float", "default": "optimize(), default settings", "file": "GGUF file as it is (float minima)"}
@@ -176,20 +176,22 @@ def engine_model(engine: str, args: argparse.Namespace) -> Any:
         return model.to(args.float_device)
     if engine == "default":
         return torch_cpullm.optimize(model)
-    recipe, form = recipe_of(engine)
+    method, form, bits = recipe_of(engine)
     settings = Settings(group_size=form.group_size, sym=form.zeros == "none")
     forms = {name: form if own.bits == 4 else own for name, own in forms_of(model, settings).items()}
-    drawn = self_generated(packed, args.sequences, 512, 0) if recipe.needs_data else torch.zeros(1, 1).long()
-    return apply(model, calibrate(model, drawn, forms, recipe, folder=args.layers, progress=False), settings)
+    drawn = self_generated(packed, args.sequences, 512, 0) if method.needs_data or bits else torch.zeros(1, 1).long()
+    if bits is not None:
+        forms = mixed_forms(model, drawn[:SENSITIVITY], forms, form, bits)
+    found = quantize_model(model, drawn, forms, method, folder=args.layers, progress=False)
+    return apply(model, found, settings_of(model, forms, settings))
 
 
 def name_of(engine: str, sequences: int) -> str:
     """An engine in words."""
     if engine in NAMES or Path(engine).is_dir():
         return NAMES.get(engine, Path(engine).name)
-    recipe, form = recipe_of(engine)
-    tokens = f", {sequences} x 512 tokens" if recipe.needs_data else ""
-    return f"{recipe}; INT4 g{form.group_size}, {FORMS[form.zeros]}{tokens}"
+    method, form, bits = recipe_of(engine)
+    return label_of(method, form, bits) + (f", {sequences} x 512 tokens" if method.needs_data else "")
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------

@@ -29,13 +29,13 @@ import torch_cpullm
 from torch_cpullm.calibration import self_generated, text_ids
 from torch_cpullm.checkpoint import Form
 from torch_cpullm.config import Settings
-from torch_cpullm.layerwise import calibrate
+from torch_cpullm.distil import quantize_model
 from torch_cpullm.quality import logits_of
-from torch_cpullm.sensitivity import allocate, sensitivities, stored_bits
+from torch_cpullm.sensitivity import stored_bits
 from torch_cpullm.trial import apply, forms_of, settings_of, twin
 
 from . import language, rows
-from .bench_calibration import FORMS, recipe_of
+from .bench_calibration import SENSITIVITY, label_of, mixed_forms, recipe_of
 
 WINDOW, HIDDEN, LAYERS, HEADS = 128, 128, 3, 4
 LLAMA_NAMES = {
@@ -137,26 +137,17 @@ def scores(model: Any, texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return logits, -logits.gather(1, labels[:, None])[:, 0]
 
 
-def mixed_forms(model: Any, case: Case, forms: dict[str, Form], inside: list[str], bits: float) -> dict[str, Form]:
-    """``forms`` with the decoder's chosen by what each costs in KL, at most ``bits`` per weight."""
-    zeros = forms[inside[0]].zeros
-    choices = [Form(4, group, zeros, "float16") for group in (64, 32)] + [Form(8, 32, "none", "float16")]
-    units = sensitivities(model, case.drawn[:8], inside, choices, progress=False)
-    return forms | allocate(units, choices, bits)
-
-
-def measure(model: Any, case: Case, text: str, budget_bits: float | None = None) -> dict[str, Any]:
-    """One row: ``text`` is a recipe as bench_calibration has it; with ``budget_bits`` its forms are mixed."""
-    recipe, form = recipe_of(text)
+def measure(model: Any, case: Case, text: str) -> dict[str, Any]:
+    """One row: ``text`` is a recipe as bench_calibration has it."""
+    method, form, bits = recipe_of(text)
     settings = Settings(group_size=form.group_size, sym=form.zeros == "none")
     forms = {name: form if own.bits == 4 else own for name, own in forms_of(model, settings).items()}
     inside = [name for name, own in forms.items() if own.bits == 4]
-    label = f"{recipe}; INT4 g{form.group_size}, {FORMS[form.zeros]}"
-    if budget_bits is not None:
-        forms = mixed_forms(model, case, forms, inside, budget_bits)
-        label = f"{recipe}; INT4 and INT8 mixed, {FORMS[form.zeros]}"
+    if bits is not None:
+        forms = mixed_forms(model, case.drawn[:SENSITIVITY], forms, form, bits)
         settings = settings_of(model, forms, settings)
-    found = calibrate(model, case.drawn, forms, recipe, progress=False)
+    label = label_of(method, form, bits)
+    found = quantize_model(model, case.drawn, forms, method, progress=False)
     row: dict[str, Any] = {"recipe and weights": label, "bits per weight": round(bits_of(model, forms, inside), 2)}
     for compute in ("fp32", "int8"):
         packed = apply(twin(model), found, replace(settings, compute=compute))
@@ -208,8 +199,6 @@ def run(name: str, model: Any, case: Case, args: argparse.Namespace, kind: str, 
     rows.write({**start, **first}, args.json)
     for text in args.recipe or RECIPES:
         rows.write({**start, **measure(model, case, text)}, args.json)
-    for text in args.mixed or ():
-        rows.write({**start, **measure(model, case, text, args.budget_bits)}, args.json)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -228,8 +217,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     two.add_argument("--length", type=int, default=256, help="tokens of a sequence to calibrate with")
     for each in (one, two):
         each.add_argument("--recipe", action="append", metavar="RECIPE,ZEROS,GROUP", help="as bench_calibration's")
-        each.add_argument("--mixed", action="append", metavar="RECIPE,ZEROS,GROUP", help="the same in mixed precision")
-        each.add_argument("--budget-bits", type=float, default=5.0, help="most bits per weight where they are mixed")
         each.add_argument("--sequences", type=int, default=128, help="to calibrate with")
         each.add_argument("--json", type=Path, help="append rows to this file")
     args = parser.parse_args(argv)
