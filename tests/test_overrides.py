@@ -117,7 +117,7 @@ def test_compile_backend():
         model(IDS)
 
 
-@pytest.mark.skipif(VERSION < (5, 17), reason="GGUF files need transformers 5.17")
+@pytest.mark.skipif(VERSION < (5, 18), reason="GGUF files need transformers 5.18")
 def test_gguf(tmp_path):
     """Exact types keep the file's codes; what is float in the file follows the overrides."""
     kinds = {"attn_output.": Kind.F16, "attn_v.": Kind.F16, "ffn_": Kind.F32}

@@ -66,7 +66,7 @@ def transformers_gguf() -> SimpleNamespace:
         )
     except ImportError as error:
         raise ImportError(
-            f"load_gguf needs transformers 5.17 or later: it reads GGUF metadata through functions that version "
+            f"load_gguf needs transformers 5.18 or later: it reads GGUF metadata through functions that version "
             f"{version} does not have ({error}); tested with {_TESTED}"
         ) from error
     return SimpleNamespace(
