@@ -152,7 +152,7 @@ def test_rows_of_a_directory(tmp_path, monkeypatch, capsys):
     letters.bos_token_id = 1
     monkeypatch.setattr(bench_trained.AutoTokenizer, "from_pretrained", lambda _: letters)
     rows = tmp_path / "stories.jsonl"
-    options = ["--recipe", "gptq,none,32", "--mixed", "rtn,none,32", "--budget-bits", "5.5", "--length", "16"]
+    options = ["--recipe", "gptq,none,32", "--recipe", "rtn,none,mix5.5", "--length", "16"]
     command = ["directory", str(tmp_path / "model"), "--text", str(text), "--sequences", "4", "--json", str(rows)]
     bench_trained.main([*command, *options])
     found = [json.loads(line) for line in rows.read_text().splitlines()]
