@@ -11,6 +11,8 @@ RankMemory check_ranks(const char* op, const Tensor& shared, int64_t rank, int64
                   ": rank must lie in [0, ranks), ranks in [1, ", kMostRanks, "], got ", rank, ", ", ranks);
   STD_TORCH_CHECK(shared.is_cpu() && shared.is_contiguous() && shared.scalar_type() == ScalarType::Byte, op,
                   ": shared must be a contiguous uint8 CPU tensor");
+  STD_TORCH_CHECK(timeout_s > 0 && timeout_s <= 86400, op, ": timeout_s must lie in (0, 86400] seconds, got ",
+                  timeout_s);
   const int64_t room = (shared.numel() - ranks * kLine) / (2 * ranks) / kLine * kLine;
   char* memory = static_cast<char*>(shared.mutable_data_ptr());
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(memory) % kLine == 0, op, ": shared must be aligned to 64 bytes");

@@ -4,6 +4,7 @@
 #include <sched.h>
 
 #include <chrono>
+#include <cstdint>
 #include <cstring>
 
 #include "team.h"
@@ -11,9 +12,10 @@
 namespace cpullm {
 
 // Memory that all ranks map: a counter of 64 bytes each, then two buffers each, used in turn: a rank writes one again
-// only after all others have left the round that read it. A counter holds the rounds that its rank has published.
+// only after all others have left the round that read it. A counter holds the rounds that its rank has published, or
+// kGone once it has given up: then the others give up at once, and nobody takes old numbers for new ones.
 struct RankMemory {
-  static constexpr int64_t kLine = 64;
+  static constexpr int64_t kLine = 64, kGone = INT64_MIN;
   static_assert(std::atomic<int64_t>::is_always_lock_free, "counters are shared by processes");
 
   char* memory;
@@ -26,16 +28,24 @@ struct RankMemory {
     return *reinterpret_cast<std::atomic<int64_t>*>(memory + r * kLine);
   }
   float* buffer(int64_t r, int64_t round) const {
-    return reinterpret_cast<float*>(memory + ranks * kLine + (2 * r + round % 2) * room);
+    return reinterpret_cast<float*>(memory + ranks * kLine + (2 * r + (round & 1)) * room);
   }
 
-  // Waits until every rank has published `round`.
+  void give_up() const {
+    lost->store(true, std::memory_order_relaxed);
+    counter(rank).store(kGone, std::memory_order_release);
+  }
+
+  // Waits until every rank has published `round`, or one is lost.
   void wait(int64_t round) const {
+    if (lost->load(std::memory_order_relaxed)) return;
     constexpr int kSpins = 4000;  // as Barrier in team.h: about the length of a step, then yield
     constexpr int kLooks = 64;    // yields between two looks at the clock
     const auto start = std::chrono::steady_clock::now();
     for (int64_t r = 0; r < ranks; ++r) {
-      for (int64_t spins = 0; counter(r).load(std::memory_order_acquire) < round; ++spins) {
+      int64_t published;
+      for (int64_t spins = 0; (published = counter(r).load(std::memory_order_acquire)) < round; ++spins) {
+        if (published == kGone) return give_up();
         if (spins < kSpins) {
 #ifdef __x86_64__
           __builtin_ia32_pause();
@@ -45,7 +55,7 @@ struct RankMemory {
         sched_yield();
         if (spins % kLooks) continue;
         const std::chrono::duration<double> waited = std::chrono::steady_clock::now() - start;
-        if (waited.count() > timeout_s) lost->store(true, std::memory_order_relaxed);
+        if (waited.count() > timeout_s) give_up();
         if (lost->load(std::memory_order_relaxed)) return;
       }
     }
@@ -56,7 +66,9 @@ struct RankMemory {
 class RankSum {
  public:
   explicit RankSum(const RankMemory& shared)
-      : shared_(shared), round_(shared.counter(shared.rank).load(std::memory_order_relaxed)) {}
+      : shared_(shared), round_(shared.counter(shared.rank).load(std::memory_order_relaxed)) {
+    if (round_ == RankMemory::kGone) shared.lost->store(true, std::memory_order_relaxed);
+  }
 
   // x [rows, width] <- its sum over ranks, added in the order of ranks, so that all get the same bits. Called by every
   // thread of the team with columns of its own, [c0, c1), which it has written. Returns how many barriers it passed.
@@ -72,7 +84,9 @@ class RankSum {
       for (int64_t row = row0; row < end && bytes; ++row)
         std::memcpy(own + (row - row0) * width + c0, x + row * width + c0, bytes);
       barrier.wait(member.count);
-      if (member.id == 0) shared_.counter(shared_.rank).store(round_, std::memory_order_release);
+      // What any thread of this rank knows of lost ranks, all know after the barrier.
+      if (member.id == 0 && !shared_.lost->load(std::memory_order_relaxed))
+        shared_.counter(shared_.rank).store(round_, std::memory_order_release);
       shared_.wait(round_);
       for (int64_t row = row0; row < end && bytes; ++row) {
         float* const to = x + row * width;

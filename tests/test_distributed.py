@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -238,6 +239,35 @@ def test_a_sum_does_not_wait_for_ever():
     x, start = torch.ones(4), time.monotonic()
     assert not ops.shared_sum(x, torch.zeros(4096, dtype=torch.uint8), 0, 2, 0.1)
     assert 0.1 <= time.monotonic() - start < 5
+
+
+def test_a_rank_that_comes_late_takes_no_old_numbers():
+    """The other one has given up in the middle of its parts: every part, and every later sum, is refused at once."""
+    shared = torch.zeros(2 * (64 + 2 * 64), dtype=torch.uint8)
+    assert not ops.shared_sum(torch.ones(9, 16), shared, 0, 2, 0.1)
+    start = time.monotonic()
+    for rank in (1, 0, 1):
+        assert not ops.shared_sum(torch.ones(3, 16), shared, rank, 2, 30.0)
+    assert time.monotonic() - start < 5
+
+
+def test_one_thread_at_a_time_and_none_after_a_loss():
+    ranks = collective.Ranks.__new__(collective.Ranks)
+    ranks.rank, ranks.size, ranks.timeout_s, ranks.all_reduces, ranks.bytes = 0, 2, 0.1, 0, 0
+    ranks._shared, ranks._dead, ranks._lock = torch.zeros(4096, dtype=torch.uint8), None, threading.Lock()
+    with ranks._lock, pytest.raises(RuntimeError, match="two threads call a model at once"):
+        ranks.sum(torch.ones(4))
+    for _ in range(2):
+        start = time.monotonic()
+        with pytest.raises(collective.LostRankError, match="has not answered for 0.1 s"):
+            ranks.sum(torch.ones(4))
+    assert time.monotonic() - start < 0.05, "the second one does not wait"
+
+
+@pytest.mark.parametrize("timeout_s", [0.0, -1.0, float("nan"), float("inf")])
+def test_sums_need_an_end(timeout_s):
+    with pytest.raises(RuntimeError, match="timeout_s must lie in"):
+        ops.shared_sum(torch.ones(1), torch.zeros(4096, dtype=torch.uint8), 0, 2, timeout_s)
 
 
 def test_sums_refuse_what_does_not_fit():

@@ -7,8 +7,10 @@ import math
 import os
 import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ TIMEOUT_S = 8.0
 TRANSPORTS = ("auto", "gloo", "shared memory")
 
 _SHARED_BYTES = 256 << 10  # of a buffer: a decode step's sum at once, a prompt's in parts that stay in the caches
+_MOST_RANKS = 64  # that the operators sum over
 _NO_ANSWER = "no answer in shared memory"
 
 
@@ -46,13 +49,33 @@ class Ranks:
         if not 0 < timeout_s < math.inf:
             raise ValueError(f"timeout_s must be positive, got {timeout_s}")
         dist.barrier(group)  # ranks load at their own pace: so far the caller's timeout holds
-        # Of its own, so that no rank waits longer than this whatever the timeout of the caller's group.
-        self.group = dist.new_group(
-            members, timeout=timedelta(seconds=timeout_s), backend="gloo", use_local_synchronization=True
-        )
         self.rank, self.size, self.timeout_s = members.index(dist.get_rank()), len(members), timeout_s
         self.all_reduces = self.bytes = 0
         self._shared: Tensor | None = None
+        self._dead: LostRankError | None = None
+        self._lock = threading.Lock()
+        # Of its own, so that no rank waits longer than this whatever the timeout of the caller's group; and one for
+        # messages of following.py, made here where all ranks are together.
+        self.group, self.line = self._new_group(members), self._new_group(members)
+
+    def _new_group(self, members: list[int]) -> Any:
+        patience = timedelta(seconds=self.timeout_s)
+        try:
+            return dist.new_group(members, timeout=patience, backend="gloo", use_local_synchronization=True)
+        except RuntimeError as error:
+            raise self.lost(str(error)) from error
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One thread's sums at a time: the others' ranks would take one call's numbers for another's."""
+        if self._dead is not None:
+            raise self._dead
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("two threads call a model at once that several ranks share")
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     @property
     def transport(self) -> str:
@@ -81,7 +104,7 @@ class Ranks:
         finally:
             if file is not None:
                 file.unlink()
-        if "" in places or len(set(places)) > 1 or 4 * width > _SHARED_BYTES:
+        if "" in places or len(set(places)) > 1 or 4 * width > _SHARED_BYTES or self.size > _MOST_RANKS:
             if required:
                 raise ValueError(
                     "the ranks have no memory to share: they must run on one host, with room in /dev/shm, and sum rows "
@@ -111,29 +134,31 @@ class Ranks:
         LostRankError where a rank is dead or hangs.
         """
         x = x.contiguous()
-        self._count(1, x)
-        if self._shared is not None:
-            if not ops.shared_sum(x, self._shared, self.rank, self.size, self.timeout_s):
-                raise self.lost(_NO_ANSWER)
+        with self._alone():
+            self._count(1, x)
+            if self._shared is not None:
+                if not ops.shared_sum(x, self._shared, self.rank, self.size, self.timeout_s):
+                    raise self.lost(_NO_ANSWER)
+                return x
+            try:
+                dist.all_reduce(x, group=self.group)
+            except RuntimeError as error:
+                raise self.lost(str(error)) from error
             return x
-        try:
-            dist.all_reduce(x, group=self.group)
-        except RuntimeError as error:
-            raise self.lost(str(error)) from error
-        return x
 
     def run(self, operator: Callable[..., Tensor], arguments: tuple[Any, ...], x: Tensor, sums: int) -> Tensor:
         """``operator(*arguments, ..)``, which sums ``sums`` times as many floats as x has in shared memory itself.
 
         LostRankError where a rank is dead or hangs.
         """
-        self._count(sums, x)
-        try:
-            return operator(*arguments, self._shared, self.rank, self.size, self.timeout_s)
-        except RuntimeError as error:
-            if _NO_ANSWER not in str(error):
-                raise
-            raise self.lost(_NO_ANSWER) from error
+        with self._alone():
+            self._count(sums, x)
+            try:
+                return operator(*arguments, self._shared, self.rank, self.size, self.timeout_s)
+            except RuntimeError as error:
+                if _NO_ANSWER not in str(error):
+                    raise
+                raise self.lost(_NO_ANSWER) from error
 
     def _count(self, sums: int, x: Tensor) -> None:
         self.all_reduces += sums
@@ -161,11 +186,12 @@ class Ranks:
             raise ValueError(f"{what} must be the same on all ranks: {found[0]} on rank 0, {found[other]} on {other}")
 
     def lost(self, why: str) -> LostRankError:
-        """What to raise where another rank does not answer."""
-        return LostRankError(
+        """What to raise where another rank does not answer, now and in every call to come."""
+        self._dead = LostRankError(
             f"rank {self.rank} of {self.size}: another rank has ended, or has not answered for {self.timeout_s:g} s; "
             f"this model cannot go on ({why.splitlines()[0]})"
         )
+        return self._dead
 
 
 def _new_file(size: int) -> Path | None:

@@ -12,11 +12,9 @@ import logging
 import threading
 import time
 import weakref
-from datetime import timedelta
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .collective import LostRankError, Ranks
@@ -36,10 +34,6 @@ class _Line:
     """Messages from rank 0 to the others, in order; one that is late by the ranks' timeout has lost its sender."""
 
     def __init__(self, ranks: Ranks) -> None:
-        members = dist.get_process_group_ranks(ranks.group)
-        self._group = dist.new_group(
-            members, timeout=timedelta(seconds=ranks.timeout_s), backend="gloo", use_local_synchronization=True
-        )
         self._ranks = ranks
 
     def send(self, message: dict[str, Any], tensors: list[Tensor]) -> None:
@@ -68,7 +62,7 @@ class _Line:
     def _broadcast(self, x: Tensor) -> None:
         # Not dist.broadcast: the group is still needed when a program has destroyed its groups at its end.
         try:
-            self._group.broadcast(x, 0).wait()
+            self._ranks.line.broadcast(x, 0).wait()
         except RuntimeError as error:
             raise self._ranks.lost(str(error)) from error
 
@@ -89,10 +83,15 @@ class FollowedCache(CpuLlmCache):
 
 
 def _noting(name: str) -> Any:
-    def method(self: FollowedCache, *args: Any) -> Any:
+    original = getattr(CpuLlmCache, name)
+    signature = inspect.signature(original)
+
+    def method(self: FollowedCache, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)  # first: what raises has changed nothing
         if "changes" in self.__dict__:
-            self.changes.append((name, args[0].tolist() if args and isinstance(args[0], Tensor) else [*args]))
-        return getattr(CpuLlmCache, name)(self, *args)
+            values = [*signature.bind(self, *args, **kwargs).arguments.values()][1:]
+            self.changes.append((name, [v.tolist() if isinstance(v, Tensor) else int(v) for v in values]))
+        return result
 
     return method
 
@@ -113,7 +112,8 @@ class Leader:
         self._count = 0
         self._gone: list[int] = []
         self._last_s = time.monotonic()
-        self._busy = False
+        self._caller: int | None = None  # the thread whose call runs
+        self._wanted = threading.Event()
         decoder.register_forward_pre_hook(self.before, with_kwargs=True)
         decoder.register_forward_hook(self.after, always_call=True)
         threading.Thread(target=self._live, daemon=True).start()
@@ -121,11 +121,14 @@ class Leader:
 
     def before(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Send a call. Raises TypeError for an argument that cannot be sent, ValueError for a cache that was filled,
-        RuntimeError when the others have left.
+        RuntimeError when the others have left, or another thread's call runs.
         """
+        if self._caller is not None:
+            raise RuntimeError("two threads call a model at once that several ranks share")
         if self._ended.is_set():
             raise RuntimeError("the other ranks have left this model, which has only a share of its weights here")
         message: dict[str, Any] = {"call": {}, "tensors": [], "gone": [], "caches": {}}
+        message["grad"] = torch.is_grad_enabled()  # programs depend on it
         tensors: list[Tensor] = []
         named = dict(zip(self._names, args, strict=False)) | kwargs
         # Caches last: what has been noted of one must be sent, and another argument may be refused.
@@ -134,23 +137,31 @@ class Leader:
         while self._gone:
             message["gone"].append(self._gone.pop())
         with self._lock:
-            self._busy = True
+            if self._caller is not None:  # since the look above
+                raise RuntimeError("two threads call a model at once that several ranks share")
+            self._caller = threading.get_ident()
             self._send(message, tensors)
 
     def after(self, *_: Any) -> None:
-        """The decoder has been called."""
-        self._last_s, self._busy = time.monotonic(), False
+        """The decoder has been called, or the call was refused: then nothing has been sent."""
+        if self._caller == threading.get_ident():
+            self._last_s, self._caller = time.monotonic(), None
 
     def end(self) -> None:
         """Let the other ranks go."""
-        with self._lock:
+        # A collection of garbage may end the decoder in a thread that holds the lock: _live does it then.
+        self._wanted.set()
+        if not self._lock.acquire(timeout=self._ranks.timeout_s / 8):
+            return
+        try:
             if self._ended.is_set():
                 return
             self._ended.set()
-            try:
-                self._send({"end": True}, [])
-            except LostRankError as error:
-                logger.warning("%s", error)
+            self._send({"end": True}, [])
+        except LostRankError as error:
+            logger.warning("%s", error)
+        finally:
+            self._lock.release()
 
     def _send(self, message: dict[str, Any], tensors: list[Tensor]) -> None:
         self._line.send(message, tensors)
@@ -160,8 +171,10 @@ class Leader:
         """Say now and then that rank 0 is there, while it does something else."""
         every_s = self._ranks.timeout_s / 4
         while not self._ended.wait(every_s / 2):
+            if self._wanted.is_set():
+                self.end()
             with self._lock:
-                if self._ended.is_set() or self._busy or time.monotonic() - self._last_s < every_s:
+                if self._ended.is_set() or self._caller is not None or time.monotonic() - self._last_s < every_s:
                     continue
                 try:
                     self._send({}, [])
@@ -207,7 +220,6 @@ class Leader:
 # ---- the other ranks ------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def repeat_calls(decoder: nn.Module, ranks: Ranks) -> None:
     """Call ``decoder`` as rank 0 does, until that one leaves. Raises LostRankError where a rank is dead or hangs."""
     line = _Line(ranks)
@@ -229,7 +241,8 @@ def repeat_calls(decoder: nn.Module, ranks: Ranks) -> None:
         for name, value in message["call"].items():
             arguments[name], data = _decoded(value, caches, data)
         try:
-            decoder(**arguments)
+            with torch.set_grad_enabled(message["grad"]):
+                decoder(**arguments)
         except LostRankError:
             raise
         except Exception as error:  # noqa: BLE001  rank 0 has met it too, and decides what follows
@@ -240,10 +253,7 @@ def _change(cache: CpuLlmCache, name: str, value: Any) -> None:
     if name not in _CHANGES:
         raise ValueError(f"a cache has no change {name!r}")
     method = getattr(cache, name)
-    if name in ("reorder_cache", "batch_select_indices"):
-        method(torch.tensor(value))
-    else:
-        method(*value)
+    method(*(torch.tensor(v) if isinstance(v, list) else v for v in value))
 
 
 def _decoded(value: Any, caches: dict[int, CpuLlmCache], data: Tensor) -> tuple[Any, Tensor]:

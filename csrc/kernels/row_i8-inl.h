@@ -124,9 +124,10 @@ void row_i8(const TileArgs& a) {
   for (int64_t k = a.k_begin; k < a.k_end;) {
     const int64_t block_end = min_of((k / kActBlock + 1) * kActBlock, a.k_end);
     constexpr int kSegments = kChunks ? int(kActBlock / kChunk) / kChunks : 1;
+    const bool full = kChunks && block_end - k == kActBlock;
     uint32_t apart = 0;
-    for (int s = 0; s < kSegments; ++s) apart |= kChunks ? row.apart_rows[s] : 0;
-    if (kChunks && block_end - k == kActBlock && !apart) {
+    for (int s = 0; full && s < kSegments; ++s) apart |= row.apart_rows[s];
+    if (full && !apart) {
 #pragma GCC unroll 4
       for (int s = 0; s < kSegments; ++s) {
         row.template segment<false>(s == 0, kChunks);
