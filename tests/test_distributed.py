@@ -259,7 +259,7 @@ def test_one_thread_at_a_time_and_none_after_a_loss():
         ranks.sum(torch.ones(4))
     for _ in range(2):
         start = time.monotonic()
-        with pytest.raises(collective.LostRankError, match="has not answered for 0.1 s"):
+        with pytest.raises(collective.LostRankError, match=r"has not answered for 0\.1 s"):
             ranks.sum(torch.ones(4))
     assert time.monotonic() - start < 0.05, "the second one does not wait"
 
