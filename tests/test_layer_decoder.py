@@ -66,6 +66,18 @@ def position_of(cache):
     return torch.tensor([[cache.get_seq_length()]])
 
 
+def test_a_tokenizer_that_generate_hands_on_changes_nothing(monkeypatch):
+    """generate(tokenizer=..), as `transformers serve` calls it, passes it to every forward."""
+    model = optimised()
+    ids = ids_of(model, 1, 7)
+    want = generate(model, ids)
+    steps = counted(monkeypatch)
+    got = generate(model, ids, tokenizer=object())
+    assert steps == [11]
+    for a, b in zip(want.logits, got.logits, strict=True):
+        assert torch.equal(a, b)
+
+
 NAMES = [
     "llama",
     "mistral",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .collective import LostRankError, Ranks
 from .config import KV_CACHES
 from .kv_cache import CpuLlmCache
+from .layer_spec import IGNORED
 
 logger = logging.getLogger("torch_cpullm")
 
@@ -133,6 +134,8 @@ class Leader:
         named = dict(zip(self._names, args, strict=False)) | kwargs
         # Caches last: what has been noted of one must be sent, and another argument may be refused.
         for name, value in sorted(named.items(), key=lambda item: isinstance(item[1], CpuLlmCache)):
+            if name in IGNORED:
+                continue
             message["call"][name] = self._encoded(name, value, message, tensors)
         while self._gone:
             message["gone"].append(self._gone.pop())

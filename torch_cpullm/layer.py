@@ -23,6 +23,7 @@ from .layer_group import Call, GroupMember, member_of
 from .layer_match import Decoder, Match, decoders, match_layer
 from .layer_parts import rotary_from_table
 from .layer_program import MOST_MEMBERS, Program, run_group
+from .layer_spec import IGNORED
 from .layer_stack import LayerStack
 from .layer_watch import Watch
 
@@ -38,6 +39,7 @@ _FREE = {
     "cache_position",
     "output_hidden_states",
     "return_dict",
+    *IGNORED,
 }
 
 

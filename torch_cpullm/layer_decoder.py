@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from .layer_parts import own_state
+from .layer_spec import IGNORED
 from .layer_stack import LayerStack, Seen
 from .linear import PackedEmbedding
 
-_TAKEN = {"input_ids", "attention_mask", "position_ids", "past_key_values"}
+_TAKEN = {"input_ids", "attention_mask", "position_ids", "past_key_values", *IGNORED}
 # Arguments that may have these values: they change nothing in a decode step.
 _HARMLESS = {"use_cache": (None, True), "return_dict": (None, True)}
 # Settings of a config that change what a decoder returns, not what its layers compute.

@@ -13,6 +13,7 @@ from .linear import PackedLinear
 NORMS = ("rms", "layer")
 ROPE_STYLES = ("half", "interleaved")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+IGNORED = ("tokenizer",)  # generate() hands it on to every forward, and no layer computes with it
 
 
 @dataclass(frozen=True, eq=False)
