@@ -91,7 +91,7 @@ int64_t read_codes_ahead() {
   unsigned highest, b, c, d;
   if (__get_cpuid(0, &highest, &b, &c, &d) && b == signature_AMD_ebx) return 0;
 #endif
-  return 4096;
+  return 8192;
 }
 
 // One table per level, built once and never written again: other threads may be reading it.
