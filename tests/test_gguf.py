@@ -51,7 +51,7 @@ def readable(request: pytest.FixtureRequest) -> None:
 def test_older_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     """They read GGUF files, but cut words in another way than llama.cpp and swap the tokens of beginning and end."""
     monkeypatch.setitem(sys.modules, "transformers.integrations.gguf", None)
-    with pytest.raises(ImportError, match=r"load_gguf needs transformers 5\.17 or later: .* that version"):
+    with pytest.raises(ImportError, match=r"load_gguf needs transformers 5\.18 or later: .* that version"):
         load_gguf(shared.gguf_path(), progress=False)
 
 
