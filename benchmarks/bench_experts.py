@@ -27,7 +27,7 @@ import torch_cpullm
 from torch_cpullm.experts import PackedExperts
 from torch_cpullm.launch import default_threads
 
-from . import machine, rows
+from . import machine, rows, shapes
 
 CONTEXT = 64  # tokens in the cache of ``model``
 ROTATE_CACHES = 8  # as bench_ops reads memory
@@ -54,14 +54,7 @@ def build(args: argparse.Namespace) -> Any:
     config.dtype = torch.bfloat16
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.uniform_(-0.03, 0.03, generator=generator)
-            else:
-                parameter.fill_(1.0)
-    return model.eval()
+    return shapes.filled(model)
 
 
 class Engine:

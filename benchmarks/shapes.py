@@ -83,17 +83,10 @@ def parameters(name: str) -> int | None:
     return layers * sum(n * k for _, n, k in linears(shape)) + 2 * shape["vocab_size"] * hidden
 
 
-def random_model(name: str, dtype: Any) -> Any:
-    """The named shape with seeded random weights; the values do not matter for speed."""
+def filled(model: Any) -> Any:
+    """The model with random matrices, the same every time, and vectors of ones; in evaluation mode."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
 
-    config = AutoConfig.for_model(**SHAPES[name], tie_word_embeddings=False)
-    config.dtype = dtype
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa" if _has_sdpa(name) else "eager")
-        model = model.to(dtype)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -102,6 +95,19 @@ def random_model(name: str, dtype: Any) -> Any:
             else:
                 parameter.fill_(1.0)
     return model.eval()
+
+
+def random_model(name: str, dtype: Any) -> Any:
+    """The named shape with seeded random weights; the values do not matter for speed."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    config = AutoConfig.for_model(**SHAPES[name], tie_word_embeddings=False)
+    config.dtype = dtype
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa" if _has_sdpa(name) else "eager")
+        model = model.to(dtype)
+    return filled(model)
 
 
 def packed_model(name: str, settings: Any) -> Any:
