@@ -175,7 +175,7 @@ wheel: $(VENV)/.package
 
 lint: $(VENV)/.lint
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
-	@$(VENV)/bin/clang-format --dry-run --Werror $(filter %.cpp %.h,$(SOURCES))
+	@$(VENV)/bin/clang-format --dry-run --Werror $(filter %.cpp %.h,$(SOURCES)) tests/*.cpp
 	@$(PY) -m mypy
 
 sanitize: $(VENV)/.test

@@ -4,10 +4,13 @@
 namespace cpullm {
 namespace {
 
-// `rounds` rounds of 8-step chunks on 12 independent accumulators; returns the multiplications and additions done.
+// `rounds` rounds of 8-step chunks on independent accumulators, as many as stay in registers beside the operands; returns
+// the multiplications and additions done.
 int64_t dot_peak(int64_t rounds, int32_t* sink) {
   using S = Simd;
-  S::Dot dot[12];
+  constexpr int kDots = sizeof(S::Dot) == sizeof(S::I) ? 12 : 5;  // without VNNI a dot product has two sums
+  S::Dot dot[kDots];
+#pragma GCC unroll 12
   for (auto& d : dot) d.clear();
   S::I codes = S::iset1(0x01020304), x = S::iset1(0x02020202);
   for (int64_t i = 0; i < rounds; ++i) {
@@ -23,9 +26,10 @@ int64_t dot_peak(int64_t rounds, int32_t* sink) {
     for (auto& d : dot) d.end_chunk();
   }
   S::I total = S::izero();
+#pragma GCC unroll 12
   for (auto& d : dot) total = S::iadd(total, d.result());
   *sink = S::reduce_add(total);
-  return rounds * 8 * 12 * S::kLanes * 4 * 2;
+  return rounds * 8 * kDots * S::kLanes * 4 * 2;
 }
 
 // Reads bytes [0, bytes) once, bytes a multiple of 512; returns a sum that keeps the loads alive.
