@@ -67,7 +67,7 @@ def burst(cell: Cell, seconds: float) -> None:
             start = clock()
             call()
             stop = clock()
-            samples.append(stop - start)
+            samples.append((stop - start) / cell.repeats)
             if stop >= end:
                 break
     cell.samples_s += samples[1:] if len(samples) > 2 else samples

@@ -31,6 +31,9 @@ X_DTYPE = {"int8": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32
 CALL_SHAPES = ("64x64", "4096x4096")
 """Shapes that call_cells() needs from the pool, with groups 32 and 128 and 4 bits."""
 
+BARRIERS = 1000
+"""In one region, for the cost of each."""
+
 PEERS = ("torch_bf16", "torch_fp32", "torch_int4pack", "onednn_int8")
 """torch_bf16, torch_fp32: F.linear. torch_int4pack: aten::_weight_int4pack_mm_for_cpu, bf16 (groups 128 and 32).
 onednn_int8: onednn::qlinear_pointwise, int8 weights with one scale per column, activations quantised beforehand."""
@@ -41,7 +44,7 @@ class Cell:
     """What is timed, in the words of ``rows.KEYS``, and what a run found.
 
     calls: ready to call without arguments, one per copy of the weight. rotated: their bytes exceed the caches.
-    samples_s: seconds of each timed call.
+    repeats: how often a call does what is timed. samples_s: seconds of each timed call, by repeats.
     """
 
     engine: str
@@ -59,6 +62,7 @@ class Cell:
     calls: Sequence[Call]
     op: str = "linear"
     rotated: bool = True
+    repeats: int = 1
     position: int = 0
     samples_s: list[float] = field(default_factory=list)
     foreign: machine.ForeignCpu = field(default_factory=machine.ForeignCpu)
@@ -202,7 +206,8 @@ def own_cells(
 
 
 def call_cells(pool: Pool, inputs: Activations, isa: str, threads: int) -> list[Cell]:
-    """The fixed costs: one call on a 64x64 weight in cache, and quantising activations of k = 4096 beside the linear.
+    """The fixed costs: one call on a 64x64 weight in cache, a parallel region, a barrier inside one, and quantising
+    activations of k = 4096 beside the linear.
 
     quantize: the public operator, which also allocates and fills its four results: an upper bound of what the linear
     spends inside. Its bytes are the activations it reads.
@@ -221,6 +226,11 @@ def call_cells(pool: Pool, inputs: Activations, isa: str, threads: int) -> list[
             calls=[partial(F.linear, x, wide)], samples_s=[], foreign=machine.ForeignCpu(),
         ),
     ]  # fmt: skip
+    waiting = replace(tiny, m=0, n=0, k=0, group=0, form="none", bits=0, x_dtype="none", bytes=0)
+    for name, count in (("region", 0), ("barrier", BARRIERS)):
+        calls = [partial(torch.ops.cpullm.team_barriers.default, count)]
+        fresh: dict[str, Any] = {"samples_s": [], "foreign": machine.ForeignCpu()}
+        found.append(replace(waiting, op=name, repeats=max(count, 1), calls=calls, **fresh))
     for m in (1, 512):
         x = inputs.get(m, 4096, torch.bfloat16)
         found.append(

@@ -30,7 +30,10 @@ _TEXT, _COUNT, _NUMBER, _MAYBE, _FLAG = (str,), (int,), (int, float), (int, floa
 
 KEYS: dict[str, tuple[tuple[type, ...], str]] = {
     "case": (_TEXT, "what was measured: the keys from op to threads in one string, see case_name()"),
-    "op": (_TEXT, "linear; call (a tiny linear in cache, the cost of one call); quantize (activations only)"),
+    "op": (
+        _TEXT,
+        "linear; call (a tiny linear in cache); region (an empty parallel region); barrier (in one); quantize",
+    ),
     "engine": (_TEXT, "cpullm; or a peer: torch_bf16, torch_fp32, torch_int4pack, onednn_int8"),
     "m": (_COUNT, "rows of activations"),
     "n": (_COUNT, "output columns (0 for quantize)"),

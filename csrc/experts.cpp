@@ -5,9 +5,6 @@
 namespace cpullm {
 namespace {
 
-// What a panel of weights costs, in rows of a product: up to here its bytes take as long as the arithmetic.
-constexpr int64_t kLeastCost = 6;
-
 int64_t tiles_of(const Input& in, int64_t rows) { return (rows + in.tile - 1) / in.tile; }
 
 // Matrix `expert` [n, k] of a stack.
@@ -108,22 +105,24 @@ void ExpertsRun::load_acted(Member member) const {
   }
 }
 
-// out [rows, n] of this member's panels: the active experts' panels stand one after the other, weighted by their cost.
-void ExpertsRun::products(const Weight& all, int64_t n, Input Active::* in, float* out, Member member) const {
+// out [rows, n]: the active experts' panels stand one after the other, weighted by their cost, and are divided.
+void ExpertsRun::products(const Weight& all, int64_t n, Input Active::* in, float* out, Member member,
+                          Slices* slices) const {
   const int64_t panels = panels_of(n);
   const auto cost = [](const Active& a) { return std::max(a.rows, kLeastCost); };
-  int64_t total = 0, first = 0;
+  int64_t total = 0;
   for (const Active& a : active_) total += panels * cost(a);
-  Range part;
-  share(total, member, part.begin, part.end);
-  for (const Active& a : active_) {
-    // The panels that begin inside of this member's part.
-    const auto panel_at = [&](int64_t at) { return (std::max<int64_t>(at - first, 0) + cost(a) - 1) / cost(a); };
-    const Range own{panel_at(part.begin), std::min(panel_at(part.end), panels)};
-    product(kernels_, {matrix_of(all, a.expert, n), nullptr}, a.*in, out + a.first * n, n, own,
-            scratch_ + member.id * kScratchBytes);
-    first += panels * cost(a);
-  }
+  divide(total, panel_weights(all.k_padded, 1) / kLeastCost, member, slices, [&](int64_t begin, int64_t end) {
+    int64_t first = 0;
+    for (const Active& a : active_) {
+      // The panels that begin inside of the part.
+      const auto panel_at = [&](int64_t at) { return (std::max<int64_t>(at - first, 0) + cost(a) - 1) / cost(a); };
+      const Range own{panel_at(begin), std::min(panel_at(end), panels)};
+      product(kernels_, {matrix_of(all, a.expert, n), nullptr}, a.*in, out + a.first * n, n, own,
+              scratch_ + member.id * kScratchBytes);
+      first += panels * cost(a);
+    }
+  });
 }
 
 // y: this member's tokens, or its columns where the tokens are few. The sum stands in the first slot's row.
@@ -148,14 +147,14 @@ void ExpertsRun::add_up(Member member) const {
   }
 }
 
-void ExpertsRun::run(Member member, Barrier& barrier) const {
+void ExpertsRun::run(Member member, Barrier& barrier, Slices* slices) const {
   load_tokens(member);
   barrier.wait(member.count);
-  products(e_.gate_up, 2 * e_.intermediate, &Active::x, up_, member);
+  products(e_.gate_up, 2 * e_.intermediate, &Active::x, up_, member, slices);
   barrier.wait(member.count);
   load_acted(member);
   barrier.wait(member.count);
-  products(e_.down, e_.hidden, &Active::acted, out_, member);
+  products(e_.down, e_.hidden, &Active::acted, out_, member, slices);
   barrier.wait(member.count);
   add_up(member);
 }

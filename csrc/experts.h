@@ -37,8 +37,8 @@ class ExpertsRun {
   // Bytes of 64-byte aligned memory that the run needs; place() hands it over before run().
   int64_t bytes() const { return bytes_; }
   void place(char* memory);
-  // One member's part; all members call it with the same barrier.
-  void run(Member member, Barrier& barrier) const;
+  // One member's part; all members call it with the same barrier and slices.
+  void run(Member member, Barrier& barrier, Slices* slices) const;
 
  private:
   struct Active {
@@ -49,7 +49,7 @@ class ExpertsRun {
   void carve(Arena& arena);
   void load_tokens(Member member) const;
   void load_acted(Member member) const;
-  void products(const Weight& all, int64_t n, Input Active::* in, float* out, Member member) const;
+  void products(const Weight& all, int64_t n, Input Active::* in, float* out, Member member, Slices* slices) const;
   void add_up(Member member) const;
 
   const Experts& e_;

@@ -28,9 +28,9 @@ struct LayerRun {
   RankSum* ranks;
   float* residual = nullptr;  // x + sum a
 
-  LayerRun(const LayerGroup& group, const Kernels& kernels, Member who, int64_t threads, Barrier& barrier, Arena& arena,
-           RankSum* sums)
-      : g(group), team{kernels, who, barrier}, c(group.layers[0].call), ranks(sums) {
+  LayerRun(const LayerGroup& group, const Kernels& kernels, Member who, int64_t threads, Barrier& barrier,
+           Slices* slices, Arena& arena, RankSum* sums)
+      : g(group), team{kernels, who, barrier, slices}, c(group.layers[0].call), ranks(sums) {
     const LayerProgram& first = *g.layers[0].program;
     m = c.batch * c.tokens;
     hidden = first.hidden;
@@ -116,20 +116,22 @@ struct LayerRun {
     return !alone;
   }
 
-  // This thread's columns of all queries, keys and values.
+  // All queries, keys and values.
   void project() {
     int64_t total = 0;
     for (const Part& part : *this)
       for (int i = 0; i < part.p->qkv_count; ++i) total += panels_of(part.p->qkv[i].w.n);
-    Shared shared{team.mine(total)};
-    for (Part& part : *this) {
-      int64_t column = 0;
-      for (int i = 0; i < part.p->qkv_count; ++i) {
-        const Linear& l = part.p->qkv[i];
-        team.product(l, part.h, part.qkv + column, part.qkv_width, shared.next(panels_of(l.w.n)));
-        column += l.w.n;
+    team.each(total, hidden, m, [&](Range panels) {
+      Shared shared{panels};
+      for (Part& part : *this) {
+        int64_t column = 0;
+        for (int i = 0; i < part.p->qkv_count; ++i) {
+          const Linear& l = part.p->qkv[i];
+          team.product(l, part.h, part.qkv + column, part.qkv_width, shared.next(panels_of(l.w.n)));
+          column += l.w.n;
+        }
       }
-    }
+    });
   }
 
   static Heads heads_of(const Part& part, int64_t start, int64_t heads, int64_t per_group, int64_t group_stride) {
@@ -262,9 +264,22 @@ struct LayerRun {
     Range rows, columns;
   };
 
-  Area own_columns(int64_t rows) const {
-    const Range part = team.mine(panels_of(hidden));
-    return {{0, rows}, {part.begin * kPanel, std::min(part.end * kPanel, hidden)}};
+  Area columns_of(Range panels, int64_t rows) const {
+    return {{0, rows}, {panels.begin * kPanel, std::min(panels.end * kPanel, hidden)}};
+  }
+
+  Area own_columns(int64_t rows) const { return columns_of(team.mine(panels_of(hidden)), rows); }
+
+  // Products with `hidden` outputs, then what happens to their columns. Who computes a panel goes on with it: other threads'
+  // panels may be among them only where nothing else follows before a barrier.
+  template <class F>
+  void hidden_panels(int64_t k, int64_t rows, const F& f) const {
+    const int64_t panels = panels_of(hidden);
+    ranks ? f(team.mine(panels)) : team.each(panels, g.count * k, rows, f);
+  }
+
+  bool any_has(LayerNorm LayerProgram::* norm) const {
+    return std::any_of(parts, parts + g.count, [&](const Part& part) { return (part.p->*norm).present; });
   }
 
   // x [rows, hidden] <- its sum over ranks; every thread has its own columns, before and after.
@@ -276,9 +291,7 @@ struct LayerRun {
 
   // The area for adding what each part left in `out`, after a norm in place of those that have one.
   Area finish(LayerNorm LayerProgram::* norm, float* Part::* out, int64_t rows) {
-    bool present = false;
-    for (const Part& part : *this) present |= (part.p->*norm).present;
-    if (!present) return own_columns(rows);
+    if (!any_has(norm)) return own_columns(rows);
     team.sync();
     const Area area{team.mine(rows), {0, hidden}};
     for (Part& part : *this) {
@@ -310,8 +323,7 @@ struct LayerRun {
 
   // residual = x + sum a_l, and what each MLP reads where that is something else. Out of place: nothing else that an MLP
   // reads gets into the residual.
-  void add_attention() {
-    const Area area = finish(&LayerProgram::post_attention_norm, &Part::o_out, m);
+  void add_attention(const Area& area) {
     const auto onto = [&](float* to, bool first, const Part& part) {
       const void* from = first ? c.x : to;
       add(area, part.p->residual_scale, from, first ? c.type : Float::f32, first ? c.x_stride : hidden, part.o_out,
@@ -325,38 +337,45 @@ struct LayerRun {
     }
   }
 
-  // up_out [rows, intermediate] of each part (stride `width`) = act(gate) * up; this thread's columns.
+  // up_out [rows, intermediate] of each part (stride `width`) = act(gate) * up.
   void up_and_act(int64_t rows) {
     int64_t total = 0;
     bool apart = false;
-    for (const Part& part : *this) total += panels_of(part.p->intermediate);
-    Shared shared{team.mine(total)}, again{team.mine(total)};
+    const auto halves_apart = [](const LayerProgram& p) {  // they do not begin at panels
+      return p.gated && p.up_count == 1 && p.intermediate % kPanel;
+    };
     for (Part& part : *this) {
       const LayerProgram& p = *part.p;
-      const int64_t width = p.intermediate * (p.gated ? 2 : 1), panels = panels_of(p.intermediate);
-      const Range own = shared.next(panels);
-      if (p.gated && p.up_count == 1 && p.intermediate % kPanel) {  // halves do not begin at panels
-        team.product(p.up[0], part.in, part.up_out, width, team.mine(panels_of(width)));
-        apart = true;
-      } else if (p.gated && p.up_count == 1) {
-        team.product(p.up[0], part.in, part.up_out, width, own);
-        team.product(p.up[0], part.in, part.up_out, width, {own.begin + panels, own.end + panels});
-      } else {
-        team.product(p.up[0], part.in, part.up_out, width, own);
-        if (p.gated) team.product(p.up[1], part.in, part.up_out + p.intermediate, width, own);
-      }
+      total += panels_of(p.intermediate);
+      if (!halves_apart(p)) continue;
+      const int64_t width = 2 * p.intermediate;
+      team.each(panels_of(width), hidden, rows,
+                [&](Range some) { team.product(p.up[0], part.in, part.up_out, width, some); });
+      apart = true;
     }
     if (apart) team.sync();
-    for (Part& part : *this) {
-      const LayerProgram& p = *part.p;
-      const int64_t width = p.intermediate * (p.gated ? 2 : 1);
-      const Range own = again.next(panels_of(p.intermediate));
-      const int64_t c0 = own.begin * kPanel, c1 = std::min(own.end * kPanel, p.intermediate);
-      if (c0 >= c1) continue;
-      float* gate = part.up_out + c0;
-      const Activation act{gate, p.gated ? gate + p.intermediate : nullptr, gate, c1 - c0, width, width, width, p.act};
-      team.kernels.activation(act, {0, rows});
-    }
+    team.each(total, 2 * hidden, rows, [&](Range some) {
+      Shared shared{some};
+      for (Part& part : *this) {
+        const LayerProgram& p = *part.p;
+        const int64_t width = p.intermediate * (p.gated ? 2 : 1), panels = panels_of(p.intermediate);
+        const Range own = shared.next(panels);
+        const int64_t c0 = own.begin * kPanel, c1 = std::min(own.end * kPanel, p.intermediate);
+        if (c0 >= c1) continue;
+        if (!halves_apart(p)) {
+          team.product(p.up[0], part.in, part.up_out, width, own);
+          if (p.gated && p.up_count == 1) {
+            team.product(p.up[0], part.in, part.up_out, width, {own.begin + panels, own.end + panels});
+          } else if (p.gated) {
+            team.product(p.up[1], part.in, part.up_out + p.intermediate, width, own);
+          }
+        }
+        float* gate = part.up_out + c0;
+        const Activation act{gate, p.gated ? gate + p.intermediate : nullptr, gate, c1 - c0, width, width, width,
+                             p.act};
+        team.kernels.activation(act, {0, rows});
+      }
+    });
   }
 
   // Rows [row0, row0 + rows) of what the MLP of a part reads.
@@ -393,20 +412,30 @@ struct LayerRun {
       wait |= input(part.in, part.input_b, part.private_b, {}, acted, p.down.w.group);
     }
     if (wait) team.sync();
-    const Range columns = team.mine(panels_of(hidden));
+    const int64_t width = parts[0].p->intermediate;
     if (c.stage == Stage::mlp) {
-      team.product(parts[0].p->down, parts[0].in, static_cast<float*>(c.y) + row0 * hidden, hidden, columns);
+      float* const to = static_cast<float*>(c.y) + row0 * hidden;
+      hidden_panels(width, rows, [&](Range some) { team.product(parts[0].p->down, parts[0].in, to, hidden, some); });
       return;
     }
-    for (Part& part : *this) team.product(part.p->down, part.in, part.mlp_out, hidden, columns);
+    const bool at_once = !ranks && !any_has(&LayerProgram::post_mlp_norm);
+    hidden_panels(width, rows, [&](Range some) {
+      for (Part& part : *this) team.product(part.p->down, part.in, part.mlp_out, hidden, some);
+      if (at_once) add_mlp(columns_of(some, rows), row0, parallel);
+    });
+    if (at_once) return;
     const bool added = parallel && ranks;  // a and m of a parallel layer are one sum over ranks
     if (added) {
       float* const own = parts[0].mlp_out;
       add(own_columns(rows), 1.0f, own, Float::f32, hidden, parts[0].o_out + row0 * hidden, nullptr, own, Float::f32);
     }
     sum_ranks(parts[0].mlp_out, rows);
-    const Area area = finish(&LayerProgram::post_mlp_norm, &Part::mlp_out, rows);
-    // In the order of the members. Sums between them stay fp32: in the residual, or where the first MLP's output was.
+    add_mlp(finish(&LayerProgram::post_mlp_norm, &Part::mlp_out, rows), row0, parallel && !added);
+  }
+
+  // The group's output from the MLPs', both: and attention's. In the order of the members. Sums between them stay fp32: in
+  // the residual, or where the first MLP's output was.
+  void add_mlp(const Area& area, int64_t row0, bool both) {
     const void* from = parallel ? element_of(c.x, row0 * c.x_stride, c.type) : residual + row0 * hidden;
     Float type = parallel ? c.type : Float::f32;
     int64_t stride = parallel ? c.x_stride : hidden;
@@ -415,7 +444,6 @@ struct LayerRun {
       float* const between = parallel ? parts[0].mlp_out : residual + row0 * hidden;
       void* const to = last ? const_cast<void*>(element_of(c.y, row0 * hidden, c.type)) : between;
       const float* const own = part.mlp_out;
-      const bool both = parallel && !added;
       const float* const first = both ? part.o_out + row0 * hidden : own;
       add(area, part.p->residual_scale, from, type, stride, first, both ? own : nullptr, to,
           last ? c.type : Float::f32);
@@ -425,7 +453,7 @@ struct LayerRun {
     }
   }
 
-  // a Wo of each part, in its o_out or, where that is all, in y.
+  // a Wo of each part, in its o_out or, where that is all, in y; the residual.
   void attention() {
     const Rows x{c.x, m, hidden, c.x_stride, c.type, nullptr};
     bool wait = false;
@@ -449,23 +477,24 @@ struct LayerRun {
       wait |= input(part.in, part.input_b, part.private_b, {}, attended, part.p->o.w.group);
     }
     if (wait) team.sync();
-    const Range columns = team.mine(panels_of(hidden));
-    for (Part& part : *this) {
-      float* const to = c.stage == Stage::attention ? static_cast<float*>(c.y) : part.o_out;
-      team.product(part.p->o, part.in, to, hidden, columns);
-    }
+    const bool add = c.stage == Stage::whole && !parallel;
+    const bool at_once = add && !ranks && !any_has(&LayerProgram::post_attention_norm);
+    hidden_panels(parts[0].p->heads * parts[0].p->head_dim, m, [&](Range some) {
+      for (Part& part : *this) {
+        float* const to = c.stage == Stage::attention ? static_cast<float*>(c.y) : part.o_out;
+        team.product(part.p->o, part.in, to, hidden, some);
+      }
+      if (at_once) add_attention(columns_of(some, m));
+    });
+    if (!add || at_once) return;
+    sum_ranks(parts[0].o_out, m);
+    add_attention(finish(&LayerProgram::post_attention_norm, &Part::o_out, m));
   }
 
   void run() {
     if (c.stage != Stage::mlp) attention();
     if (c.stage == Stage::attention) return;
-    if (c.stage == Stage::whole) {
-      if (!parallel) {
-        sum_ranks(parts[0].o_out, m);
-        add_attention();
-      }
-      team.sync();  // the residual is whole, and nobody reads input b any more
-    }
+    if (c.stage == Stage::whole) team.sync();  // the residual is whole, and nobody reads input b any more
     for (int64_t row0 = 0; row0 < m; row0 += kMlpRows) {
       if (row0) team.sync();  // the rows before are done with the shared buffers
       mlp(row0, std::min(kMlpRows, m - row0));
@@ -478,14 +507,14 @@ struct LayerRun {
 int64_t layer_workspace(const LayerGroup& group, const Kernels& kernels, int64_t threads) {
   Barrier barrier;
   Arena arena{nullptr};
-  LayerRun(group, kernels, {0, threads}, threads, barrier, arena, nullptr);
+  LayerRun(group, kernels, {0, threads}, threads, barrier, nullptr, arena, nullptr);
   return arena.used;
 }
 
 int64_t run_layers(const LayerGroup& group, const Kernels& kernels, Member member, int64_t threads, Barrier& barrier,
-                   char* workspace, RankSum* ranks) {
+                   Slices* slices, char* workspace, RankSum* ranks) {
   Arena arena{workspace};
-  LayerRun run(group, kernels, member, threads, barrier, arena, ranks);
+  LayerRun run(group, kernels, member, threads, barrier, slices, arena, ranks);
   run.run();
   return run.team.barriers;
 }

@@ -91,8 +91,8 @@ int64_t layer_workspace(const LayerGroup& group, const Kernels& kernels, int64_t
 
 // One thread's part; all threads of the team call it with the same arguments but their own `member` and `ranks`. Returns
 // how many barriers it passed, which for a group are no more than for its layers each. ranks: null where the layer is
-// whole; otherwise the group is of one layer, and has a barrier more per sum.
+// whole; otherwise the group is of one layer, and has a barrier more per sum. slices: see divide().
 int64_t run_layers(const LayerGroup& group, const Kernels& kernels, Member member, int64_t threads, Barrier& barrier,
-                   char* workspace, RankSum* ranks);
+                   Slices* slices, char* workspace, RankSum* ranks);
 
 }  // namespace cpullm

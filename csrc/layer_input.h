@@ -30,6 +30,7 @@ struct Team {
   const Kernels& kernels;
   Member member;
   Barrier& barrier;
+  Slices* slices;
   int64_t barriers = 0;
   float *normed = nullptr, *attention_scratch = nullptr;
   char* kernel_scratch = nullptr;
@@ -43,6 +44,12 @@ struct Team {
     Range r;
     share(count, member, r.begin, r.end);
     return r;
+  }
+
+  // f(panels) for parts of [0, count): this thread's, and what others have not come to. k inputs, `rows` rows: see divide().
+  template <class F>
+  void each(int64_t count, int64_t k, int64_t rows, const F& f) const {
+    divide(count, panel_weights(k, rows), member, slices, [&](int64_t begin, int64_t end) { f(Range{begin, end}); });
   }
 
   int64_t input_bytes(Compute compute, int64_t rows, int64_t k, int64_t group) const {
@@ -95,13 +102,13 @@ struct Team {
   }
 };
 
-// One thread's share of items that several layers have, one layer's after the other's: asked for layer by layer.
+// A range of the items that several layers have, one layer's after the other's: asked for layer by layer.
 struct Shared {
-  Range mine;
+  Range part;
   int64_t first = 0;
   // The part of the next layer's `count` items.
   Range next(int64_t count) {
-    const Range own{std::max<int64_t>(mine.begin - first, 0), std::min(mine.end - first, count)};
+    const Range own{std::max<int64_t>(part.begin - first, 0), std::min(part.end - first, count)};
     first += count;
     return own.begin < own.end ? own : Range{0, 0};
   }

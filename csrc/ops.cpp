@@ -84,6 +84,15 @@ std::string isa_levels() {
 thread_local Buffer kernel_scratch;                              // of the thread that runs a kernel
 thread_local Buffer rows_buffer, scale_buffer, minus_buffer, apart_buffer, bias_buffer;  // of the operator's caller
 
+}  // namespace
+
+Slices* fresh_slices(int64_t threads) {
+  thread_local Buffer memory;
+  return new (memory.get<Slices>(threads)) Slices[size_t(threads)];
+}
+
+namespace {
+
 // ---- checks --------------------------------------------------------------------------------------------------------
 
 void check_packed(const Tensor& t, const char* op, const char* name, int64_t d0, int64_t d1, int64_t d2) {
@@ -238,7 +247,8 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const 
   const auto scratch = [] { return kernel_scratch.get<char>(kScratchBytes); };
   if (compute == int64_t(Compute::int8)) {
     const QuantizedRows q = quantize(table, rows, table.tile_i8(rows.m, w.group), w.group);
-    parallel(panels, work, [&](int64_t begin, int64_t end) { table.linear_i8(w, q, out, {begin, end}, scratch()); });
+    for_panels(panels, k, rows.m, work,
+               [&](int64_t begin, int64_t end) { table.linear_i8(w, q, out, {begin, end}, scratch()); });
     return y;
   }
   const int64_t tile = bf16.tile ? bf16.tile : table.tile_f32(rows.m);
@@ -251,13 +261,13 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const 
     const Bf16Rows b{rows_buffer.get<uint16_t>(tiles * tile * w.k_padded), rows.m, w.k_padded, tile, bf16.unit};
     std::fill_n(b.x + (tiles - 1) * tile * w.k_padded, tile * w.k_padded, uint16_t(0));  // rows that do not exist
     load(table.load_rows_bf16, b);
-    parallel(panels, 2 * work,
-             [&](int64_t begin, int64_t end) { table.linear_bf16(w, b, out, {begin, end}, scratch()); });
+    for_panels(panels, k, rows.m, 2 * work,
+               [&](int64_t begin, int64_t end) { table.linear_bf16(w, b, out, {begin, end}, scratch()); });
   } else {
     const FloatRows f{rows_buffer.get<float>(tiles * tile * w.k_padded), rows.m, w.k_padded, tile};
     load(table.load_rows, f);
-    parallel(panels, 4 * work,
-             [&](int64_t begin, int64_t end) { table.linear_f32(w, f, out, {begin, end}, scratch()); });
+    for_panels(panels, k, rows.m, 4 * work,
+               [&](int64_t begin, int64_t end) { table.linear_f32(w, f, out, {begin, end}, scratch()); });
   }
   return y;
 }
@@ -372,6 +382,18 @@ int64_t dot_peak(int64_t rounds) {
   return total;
 }
 
+// One parallel region in which the team waits for each other `count` times; returns the members of the team.
+int64_t team_barriers(int64_t count) {
+  STD_TORCH_CHECK(count >= 0, "cpullm::team_barriers: count must not be negative, got ", count);
+  Barrier barrier;
+  int64_t members = 0;
+  run_team(team_size(), [&](const Member& member) {
+    for (int64_t i = 0; i < count; ++i) barrier.wait(member.count);
+    if (member.id == 0) members = member.count;
+  });
+  return members;
+}
+
 // All threads together read x once, each its own contiguous part; returns the bytes read.
 int64_t read_memory(const Tensor& x) {
   STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.scalar_type() == ScalarType::Byte,
@@ -411,6 +433,7 @@ STABLE_TORCH_LIBRARY(cpullm, m) {
   // [m, ceil(k'/128)].
   m.def("quantize_activations(Tensor x) -> (Tensor, Tensor)");
   m.def("dot_peak(int rounds) -> int");
+  m.def("team_barriers(int count) -> int");
   m.def("read_memory(Tensor x) -> int");
   m.def("isa() -> str");
   m.def("set_isa(str cap) -> str");
@@ -428,6 +451,7 @@ STABLE_TORCH_LIBRARY_IMPL(cpullm, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(cpullm, CompositeExplicitAutograd, m) {
   m.impl("dot_peak", TORCH_BOX(&cpullm::dot_peak));
+  m.impl("team_barriers", TORCH_BOX(&cpullm::team_barriers));
   m.impl("isa", TORCH_BOX(&cpullm::isa));
   m.impl("set_isa", TORCH_BOX(&cpullm::set_isa));
   m.impl("isa_levels", TORCH_BOX(&cpullm::isa_levels));

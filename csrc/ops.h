@@ -95,10 +95,12 @@ RankMemory check_ranks(const char* op, const Tensor& shared, int64_t rank, int64
 // there, and OpenMP would wait for them for ever. The first refusal is said on stderr.
 bool may_use_threads();
 
+// Multiply-adds that a range of a parallel region is worth at least.
+constexpr int64_t kMinWork = 1 << 16;
+
 // Splits [0, count) into at most one contiguous range per thread; a range is worth at least kMinWork multiply-adds.
 template <class F>
 void parallel(int64_t count, int64_t work_each, const F& f) {
-  constexpr int64_t kMinWork = 1 << 16;
   const int64_t grain = work_each >= kMinWork ? 1 : kMinWork / (work_each > 0 ? work_each : 1);
   if (count <= grain || !may_use_threads()) {
     f(0, count);
@@ -106,6 +108,9 @@ void parallel(int64_t count, int64_t work_each, const F& f) {
     torch::stable::parallel_for(0, count, grain, f);
   }
 }
+
+// One per member of a team of at most `threads`, for one parallel region of this thread: see divide().
+Slices* fresh_slices(int64_t threads);
 
 // How many members a team may have at most.
 inline int64_t team_size() { return may_use_threads() ? torch::stable::get_num_threads() : 1; }
@@ -116,8 +121,18 @@ void run_team(int64_t threads, const F& part) {
   if (threads == 1) {
     part(Member{0, 1});
   } else {
-    torch::stable::parallel_for(0, kTeamRange, 1, [&](int64_t begin, int64_t end) { part(member_of(begin, end)); });
+    torch::stable::parallel_for(0, kTeamRange, (kTeamRange + threads - 1) / threads,
+                                [&](int64_t begin, int64_t end) { part(member_of(begin, end)); });
   }
+}
+
+// f(begin, end) for parts of a product's `panels` panels, [m, k] times [k, n]; see divide(). macs: of a panel.
+template <class F>
+void for_panels(int64_t panels, int64_t k, int64_t m, int64_t macs, const F& f) {
+  const int64_t threads = std::min({team_size(), panels, panels * macs / kMinWork});
+  if (threads <= 1) return f(int64_t(0), panels);
+  Slices* const slices = fresh_slices(threads);
+  run_team(threads, [&](const Member& member) { divide(panels, panel_weights(k, m), member, slices, f); });
 }
 
 }  // namespace cpullm

@@ -92,7 +92,8 @@ Tensor experts(const Tensor& x, const Tensor& index, const Tensor& weights, cons
     ExpertsRun run(e, c, table, threads);
     run.place(workspace.get<char>(run.bytes()));
     Barrier barrier;
-    run_team(threads, [&](const Member& member) { run.run(member, barrier); });
+    Slices* const slices = fresh_slices(threads);
+    run_team(threads, [&](const Member& member) { run.run(member, barrier, slices); });
   }
   return y;
 }

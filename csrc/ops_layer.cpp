@@ -347,6 +347,7 @@ Tensor run_steps(Steps& steps, const Tensor& x, const RankMemory* ranks = nullpt
   }
   char* memory = workspace.get<char>(needed);
   Barrier barrier;
+  Slices* const slices = fresh_slices(threads);
   std::atomic<int64_t> barriers{0};
   const std::optional<RankSum> first = ranks ? std::optional<RankSum>(*ranks) : std::nullopt;
   const auto part = [&](const Member& member) {
@@ -354,7 +355,7 @@ Tensor run_steps(Steps& steps, const Tensor& x, const RankMemory* ranks = nullpt
     std::optional<RankSum> sums = first;
     for (size_t i = 0; i < count; ++i) {
       if (i) barrier.wait(member.count);
-      passed += run_layers(steps.groups[i], table, member, threads, barrier, memory, sums ? &*sums : nullptr);
+      passed += run_layers(steps.groups[i], table, member, threads, barrier, slices, memory, sums ? &*sums : nullptr);
       passed += i ? 1 : 0;
     }
     if (member.id == 0) barriers = passed;
