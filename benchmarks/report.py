@@ -309,12 +309,13 @@ def curve(found: Sequence[Row]) -> str:
 
 
 def calls(found: Sequence[Row]) -> str:
-    """The cost of one call, and quantising activations."""
+    """The cost of one call, of a parallel region and a barrier in it, and quantising activations."""
     parts = []
-    for group in machines(row for row in found if row["op"] in ("call", "quantize")):
+    for group in machines(row for row in found if row["op"] in ("call", "region", "barrier", "quantize")):
         body = []
         for row in sorted(group, key=lambda r: (r["threads"], r["op"], r["engine"], r["m"])):
-            what = f"one call, {shape(row)}" if row["op"] == "call" else f"quantising activations, k={row['k']}"
+            names = {"call": f"one call, {shape(row)}", "region": "one parallel region", "barrier": "one barrier"}
+            what = names.get(row["op"], f"quantising activations, k={row['k']}")
             us = number(row["us"]) + marks(row)
             body.append([what, ENGINES[row["engine"]], str(row["threads"]), str(row["m"]), us])
         parts += [caption(group), markdown(["what", "kernel", "threads", "M", "µs"], body, 2)]

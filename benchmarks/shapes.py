@@ -110,8 +110,11 @@ def random_model(name: str, dtype: Any) -> Any:
     return filled(model)
 
 
-def packed_model(name: str, settings: Any) -> Any:
-    """The named shape with random codes, as ``torch_cpullm.optimize(model, settings)`` would leave it; quickly made."""
+def packed_model(name: str, settings: Any, **changes: Any) -> Any:
+    """The named shape with random codes, as ``torch_cpullm.optimize(model, settings)`` would leave it; quickly made.
+
+    changes: of the shape's configuration.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -123,7 +126,7 @@ def packed_model(name: str, settings: Any) -> Any:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)  # memory that nobody touches: no float weight is ever written
     try:
-        config = AutoConfig.for_model(**SHAPES[name], tie_word_embeddings=False, dtype="bfloat16")
+        config = AutoConfig.for_model(**(SHAPES[name] | changes), tie_word_embeddings=False, dtype="bfloat16")
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     finally:

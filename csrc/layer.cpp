@@ -5,18 +5,6 @@
 namespace cpullm {
 namespace {
 
-// One layer of the group: what it is, and the memory that its steps share. All but `private_*` is the team's.
-struct Part {
-  const LayerProgram* p;
-  const LayerCall* c;
-  AttentionPlan plan;
-  Attention a;
-  int64_t qkv_width;
-  float *qkv, *attended, *o_out, *source, *up_out, *mlp_out, *partial, *fresh_k, *fresh_v;
-  char *input_a, *input_b, *private_a, *private_b;
-  Input h, in;  // the layer's input; the input of the step at hand
-};
-
 struct LayerRun {
   const LayerGroup& g;
   Team team;
@@ -132,18 +120,6 @@ struct LayerRun {
         }
       }
     });
-  }
-
-  static Heads heads_of(const Part& part, int64_t start, int64_t heads, int64_t per_group, int64_t group_stride) {
-    return {part.qkv + start, part.qkv_width, heads, per_group, group_stride, part.p->head_dim, part.p->head_dim};
-  }
-
-  static Heads queries(const Part& part) {
-    return heads_of(part, 0, part.p->heads, part.p->layout.q_per_group, part.p->layout.group_stride);
-  }
-
-  static Heads keys(const Part& part, int64_t start) {
-    return heads_of(part, start, part.p->kv_heads, 1, part.p->layout.kv_stride);
   }
 
   // Norms over all heads of a row: the layout has them side by side.

@@ -1,4 +1,5 @@
-// A thread's place in a layer's team, and what it does with rows that products read. Part of layer.cpp.
+// What a layer's steps share: a layer of the group and its memory, a thread's place in the team, and what it does with rows
+// that products read. Part of layer.cpp.
 #pragma once
 
 #include <algorithm>
@@ -113,6 +114,30 @@ struct Shared {
     return own.begin < own.end ? own : Range{0, 0};
   }
 };
+
+// One layer of the group: what it is, and the memory that its steps share. All but `private_*` is the team's.
+struct Part {
+  const LayerProgram* p;
+  const LayerCall* c;
+  AttentionPlan plan;
+  Attention a;
+  int64_t qkv_width;
+  float *qkv, *attended, *o_out, *source, *up_out, *mlp_out, *partial, *fresh_k, *fresh_v;
+  char *input_a, *input_b, *private_a, *private_b;
+  Input h, in;  // the layer's input; the input of the step at hand
+};
+
+inline Heads heads_of(const Part& part, int64_t start, int64_t heads, int64_t per_group, int64_t group_stride) {
+  return {part.qkv + start, part.qkv_width, heads, per_group, group_stride, part.p->head_dim, part.p->head_dim};
+}
+
+inline Heads queries(const Part& part) {
+  return heads_of(part, 0, part.p->heads, part.p->layout.q_per_group, part.p->layout.group_stride);
+}
+
+inline Heads keys(const Part& part, int64_t start) {
+  return heads_of(part, start, part.p->kv_heads, 1, part.p->layout.kv_stride);
+}
 
 }  // namespace
 }  // namespace cpullm

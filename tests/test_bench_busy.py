@@ -8,7 +8,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import bench_busy  # noqa: E402
+from benchmarks import bench_busy
 
 
 def test_summary_compares_rounds_with_their_quiet_run():

@@ -304,10 +304,12 @@ def test_fixed_costs(tmp_path, capsys):
     path = tmp_path / "ops.jsonl"
     bench_ops.main(["--call", "--json", str(path), *TINY])
     assert [(row["op"], row["m"]) for row in rows.read(path)] == [
-        ("call", 1), ("call", 1), ("quantize", 1), ("quantize", 512), ("linear", 1), ("linear", 512),
+        ("call", 1), ("call", 1), ("region", 0), ("barrier", 0), ("quantize", 1), ("quantize", 512), ("linear", 1),
+        ("linear", 512),
     ]  # fmt: skip
     assert "quantising activations, M=512, k=4096" in capsys.readouterr().out
-    assert "one call, 64x64" in report.table("calls", tmp_path)
+    table = report.table("calls", tmp_path)
+    assert all(words in table for words in ("one call, 64x64", "one parallel region", "one barrier"))
 
 
 @pytest.mark.parametrize(
