@@ -246,8 +246,7 @@ struct LayerRun {
 
   Area own_columns(int64_t rows) const { return columns_of(team.mine(panels_of(hidden)), rows); }
 
-  // Products with `hidden` outputs, then what happens to their columns. Who computes a panel goes on with it: other threads'
-  // panels may be among them only where nothing else follows before a barrier.
+  // f(panels) for products with `hidden` outputs; where sums over ranks follow, each thread has its own columns.
   template <class F>
   void hidden_panels(int64_t k, int64_t rows, const F& f) const {
     const int64_t panels = panels_of(hidden);
