@@ -5,18 +5,6 @@
 namespace cpullm {
 namespace {
 
-// One layer of the group: what it is, and the memory that its steps share. All but `private_*` is the team's.
-struct Part {
-  const LayerProgram* p;
-  const LayerCall* c;
-  AttentionPlan plan;
-  Attention a;
-  int64_t qkv_width;
-  float *qkv, *attended, *o_out, *source, *up_out, *mlp_out, *partial, *fresh_k, *fresh_v;
-  char *input_a, *input_b, *private_a, *private_b;
-  Input h, in;  // the layer's input; the input of the step at hand
-};
-
 struct LayerRun {
   const LayerGroup& g;
   Team team;
@@ -26,11 +14,16 @@ struct LayerRun {
   Compute compute;
   const LayerCall& c;  // what all members share
   RankSum* ranks;
-  float* residual = nullptr;  // x + sum a
+  bool spread;  // members on several ranks
+  float* residual = nullptr;  // x + sum a, then of a spread group what its members here add to x
 
   LayerRun(const LayerGroup& group, const Kernels& kernels, Member who, int64_t threads, Barrier& barrier, Arena& arena,
            RankSum* sums)
-      : g(group), team{kernels, who, barrier}, c(group.layers[0].call), ranks(sums) {
+      : g(group),
+        team{kernels, who, barrier},
+        c(group.layers[0].call),
+        ranks(group.summed == Summed::nothing ? nullptr : sums),
+        spread(group.summed == Summed::members) {
     const LayerProgram& first = *g.layers[0].program;
     m = c.batch * c.tokens;
     hidden = first.hidden;
@@ -60,7 +53,7 @@ struct LayerRun {
   // Everything the run needs, in the same order whether memory is counted or handed out.
   void carve(Arena& arena, int64_t threads) {
     const int64_t rows = std::min(m, kMlpRows);
-    residual = parallel ? nullptr : arena.take<float>(m * hidden);
+    residual = parallel && !spread ? nullptr : arena.take<float>(m * hidden);
     int64_t scratch = 0;
     for (Part& part : *this) {
       const LayerProgram& p = *part.p;
@@ -132,18 +125,6 @@ struct LayerRun {
     }
   }
 
-  static Heads heads_of(const Part& part, int64_t start, int64_t heads, int64_t per_group, int64_t group_stride) {
-    return {part.qkv + start, part.qkv_width, heads, per_group, group_stride, part.p->head_dim, part.p->head_dim};
-  }
-
-  static Heads queries(const Part& part) {
-    return heads_of(part, 0, part.p->heads, part.p->layout.q_per_group, part.p->layout.group_stride);
-  }
-
-  static Heads keys(const Part& part, int64_t start) {
-    return heads_of(part, start, part.p->kv_heads, 1, part.p->layout.kv_stride);
-  }
-
   // Norms over all heads of a row: the layout has them side by side.
   void norm_whole_rows(const Part& part) {
     const auto whole = [&](const LayerNorm& norm, float* x, int64_t width) {
@@ -159,7 +140,7 @@ struct LayerRun {
     const LayerProgram& p = *part.p;
     const LayerCall& call = *part.c;
     const Kernels& kernels = team.kernels;
-    const Heads q = queries(part), k = keys(part, p.layout.k_start);
+    const Heads q = part.queries(), k = part.keys(p.layout.k_start);
     const Range q_items = team.mine(m * p.heads), k_items = team.mine(m * p.kv_heads);
     if (!p.qk_norm_whole) {
       if (p.q_norm.present) kernels.norm_heads(p.q_norm.norm, q, q_items);
@@ -184,7 +165,7 @@ struct LayerRun {
       kernels.append(to, k_items);
     };
     append(k, a.k, a.k_scale, a.k_stride, a.k_scale_stride);
-    append(keys(part, p.layout.v_start), a.v, a.v_scale, a.v_stride, a.v_scale_stride);
+    append(part.keys(p.layout.v_start), a.v, a.v_scale, a.v_stride, a.v_scale_stride);
   }
 
   Attention attention_of(const Part& part) const {
@@ -267,18 +248,24 @@ struct LayerRun {
     return {{0, rows}, {part.begin * kPanel, std::min(part.end * kPanel, hidden)}};
   }
 
-  // x [rows, hidden] <- its sum over ranks; every thread has its own columns, before and after.
-  void sum_ranks(float* x, int64_t rows) {
-    if (!ranks) return;
+  // x [rows, hidden] <- its sum over ranks; every thread has its own columns, before and after. False: a rank is lost.
+  bool sum_ranks(float* x, int64_t rows) {
+    if (!ranks) return true;
     const Range own = own_columns(rows).columns;
     team.barriers += ranks->sum(x, rows, hidden, own.begin, own.end, team.member, team.barrier);
+    return !ranks->gone();
+  }
+
+  // Whether finish() gives rows: a part has this norm.
+  bool by_rows(LayerNorm LayerProgram::* norm) {
+    bool present = false;
+    for (const Part& part : *this) present |= (part.p->*norm).present;
+    return present;
   }
 
   // The area for adding what each part left in `out`, after a norm in place of those that have one.
   Area finish(LayerNorm LayerProgram::* norm, float* Part::* out, int64_t rows) {
-    bool present = false;
-    for (const Part& part : *this) present |= (part.p->*norm).present;
-    if (!present) return own_columns(rows);
+    if (!by_rows(norm)) return own_columns(rows);
     team.sync();
     const Area area{team.mine(rows), {0, hidden}};
     for (Part& part : *this) {
@@ -366,8 +353,25 @@ struct LayerRun {
     return {element_of(c.x, row0 * c.x_stride, c.type), rows, hidden, c.x_stride, c.type, nullptr};
   }
 
-  // Rows [row0, row0 + rows) of the MLPs and of the group's output.
-  void mlp(int64_t row0, int64_t rows) {
+  // Rows [row0, row0 + rows) of y = x + the sum over ranks of what the members here add to x. False: a rank is lost.
+  bool sum_members(int64_t row0, int64_t rows) {
+    const Area area = finish(&LayerProgram::post_mlp_norm, &Part::mlp_out, rows);
+    const Area own = own_columns(rows);
+    float* const added = residual + row0 * hidden;  // no MLP reads these rows any more
+    for (int64_t row = area.rows.begin; row < area.rows.end; ++row)
+      std::fill(added + row * hidden + area.columns.begin, added + row * hidden + area.columns.end, 0.0f);
+    for (const Part& part : *this)
+      add(area, part.p->residual_scale, added, Float::f32, hidden, part.o_out + row0 * hidden, part.mlp_out, added,
+          Float::f32);
+    if (by_rows(&LayerProgram::post_mlp_norm)) team.sync();
+    if (!sum_ranks(added, rows)) return false;
+    add(own, 1.0f, element_of(c.x, row0 * c.x_stride, c.type), c.type, c.x_stride, added, nullptr,
+        const_cast<void*>(element_of(c.y, row0 * hidden, c.type)), c.type);
+    return true;
+  }
+
+  // Rows [row0, row0 + rows) of the MLPs and of the group's output. False: a rank is lost.
+  bool mlp(int64_t row0, int64_t rows) {
     bool wait = false;
     for (Part& part : *this) {
       const LayerProgram& p = *part.p;
@@ -396,15 +400,16 @@ struct LayerRun {
     const Range columns = team.mine(panels_of(hidden));
     if (c.stage == Stage::mlp) {
       team.product(parts[0].p->down, parts[0].in, static_cast<float*>(c.y) + row0 * hidden, hidden, columns);
-      return;
+      return true;
     }
     for (Part& part : *this) team.product(part.p->down, part.in, part.mlp_out, hidden, columns);
+    if (spread) return sum_members(row0, rows);
     const bool added = parallel && ranks;  // a and m of a parallel layer are one sum over ranks
     if (added) {
       float* const own = parts[0].mlp_out;
       add(own_columns(rows), 1.0f, own, Float::f32, hidden, parts[0].o_out + row0 * hidden, nullptr, own, Float::f32);
     }
-    sum_ranks(parts[0].mlp_out, rows);
+    if (!sum_ranks(parts[0].mlp_out, rows)) return false;
     const Area area = finish(&LayerProgram::post_mlp_norm, &Part::mlp_out, rows);
     // In the order of the members. Sums between them stay fp32: in the residual, or where the first MLP's output was.
     const void* from = parallel ? element_of(c.x, row0 * c.x_stride, c.type) : residual + row0 * hidden;
@@ -423,6 +428,7 @@ struct LayerRun {
       type = Float::f32;
       stride = hidden;
     }
+    return true;
   }
 
   // a Wo of each part, in its o_out or, where that is all, in y.
@@ -461,14 +467,14 @@ struct LayerRun {
     if (c.stage == Stage::attention) return;
     if (c.stage == Stage::whole) {
       if (!parallel) {
-        sum_ranks(parts[0].o_out, m);
+        if (!spread && !sum_ranks(parts[0].o_out, m)) return;
         add_attention();
       }
       team.sync();  // the residual is whole, and nobody reads input b any more
     }
     for (int64_t row0 = 0; row0 < m; row0 += kMlpRows) {
       if (row0) team.sync();  // the rows before are done with the shared buffers
-      mlp(row0, std::min(kMlpRows, m - row0));
+      if (!mlp(row0, std::min(kMlpRows, m - row0))) return;
     }
   }
 };

@@ -95,6 +95,24 @@ struct Team {
   }
 };
 
+// One layer of a group: what it is, and the memory that its steps share. All but `private_*` is the team's.
+struct Part {
+  const LayerProgram* p;
+  const LayerCall* c;
+  AttentionPlan plan;
+  Attention a;
+  int64_t qkv_width;
+  float *qkv, *attended, *o_out, *source, *up_out, *mlp_out, *partial, *fresh_k, *fresh_v;
+  char *input_a, *input_b, *private_a, *private_b;
+  Input h, in;  // the layer's input; the input of the step at hand
+
+  Heads heads_of(int64_t start, int64_t heads, int64_t per_group, int64_t group_stride) const {
+    return {qkv + start, qkv_width, heads, per_group, group_stride, p->head_dim, p->head_dim};
+  }
+  Heads queries() const { return heads_of(0, p->heads, p->layout.q_per_group, p->layout.group_stride); }
+  Heads keys(int64_t start) const { return heads_of(start, p->kv_heads, 1, p->layout.kv_stride); }
+};
+
 // One thread's share of items that several layers have, one layer's after the other's: asked for layer by layer.
 struct Shared {
   Range mine;

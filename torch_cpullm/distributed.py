@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import inspect
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -21,9 +20,8 @@ from torch import Tensor, nn
 from . import __version__
 from .collective import TIMEOUT_S, TRANSPORTS, Ranks
 from .layer import install_programs, remove_programs
-from .layer_group import LayerGroup, member_of, remove_groups
+from .layer_group import Elsewhere, LayerGroup, install_groups, member_of, remove_groups
 from .layer_match import Decoder, Match, decoders, match_layers
-from .layer_parts import own_state
 from .layer_spec import LayerSpec
 from .linear import PackedLinear
 from .packing import QuantizedWeight, pack, unpack
@@ -152,14 +150,11 @@ def shard_groups(
     programs = "_cpullm_layers" in model.__dict__
     remove_programs(model)
     remove_groups(decoder.layers)
-    for group in groups:
-        meeting = _Meeting(ranks, group.size)
-        for index in range(group.size):
-            if index % ranks.size != ranks.rank:
-                outputs = group.halves[index].outputs
-                decoder.layers[group.first + index] = Elsewhere(decoder.layers[group.first + index], outputs)
-            layer = decoder.layers[group.first + index]
-            layer.register_forward_hook(meeting.hook(index, layer), with_kwargs=True)
+    spread = [LayerGroup(decoder.layers, g.first, g.halves, g.mode, g.bypass, ranks) for g in groups]
+    for group in spread:
+        for index in set(range(group.size)) - set(group.here):
+            decoder.layers[group.first + index] = Elsewhere(decoder.layers[group.first + index])
+    install_groups(spread)
     if programs:
         install_programs(model)
     model.__dict__[_RANKS] = ranks
@@ -192,53 +187,6 @@ def _check(decoder: Decoder, groups: list[LayerGroup], ranks: int) -> None:
         first = counting & set(range(group.first, group.first + group.size))
         if first:
             raise ValueError(f"layer {min(first)} must be on every rank: it counts the tokens in the cache")
-
-
-class Elsewhere(nn.Module):
-    """In the place of a layer that another rank computes: hands its input on. It has the layer's plain attributes."""
-
-    why_no_program = "another rank computes it"
-
-    def __init__(self, layer: nn.Module, outputs: int) -> None:
-        super().__init__()
-        self.__dict__.update({name: value for name, value in own_state(layer).items() if name != "forward"})
-        self.train(layer.training)
-        self._outputs = outputs
-
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-        """hidden_states, as the layer returns its own."""
-        return (hidden_states, *[None] * (self._outputs - 1)) if self._outputs else hidden_states
-
-
-class _Meeting:
-    """Collects what this rank's members of one group add to their input; the last member's call sums over the ranks."""
-
-    def __init__(self, ranks: Ranks, size: int) -> None:
-        self._ranks, self._size = ranks, size
-        self._added: Tensor | None = None
-
-    def hook(self, index: int, layer: nn.Module) -> Any:
-        """A forward hook for member ``index``: the others' input, or the group's output."""
-        name = list(inspect.signature(type(layer).forward).parameters)[1]
-
-        def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
-            x = args[0] if args else kwargs[name]
-            y = self.after(index, x, out[0] if isinstance(out, tuple) else out, isinstance(module, Elsewhere))
-            return (y, *out[1:]) if isinstance(out, tuple) else y
-
-        return after
-
-    def after(self, index: int, x: Tensor, y: Tensor, elsewhere: bool) -> Tensor:
-        """x for all members but the last, then the group's output; y: what member ``index`` gave for x."""
-        if index == 0:
-            self._added = torch.zeros(x.shape, dtype=torch.float32)
-        added = cast("Tensor", self._added)
-        if not elsewhere:
-            added += y.float() - x.float()
-        if index + 1 < self._size:
-            return x
-        self._added = None
-        return (x.float() + self._ranks.sum(added)).to(x.dtype)
 
 
 # ---- tensor parallel ------------------------------------------------------------------------------------------------
