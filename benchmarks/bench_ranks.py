@@ -75,7 +75,8 @@ def rank(index: int, way: str, count: int, cores: list[int], folder: str, args: 
         if way == "CQIL":
             cqil.apply(model, cqil.Plan.of(model, groups))
             distributed.shard_groups(model, transport=args.transport, timeout_s=60)
-            work = latency.cqil_ranks(of, groups, count)
+            inside = distributed.transport(model) == "shared memory"
+            work = latency.cqil_ranks(of, groups, count, inside=inside)
         else:
             distributed.shard_tensors(model, transport=args.transport, timeout_s=60)
             inside = distributed.transport(model) == "shared memory"
@@ -83,7 +84,8 @@ def rank(index: int, way: str, count: int, cores: list[int], folder: str, args: 
         net = distributed.all_reduce_seconds(model, of.hidden), distributed.transport(model)
         work = replace(work, ranks=2)  # the all-reduce that was measured is that of all ranks
         dist.barrier()
-    constants = latency.measure(of, net)
+    ways = {"ranks": distributed.ranks_of(model), "meet": dist.barrier} if count > 1 else {}
+    constants = latency.measure(of, net, share=max(2, count), **ways)
     predicted = latency.seconds(work, constants)
     ids = torch.randint(0, model.config.vocab_size, (1, args.pp), generator=torch.Generator().manual_seed(0))
     if count > 1:
@@ -105,11 +107,16 @@ def rank(index: int, way: str, count: int, cores: list[int], folder: str, args: 
         found = {"pp": statistics.median(pp for pp, _ in speeds), "tg": statistics.median(tg for _, tg in speeds)}
         found |= {"sums": traffic[0], "sent": traffic[1], "foreign": others, "transport": net[1]}
         found |= {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
-        found |= {"predicted": predicted, "gbps": max(constants.gbps.values()), "net": net[0]}
+        found |= {"predicted": predicted, "gbps": _layers_gbps(of, constants), "net": constants.all_reduce_s}
         Path(folder, "found.json").write_text(json.dumps(found), encoding="ascii")
     if count > 1:
         dist.barrier()
         dist.destroy_process_group()
+
+
+def _layers_gbps(of: latency.Footprint, constants: latency.Constants) -> float:
+    """Bandwidth of the kind of weights that has most bytes in the layers."""
+    return constants.gbps[max(of.layers[0], key=lambda kind: of.layers[0][kind])]
 
 
 def sums(index: int, count: int, cores: list[int], folder: str, rounds: int) -> None:

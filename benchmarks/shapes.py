@@ -117,7 +117,7 @@ def packed_model(name: str, settings: Any) -> Any:
     from transformers.initialization import no_init_weights
 
     from torch_cpullm import swap
-    from torch_cpullm.packing import PackedWeight, resolve_group
+    from torch_cpullm.packing import PackedWeight, aligned_empty, resolve_group
     from torch_cpullm.plan import find_targets
 
     before = torch.get_default_dtype()
@@ -136,8 +136,7 @@ def packed_model(name: str, settings: Any) -> Any:
             n, k = target.shape(stored)
             recipe = target.recipe
             group = resolve_group(recipe.group_size, k)
-            codes = torch.empty(n // 32, k // 4, 64 if recipe.bits == 4 else 128, dtype=torch.uint8)
-            codes.random_(generator=generator)
+            codes = aligned_empty((n // 32, k // 4, 16 * recipe.bits)).random_(generator=generator)
             scales = torch.full((n // 32, -(-k // group), 32), 0.03 / (1 << recipe.bits - 1), dtype=torch.float16)
             zeros = None if recipe.sym or recipe.bits == 8 else torch.full(scales.shape, 8, dtype=torch.uint8)
             weight = PackedWeight(codes, scales, zeros, n, k, recipe.bits, recipe.group_size)
