@@ -154,15 +154,3 @@ def test_what_cannot_be_cut_is_refused_on_every_rank(tmp_path):
         assert found.keys() == REFUSED.keys(), found
         for name, text in REFUSED.items():
             assert text in found[name], name
-
-
-def test_the_tensor_parallel_of_transformers_is_refused(tmp_path):
-    """With packed modules it would run and compute something else."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.distributed import DistributedConfig
-
-    ALL["llama"].build().save_pretrained(tmp_path)
-    config = AutoConfig.from_pretrained(tmp_path)
-    config.distributed_config = DistributedConfig(tp_size=2)
-    with pytest.raises(ValueError, match=r"do not know packed weights: .* torch_cpullm\.distributed\.shard_tensors"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, config=config, quantization_config=torch_cpullm.CpuLlmConfig())

@@ -142,7 +142,7 @@ def test_layers_that_are_measured_have_the_bytes_of_the_model(share):
         sizes = latency.Sizes(hidden, heads, kv_heads, d, sum(latency.packed_bytes(n, k, form) for n, k in shapes))
         made = latency_constants.layer_spec(sizes, share, form, "int8")
         own = sum(linear.packed.nbytes for linear in made.linears())
-        assert own == pytest.approx(sizes.bytes / share, rel=0.02 if share < 8 else 0.2), name
+        assert own == pytest.approx(sizes.bytes / share, rel=0.03 if share < 8 else 0.2), name
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

@@ -316,9 +316,12 @@ def expected_share(model_config: Any, *, grouped: bool, supported: bool) -> Shar
     return Share(dist.get_rank(), config.tp_size)
 
 
-def join_shares(model: nn.Module) -> None:
-    """Let a model of which every rank has loaded its share make its sums, before its programs are installed."""
-    ranks = _join(model, None, TIMEOUT_S, "auto", whole=False)
+def join_shares(model: nn.Module, *, timeout_s: float = TIMEOUT_S, transport: str = "auto") -> None:
+    """Let a model of which every rank has loaded its share make its sums, before its programs are installed.
+
+    Arguments and errors as of :func:`shard_groups`.
+    """
+    ranks = _join(model, None, timeout_s, transport, whole=False)
     for summed in summed_linears(model):
         summed.ranks = ranks
     model.__dict__[_RANKS] = ranks

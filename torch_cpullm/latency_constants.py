@@ -7,7 +7,6 @@ equally long on all.
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -62,18 +61,17 @@ def weight_of(n: int, k: int, form: Any) -> PackedWeight:
 
 
 def layer_spec(sizes: Sizes, share: int, form: Any, compute: str) -> LayerSpec:
-    """A gated layer with rotary positions that reads ``1 / share`` of the bytes: heads and MLP are a share of its own.
+    """A gated layer with rotary positions that reads ``1 / share`` of the bytes, with that share of the heads.
 
     The width of the MLP is what the bytes leave beside attention.
     """
     h = sizes.hidden
     per_weight = weight_of(32, h, form).nbytes / (32 * h)
-    attention = (2 * sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim * h * per_weight
-    inner = (sizes.bytes - attention) / (3 * h * per_weight) / share
-    intermediate = max(32, round(inner / 32) * 32)
-    heads, kv_heads = max(1, sizes.heads // share), max(1, sizes.kv_heads // share)
-    heads = round_up(heads, kv_heads)
+    kv_heads = max(1, sizes.kv_heads // share)
+    heads = round_up(max(1, sizes.heads // share), kv_heads)
     q, kv = heads * sizes.head_dim, kv_heads * sizes.head_dim
+    inner = (sizes.bytes / share / (h * per_weight) - 2 * q - 2 * kv) / 3
+    intermediate = max(32, round(inner / 32) * 32)
 
     def of(n: int, k: int) -> PackedLinear:
         return PackedLinear(weight_of(n, k, form), dtype=torch.bfloat16, compute=compute)
@@ -132,8 +130,8 @@ def layer_time(
     before = ranks.all_reduces, ranks.bytes
     cut = [Program(replace(each, ranks=ranks)) for each in specs]
     arguments = ([program.handle for program in cut], *arguments[1:])
-    # Every rank runs equally often, or the last sum would wait for nobody.
-    together = typical(lambda: run_all(cut, arguments), meet, times=max(3, math.ceil(_WINDOW_S / max(alone, 1e-4))))
+    # Every rank runs equally often, or the last sums would wait for nobody.
+    together = typical(lambda: run_all(cut, arguments), meet, times=16)
     ranks.all_reduces, ranks.bytes = before
     return found, max(0.0, together - alone) / sum(program.sums for program in cut)
 
