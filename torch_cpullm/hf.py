@@ -150,7 +150,7 @@ class CpuLlmQuantizer(HfQuantizer):
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
         """Leave nothing to cut to transformers, whose hooks on linears know no packed weights: see :mod:`share`."""
-        if self._share is None:
+        if self._share is None or plan is model.ep_plan:
             return
         from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
 
