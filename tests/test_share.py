@@ -12,6 +12,7 @@ from test_distributed_tensors import FAMILIES, IDS, SIZES, _bytes, built
 import torch_cpullm
 from torch_cpullm import cqil, distributed
 from torch_cpullm.packing import pack, unpack
+from torch_cpullm.plan import Target
 from torch_cpullm.quant import quantize_rtn
 from torch_cpullm.share import Cut, Linear, Share, cut_layer
 
@@ -118,6 +119,16 @@ def test_what_cannot_be_loaded_in_shares_is_refused(folder, tmp_path):
             assert text in found[name], name
 
 
+def test_a_process_that_is_alone_gets_no_share(folder):
+    """The setting may come with a config, which transformers then does not look at."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder / "llama")
+    config.distributed_config = asked()
+    with pytest.raises(ValueError, match=r"asks for 2 ranks, and torch\.distributed is not initialised"):
+        from_pretrained(folder / "llama", config=config)
+
+
 # ---- cuts -----------------------------------------------------------------------------------------------------------
 
 
@@ -152,3 +163,11 @@ def test_cuts_of_a_layer_cover_it():
     assert [cut["o"].bias(bias) is None for cut in cuts] == [False, True, True, True], "added to a sum once"
     with pytest.raises(ValueError, match="in groups of 128, do not divide"):
         cut_layer({**linears, "o": Linear(64, 128, 128)}, 4, 4, Share(0, 4))
+
+
+def test_inputs_in_another_order_are_not_cut():
+    target = Target(["q_proj"], torch.nn.Linear(64, 64), "linear", cut=Cut(rows=slice(0, 32)))
+    packed = pack(quantize_rtn(torch.randn(32, 64), 4, 32, True, torch.float16))
+    assert target.replacement([packed], torch.float32, "int8").bias.shape == (32,)
+    with pytest.raises(ValueError, match=r"q_proj has its inputs in another order \(desc_act\), and cannot be cut"):
+        target.replacement([packed], torch.float32, "int8", torch.arange(64, dtype=torch.int32))

@@ -311,6 +311,11 @@ def expected_share(model_config: Any, *, grouped: bool, supported: bool) -> Shar
             raise ValueError(f"packed weights are only cut for tensor parallel: {name} must be 1")
     if isinstance(getattr(config, "tp_plan", None), dict):
         raise ValueError("packed layers are cut by their structure: tp_plan must be None or 'auto', not rules")
+    if not dist.is_initialized():
+        raise ValueError(
+            f"distributed_config asks for {config.tp_size} ranks, and torch.distributed is not initialised: cpullm run "
+            "--nproc, or torchrun, starts them"
+        )
     if dist.get_world_size() != config.tp_size:
         raise ValueError(f"tp_size must be the number of ranks, {dist.get_world_size()}, got {config.tp_size}")
     return Share(dist.get_rank(), config.tp_size)

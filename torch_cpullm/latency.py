@@ -5,11 +5,12 @@
 
 Bytes are the packed weights that one rank reads for one token; bandwidth is that at which the operator of a layer, or
 of the head, reads made-up weights of these sizes and forms. t_steps is what a layer takes beside that: its barriers,
-norms, quantised inputs, attention over a short cache. t_token is a decode step without layers. An all-reduce inside an
-operator, through shared memory, has a barrier of its own; operators are those beyond the one of all layers. No constant
-comes from a run of a model (:mod:`latency_constants`). Left out: long contexts, and what generate() does around the
-model's call. Each socket is taken to be like the cores that were measured, with memory of its own, and an all-reduce
-over s ranks to take log2(s) times that of two.
+norms, quantised inputs, attention over a short cache. t_token is a decode step without what its layers compute: their
+Python, embedding, last norm, the choice of a token. An all-reduce inside an operator, through shared memory, has a
+barrier of its own; operators are those beyond the one of all layers. No constant comes from a run of a model
+(:mod:`latency_constants`). Left out: long contexts, and what generate() does around the model's call. Each socket is
+taken to be like the cores that were measured, with memory of its own, and an all-reduce over s ranks to take log2(s)
+times that of two.
 """
 
 from __future__ import annotations
@@ -77,8 +78,8 @@ class Footprint:
 @dataclass(frozen=True)
 class Constants:
     """Micro-benchmarks of one process. gbps: bandwidth per kind, of all its threads; steps_s: of a layer, its barriers
-    among them; token_s: a decode step without layers; barriers: of one layer; transport: of the all-reduce that was
-    measured, empty where it is assumed.
+    among them; token_s: a decode step without what layers compute; barriers: of one layer; transport: of the
+    all-reduce that was measured, empty where it is assumed.
     """
 
     gbps: Mapping[Kind, float]
@@ -307,7 +308,7 @@ def measure(
     size = read_bytes or READ_BYTES
     inside = _sum(of.layers, len(of.layers))
     packed = {kind: held for kind, held in inside.items() if kind.form is not None}
-    barrier_s, barriers = barrier_cost()
+    barriers = barrier_cost()
     net, transport = (ALL_REDUCE_S, "") if all_reduce is None else all_reduce
     gbps, steps_s = {FLOAT: memory_gbps(size, meet)}, 0.0
     for kind in sorted(packed, key=lambda kind: packed[kind]):  # the one with most bytes last: its fixed time counts
@@ -318,10 +319,21 @@ def measure(
         slope = max(0.0, whole.seconds - part.seconds) / max(1, whole.bytes - part.bytes)
         steps_s = max(0.0, whole.seconds - slope * whole.bytes)
         gbps[kind] = whole.bytes / (whole.seconds - steps_s) / 1e9 if slope else whole.bytes / whole.seconds / 1e9
-        net = net if sum_s is None else max(net, sum_s - barrier_s)
+        net = net if sum_s is None else max(net, sum_s - barriers.seconds)
     for kind in of.rest:
         if kind not in gbps and kind.form is not None:
             gbps[kind] = kernel_gbps(kind.form, kind.compute, of.hidden, size, meet)
     meet()
-    token_s, dispatch_s = token_cost(of.vocabulary), dispatch_cost()
-    return Constants(gbps, steps_s, token_s, barrier_s, barriers, dispatch_s, net, torch.get_num_threads(), transport)
+    count = len(of.layers)
+    token_s = max(0.0, token_cost(of.vocabulary, count) - count * barriers.layer_s)
+    return Constants(
+        gbps,
+        steps_s,
+        token_s,
+        barriers.seconds,
+        barriers.per_layer,
+        dispatch_cost(),
+        net,
+        torch.get_num_threads(),
+        transport,
+    )

@@ -149,11 +149,16 @@ def memory_gbps(size: int, meet: Callable[[], Any] = nobody) -> float:
     return buffer.numel() / typical(lambda: torch.ops.cpullm.read_memory.default(buffer), meet) / 1e9
 
 
-def barrier_cost() -> tuple[float, int]:
-    """(seconds of one barrier, barriers of a layer) from layers too small for a second thread to help with.
+class Barriers(NamedTuple):
+    """seconds of one; per_layer: how many; layer_s: of a layer that computes next to nothing."""
 
-    What all threads take longer than one is their waiting for each other.
-    """
+    seconds: float
+    per_layer: int
+    layer_s: float
+
+
+def barrier_cost() -> Barriers:
+    """From layers too small for a second thread to help with: what all threads take longer than one is waiting."""
     threads, count = torch.get_num_threads(), 64
     one = _tiny()
     spec = LayerSpec(
@@ -186,7 +191,8 @@ def barrier_cost() -> tuple[float, int]:
         alone = typical(run, times=50)
     finally:
         torch.set_num_threads(threads)
-    return max(0.0, together - alone) / barriers if barriers else 0.0, round(barriers / count)
+    seconds = max(0.0, together - alone) / barriers if barriers else 0.0
+    return Barriers(seconds, round(barriers / count), together / count)
 
 
 def dispatch_cost() -> float:
@@ -201,10 +207,10 @@ def dispatch_cost() -> float:
         return typical(run, times=20) / 100
 
 
-def token_cost(vocabulary: int) -> float:
-    """Seconds of a decode step around its layers: a Llama of width 32 with a vocabulary of this size.
+def token_cost(vocabulary: int, layers: int) -> float:
+    """Seconds of a decode step of a Llama of width 32 with this many layers and tokens in its vocabulary.
 
-    Embedding, positions, last norm, head, the model's own Python, and the choice of the likeliest token.
+    Embedding, positions, last norm, head, the Python of the model and of its layers, the choice of the likeliest token.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -213,7 +219,7 @@ def token_cost(vocabulary: int) -> float:
     config: Any = LlamaConfig(
         hidden_size=_TINY,
         intermediate_size=_TINY,
-        num_hidden_layers=2,
+        num_hidden_layers=max(2, layers),
         num_attention_heads=1,
         vocab_size=vocabulary,
         max_position_embeddings=4096,
