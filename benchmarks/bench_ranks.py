@@ -19,11 +19,13 @@ would gain, a split of one socket does not show.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -110,9 +112,7 @@ def rank(index: int, way: str, count: int, cores: list[int], folder: str, args: 
     constants = latency.measure(of, net, share=max(2, count), **ways)
     predicted = latency.seconds(work, constants)
     if index == 0:
-        print(
-            way, {name: value for name, value in vars(constants).items() if name != "gbps"}, constants.gbps, flush=True
-        )
+        print(f"{way}: {constants}", file=sys.stderr, flush=True)
     ids = torch.randint(0, model.config.vocab_size, (1, args.pp), generator=torch.Generator().manual_seed(0))
     if count > 1:
         dist.barrier()
@@ -234,8 +234,11 @@ def compare(count: int, cores: list[int], args: argparse.Namespace) -> None:
         ranks = 1 if way == WAYS[0] else count
         return together(rank, ranks, lambda i, folder: (i, way, ranks, cores, folder, args))
 
-    rounds = [{way: run(way) for way in args.ways} for _ in range(args.rounds)]
-    for way in args.ways:
+    rounds: list[dict[str, dict[str, Any]]] = [{} for _ in range(args.rounds)]
+    for found, way in itertools.product(rounds, args.ways):
+        found[way] = run(way)
+        if found is not rounds[-1]:
+            continue
         own = [each[way] for each in rounds]
         ratios = [each[way]["tg"] / each[WAYS[0]]["tg"] for each in rounds if WAYS[0] in each]
         tg = statistics.median(each["tg"] for each in own)

@@ -31,6 +31,7 @@ def folder(tmp_path_factory):
     for name in ("llama", "qwen3", "opt"):
         floats(name).save_pretrained(path / name)
         built(name, "fp32").save_pretrained(path / f"{name}-saved")
+    floats("llama", attention_bias=False, mlp_bias=False).save_pretrained(path / "plain")
     ALL["phi3"].build().save_pretrained(path / "fused")
     floats("llama", num_key_value_heads=1).save_pretrained(path / "heads")
     grouped = floats("llama")
@@ -72,7 +73,7 @@ def _config():
     return {"config": torch_cpullm.CpuLlmConfig(**FP32)}
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-saved", "qwen3-saved", "opt"])
+@pytest.mark.parametrize("name", ["llama", "llama-saved", "plain", "qwen3-saved", "opt"])
 def test_shares_equal_one_process(name, folder, tmp_path):
     found = run(share, tmp_path, folder / name)
     for each in found:

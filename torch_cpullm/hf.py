@@ -29,6 +29,7 @@ from .experts import WEIGHTS
 from .formats.importing import stored_weights
 from .formats.stored import StoredWeight
 from .launch import apply_default_threads
+from .layer_match import decoders
 from .linear import Packed, entry
 from .packing import PackedStack, PackedWeight
 from .plan import Target, check_overrides, check_strict, find_targets, stored_targets
@@ -154,9 +155,10 @@ class CpuLlmQuantizer(HfQuantizer):
             return
         from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
 
-        plan.clear()  # it must have a rule: one that leaves a parameter alone
-        free = (name for name, _ in model.named_parameters() if name not in self._by_name and name not in self._forms)
-        plan[replace_layer_number_by_wildcard(next(free))] = "replicate"
+        plan.clear()  # it must have a rule: one that leaves a parameter alone, of no layer, since it marks the module
+        layers = tuple(decoder.name + "." for decoder in decoders(model))
+        outside = next(name for name, _ in model.named_parameters() if not name.startswith(layers))
+        plan[replace_layer_number_by_wildcard(outside)] = "replicate"
 
     # ---- a float checkpoint ----
 
