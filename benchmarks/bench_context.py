@@ -48,7 +48,7 @@ def attention_s(config: Any, cache: Any, depth: int) -> float:
 def speed(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row per kind of cache."""
     settings = CpuLlmConfig(group_size=args.group, sym=True)
-    model = shapes.packed_model(args.model, settings, max_position_embeddings=args.depth + 4 * args.tg)
+    model = shapes.packed_model(args.model, settings, changes={"max_position_embeddings": args.depth + 4 * args.tg})
     caches = {kind: filled_cache(model.config, kind, args.depth) for kind in KINDS}
     attention: dict[str, list[float]] = {kind: [] for kind in KINDS}
     tokens: dict[str, list[float]] = {kind: [] for kind in KINDS}

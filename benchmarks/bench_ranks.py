@@ -4,6 +4,7 @@
     python -m benchmarks.bench_ranks --splits 2x8 4x4 2x4 --model llama-2-7b
     python -m benchmarks.bench_ranks --sums --splits 2x1 4x1                    one all-reduce, by transport
     python -m benchmarks.bench_ranks --simulate --json benchmarks/results/sockets.jsonl     16 to 64 sockets
+    python -m benchmarks.bench_ranks --load /a/folder --splits 2x1 4x1           memory of ranks that load their shares
 
 A split PxC is P ranks of C cores each. Every round runs one process, tensor parallel and CQIL one after the other, all
 on the same P x C cores; a row has the median of the rounds, and the median of the ratios to the one process of the same
@@ -18,11 +19,13 @@ would gain, a split of one socket does not show.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -36,8 +39,9 @@ import torch.distributed as dist
 
 import torch_cpullm
 from torch_cpullm import collective, cqil, distributed, latency
+from torch_cpullm.share import Share
 
-from . import machine, shapes
+from . import bench_load, machine, shapes
 from .bench_cqil import timed, write
 
 WIDTHS = (576, 2048, 4096, 8192)
@@ -45,11 +49,26 @@ WAYS = ("one process", "tensor parallel", "CQIL")
 SOCKETS = (1, 2, 4, 8, 16, 32, 64)
 
 
-def load(name: str, group_size: int) -> Any:
-    """The packed model, symmetric INT4."""
-    settings = torch_cpullm.CpuLlmConfig(group_size=group_size, sym=True)
+def settings_of(group_size: int) -> Any:
+    """Symmetric INT4."""
+    return torch_cpullm.CpuLlmConfig(group_size=group_size, sym=True)
+
+
+def on_meta(name: str) -> Any:
+    """A named shape without weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**shapes.SHAPES[name], tie_word_embeddings=False), dtype=torch.bfloat16
+        )
+
+
+def load(name: str, group_size: int, share: Share | None = None, **sums: Any) -> Any:
+    """The packed model, symmetric INT4; a named shape's share of a rank where one is given, else whole."""
+    settings = settings_of(group_size)
     if name in shapes.SHAPES:
-        return shapes.packed_model(name, settings)
+        return shapes.packed_model(name, settings, share, **sums)
     model = shapes.float_model(name, torch.float32 if name == shapes.REAL else torch.bfloat16)
     return torch_cpullm.optimize(model, settings)
 
@@ -66,25 +85,34 @@ def rank(index: int, way: str, count: int, cores: list[int], folder: str, args: 
     each = len(cores) // count
     os.sched_setaffinity(0, cores[index * each : (index + 1) * each])
     torch.set_num_threads(each)
-    model = load(args.model, args.group)
-    of = latency.footprint(model)
+    sums = {"transport": args.transport, "timeout_s": 60}
+    if count > 1:
+        meet(index, count, folder)
+    cut = way == WAYS[1] and args.model in shapes.SHAPES
+    of = latency.footprint(on_meta(args.model), settings_of(args.group)) if cut else None
+    model = load(args.model, args.group, Share(index, count), **sums) if cut else load(args.model, args.group)
+    of = of or latency.footprint(model)
     groups = latency.default_groups(len(of.layers), count)
     net, work = (0.0, ""), latency.one_process(of)
     if count > 1:
-        meet(index, count, folder)
         if way == "CQIL":
             cqil.apply(model, cqil.Plan.of(model, groups))
-            distributed.shard_groups(model, transport=args.transport, timeout_s=60)
-            work = latency.cqil_ranks(of, groups, count)
+            distributed.shard_groups(model, **sums)
+            inside = distributed.transport(model) == "shared memory"
+            work = latency.cqil_ranks(of, groups, count, inside=inside)
         else:
-            distributed.shard_tensors(model, transport=args.transport, timeout_s=60)
+            if not cut:
+                distributed.shard_tensors(model, **sums)
             inside = distributed.transport(model) == "shared memory"
             work = latency.tensor_parallel(of, count, inside=inside)
         net = distributed.all_reduce_seconds(model, of.hidden), distributed.transport(model)
         work = replace(work, ranks=2)  # the all-reduce that was measured is that of all ranks
         dist.barrier()
-    constants = latency.measure(of, net)
+    ways = {"ranks": distributed.ranks_of(model), "meet": dist.barrier} if count > 1 else {}
+    constants = latency.measure(of, net, share=max(2, count), **ways)
     predicted = latency.seconds(work, constants)
+    if index == 0:
+        print(f"{way}: {constants}", file=sys.stderr, flush=True)
     ids = torch.randint(0, model.config.vocab_size, (1, args.pp), generator=torch.Generator().manual_seed(0))
     if count > 1:
         dist.barrier()
@@ -105,11 +133,16 @@ def rank(index: int, way: str, count: int, cores: list[int], folder: str, args: 
         found = {"pp": statistics.median(pp for pp, _ in speeds), "tg": statistics.median(tg for _, tg in speeds)}
         found |= {"sums": traffic[0], "sent": traffic[1], "foreign": others, "transport": net[1]}
         found |= {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
-        found |= {"predicted": predicted, "gbps": max(constants.gbps.values()), "net": net[0]}
+        found |= {"predicted": predicted, "gbps": _layers_gbps(of, constants), "net": constants.all_reduce_s}
         Path(folder, "found.json").write_text(json.dumps(found), encoding="ascii")
     if count > 1:
         dist.barrier()
         dist.destroy_process_group()
+
+
+def _layers_gbps(of: latency.Footprint, constants: latency.Constants) -> float:
+    """Bandwidth of the kind of weights that has most bytes in the layers."""
+    return constants.gbps[max(of.layers[0], key=lambda kind: of.layers[0][kind])]
 
 
 def sums(index: int, count: int, cores: list[int], folder: str, rounds: int) -> None:
@@ -136,6 +169,50 @@ def sums(index: int, count: int, cores: list[int], folder: str, rounds: int) -> 
     dist.destroy_process_group()
 
 
+def loaded(index: int, count: int, folder: str, checkpoint: str, quantise: bool) -> None:
+    """One rank that loads its share of a checkpoint; rank 0 leaves the largest memory of all."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    from torch_cpullm.swap import packed_modules
+
+    torch.set_num_threads(1)
+    meet(index, count, folder)
+    options: dict[str, Any] = {"quantization_config": torch_cpullm.CpuLlmConfig()} if quantise else {}
+    if count > 1:
+        options["distributed_config"] = DistributedConfig(tp_size=count)
+    watch = bench_load.Peak()
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, **options)
+    peak, _ = watch.stop()
+    weights = {id(weight): weight for _, module in packed_modules(model) for weight in module.weights().values()}
+    own = [peak, sum(each.nbytes for each in weights.values()), max(2 * each.n * each.k for each in weights.values())]
+    most = torch.tensor(own)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    if index == 0:
+        found = dict(
+            zip(("peak MiB", "share MiB", "largest module MiB"), (most // bench_load.MIB).tolist(), strict=True)
+        )
+        Path(folder, "found.json").write_text(json.dumps(found), encoding="ascii")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def loads(args: argparse.Namespace) -> None:
+    """Rows of the memory that one process, and each of several ranks, takes to load a float and a saved checkpoint."""
+    float_folder, saved = args.load / f"{args.model}-bf16", args.load / f"{args.model}-cpullm"
+    config, sizes = bench_load.tensor_sizes(args.model, None)
+    if not float_folder.exists():
+        bench_load.check_space(args.load, 3 * sum(size.numel() for size in sizes.values()))
+        bench_load.write_checkpoint(float_folder, config, sizes, 4)
+    if not saved.exists():
+        bench_load.measure("save", float_folder, saved, 0)
+    for count in (1, *(ranks for ranks, _ in args.splits)):
+        for name, path in (("float", float_folder), ("saved", saved)):
+            arguments = (str(path), name == "float")
+            found = together(loaded, count, lambda i, folder, c=count, rest=arguments: (i, c, folder, *rest))
+            write({"bench": "shares", "model": args.model, "checkpoint": name, "ranks": count, **found}, args.json)
+
+
 def together(target: Any, count: int, arguments: Any) -> dict[str, Any]:
     """What rank 0 of ``count`` processes found; arguments: of a rank and the folder that they share."""
     context = multiprocessing.get_context("spawn")
@@ -157,8 +234,11 @@ def compare(count: int, cores: list[int], args: argparse.Namespace) -> None:
         ranks = 1 if way == WAYS[0] else count
         return together(rank, ranks, lambda i, folder: (i, way, ranks, cores, folder, args))
 
-    rounds = [{way: run(way) for way in args.ways} for _ in range(args.rounds)]
-    for way in args.ways:
+    rounds: list[dict[str, dict[str, Any]]] = [{} for _ in range(args.rounds)]
+    for found, way in itertools.product(rounds, args.ways):
+        found[way] = run(way)
+        if found is not rounds[-1]:
+            continue
         own = [each[way] for each in rounds]
         ratios = [each[way]["tg"] / each[WAYS[0]]["tg"] for each in rounds if WAYS[0] in each]
         tg = statistics.median(each["tg"] for each in own)
@@ -222,10 +302,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--transport", choices=collective.TRANSPORTS, default="auto")
     parser.add_argument("--sums", action="store_true", help="only compare the transports of sums, ranks of one core")
     parser.add_argument("--simulate", action="store_true", help="only predict: 1 to 64 sockets like this machine")
+    parser.add_argument("--load", type=Path, metavar="FOLDER", help="only load shares of checkpoints, made there once")
     parser.add_argument("--json", type=Path, help="append rows to this file")
     args = parser.parse_args(argv)
     if args.simulate:
         simulate(args)
+        return
+    if args.load:
+        loads(args)
         return
     usable = sorted(os.sched_getaffinity(0))
     for ranks, cores in args.splits:

@@ -140,7 +140,7 @@ class ForeignCpu:
 
 def aligned_bytes(count: int) -> Tensor:
     """uint8 [count], uninitialised, from the same allocator as packed weights."""
-    return packing._aligned_empty((count,))
+    return packing.aligned_empty((count,))
 
 
 class Memory:

@@ -110,43 +110,54 @@ def random_model(name: str, dtype: Any) -> Any:
     return filled(model)
 
 
-def packed_model(name: str, settings: Any, **changes: Any) -> Any:
+def packed_model(
+    name: str, settings: Any, share: Any = None, changes: dict[str, Any] | None = None, **sums: Any
+) -> Any:
     """The named shape with random codes, as ``torch_cpullm.optimize(model, settings)`` would leave it; quickly made.
 
-    changes: of the shape's configuration.
+    share: :class:`torch_cpullm.share.Share` of a rank, which makes no more than it; changes: of the shape's
+    configuration; sums: how its sums go, see :func:`torch_cpullm.distributed.join_shares`.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    from torch_cpullm import swap
-    from torch_cpullm.packing import PackedWeight, resolve_group
+    from torch_cpullm import distributed, swap
+    from torch_cpullm.packing import PackedWeight, aligned_empty, resolve_group
     from torch_cpullm.plan import find_targets
+    from torch_cpullm.share import cut_targets
 
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)  # memory that nobody touches: no float weight is ever written
     try:
-        config = AutoConfig.for_model(**(SHAPES[name] | changes), tie_word_embeddings=False, dtype="bfloat16")
+        config = AutoConfig.for_model(**(SHAPES[name] | (changes or {})), tie_word_embeddings=False, dtype="bfloat16")
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     finally:
         torch.set_default_dtype(before)
     targets, skipped = find_targets(model, settings)
-    generator = torch.Generator().manual_seed(0)
+    if share is not None:
+        cut_targets(model, targets, {}, share)
+    block = torch.empty(1 << 22, dtype=torch.uint8).random_(generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for target in targets:
             (stored,) = target.parameters.values()
             n, k = target.shape(stored)
+            if target.cut is not None:
+                n, k = len(range(n)[target.cut.rows]), len(range(k)[target.cut.inputs])
             recipe = target.recipe
             group = resolve_group(recipe.group_size, k)
-            codes = torch.empty(n // 32, k // 4, 64 if recipe.bits == 4 else 128, dtype=torch.uint8)
-            codes.random_(generator=generator)
+            codes = aligned_empty((n // 32, k // 4, 16 * recipe.bits))
+            for part in codes.view(-1).split(len(block)):
+                part.copy_(block[: len(part)])
             scales = torch.full((n // 32, -(-k // group), 32), 0.03 / (1 << recipe.bits - 1), dtype=torch.float16)
             zeros = None if recipe.sym or recipe.bits == 8 else torch.full(scales.shape, 8, dtype=torch.uint8)
             weight = PackedWeight(codes, scales, zeros, n, k, recipe.bits, recipe.group_size)
             swap.put_in_place(model, target, target.replacement([weight], torch.bfloat16, settings.compute))
         for parameter in model.parameters():
             parameter.fill_(1.0)
+    if share is not None:
+        distributed.join_shares(model, **sums)
     swap.finish(model, settings, skipped, swap.freeze(model))
     return model
 

@@ -14,11 +14,16 @@ struct LayerRun {
   Compute compute;
   const LayerCall& c;  // what all members share
   RankSum* ranks;
-  float* residual = nullptr;  // x + sum a
+  bool spread;  // members on several ranks
+  float* residual = nullptr;  // x + sum a, then of a spread group what its members here add to x
 
   LayerRun(const LayerGroup& group, const Kernels& kernels, Member who, int64_t threads, Barrier& barrier,
            Slices* slices, Arena& arena, RankSum* sums)
-      : g(group), team{kernels, who, barrier, slices}, c(group.layers[0].call), ranks(sums) {
+      : g(group),
+        team{kernels, who, barrier, slices},
+        c(group.layers[0].call),
+        ranks(group.summed == Summed::nothing ? nullptr : sums),
+        spread(group.summed == Summed::members) {
     const LayerProgram& first = *g.layers[0].program;
     m = c.batch * c.tokens;
     hidden = first.hidden;
@@ -48,7 +53,7 @@ struct LayerRun {
   // Everything the run needs, in the same order whether memory is counted or handed out.
   void carve(Arena& arena, int64_t threads) {
     const int64_t rows = std::min(m, kMlpRows);
-    residual = parallel ? nullptr : arena.take<float>(m * hidden);
+    residual = parallel && !spread ? nullptr : arena.take<float>(m * hidden);
     int64_t scratch = 0;
     for (Part& part : *this) {
       const LayerProgram& p = *part.p;
@@ -137,7 +142,7 @@ struct LayerRun {
     const LayerProgram& p = *part.p;
     const LayerCall& call = *part.c;
     const Kernels& kernels = team.kernels;
-    const Heads q = queries(part), k = keys(part, p.layout.k_start);
+    const Heads q = part.queries(), k = part.keys(p.layout.k_start);
     const Range q_items = team.mine(m * p.heads), k_items = team.mine(m * p.kv_heads);
     if (!p.qk_norm_whole) {
       if (p.q_norm.present) kernels.norm_heads(p.q_norm.norm, q, q_items);
@@ -162,7 +167,7 @@ struct LayerRun {
       kernels.append(to, k_items);
     };
     append(k, a.k, a.k_scale, a.k_stride, a.k_scale_stride);
-    append(keys(part, p.layout.v_start), a.v, a.v_scale, a.v_stride, a.v_scale_stride);
+    append(part.keys(p.layout.v_start), a.v, a.v_scale, a.v_stride, a.v_scale_stride);
   }
 
   Attention attention_of(const Part& part) const {
@@ -235,13 +240,8 @@ struct LayerRun {
     team.sync();
   }
 
-  // Where this thread adds: its columns of products with `hidden` outputs, or after norms of whole rows, its rows.
-  struct Area {
-    Range rows, columns;
-  };
-
   Area columns_of(Range panels, int64_t rows) const {
-    return {{0, rows}, {panels.begin * kPanel, std::min(panels.end * kPanel, hidden)}};
+    return {{0, rows}, {panels.begin * kPanel, std::min(panels.end * kPanel, hidden)}, hidden};
   }
 
   Area own_columns(int64_t rows) const { return columns_of(team.mine(panels_of(hidden)), rows); }
@@ -257,18 +257,19 @@ struct LayerRun {
     return std::any_of(parts, parts + g.count, [&](const Part& part) { return (part.p->*norm).present; });
   }
 
-  // x [rows, hidden] <- its sum over ranks; every thread has its own columns, before and after.
-  void sum_ranks(float* x, int64_t rows) {
-    if (!ranks) return;
+  // x [rows, hidden] <- its sum over ranks; every thread has its own columns, before and after. False: a rank is lost.
+  bool sum_ranks(float* x, int64_t rows) {
+    if (!ranks) return true;
     const Range own = own_columns(rows).columns;
     team.barriers += ranks->sum(x, rows, hidden, own.begin, own.end, team.member, team.barrier);
+    return !ranks->gone();
   }
 
   // The area for adding what each part left in `out`, after a norm in place of those that have one.
   Area finish(LayerNorm LayerProgram::* norm, float* Part::* out, int64_t rows) {
     if (!any_has(norm)) return own_columns(rows);
     team.sync();
-    const Area area{team.mine(rows), {0, hidden}};
+    const Area area{team.mine(rows), {0, hidden}, hidden};
     for (Part& part : *this) {
       const Rows in{part.*out, rows, hidden, hidden, Float::f32, nullptr};
       if ((part.p->*norm).present) team.kernels.norm((part.p->*norm).norm, in, part.*out, hidden, area.rows);
@@ -276,33 +277,13 @@ struct LayerRun {
     return area;
   }
 
-  // out = x + a * scale (b null), or x + (a + b) * scale, inside `area`; strides in elements.
-  void add(const Area& area, float scale, const void* x, Float x_type, int64_t x_stride, const float* a, const float* b,
-           void* out, Float out_type) {
-    const int64_t c0 = area.columns.begin, c1 = area.columns.end;
-    if (c0 >= c1 || area.rows.begin >= area.rows.end) return;
-    const Sum s{element_of(x, c0, x_type),
-                a + c0,
-                b ? b + c0 : nullptr,
-                const_cast<void*>(element_of(out, c0, out_type)),
-                scale,
-                x_type,
-                out_type,
-                c1 - c0,
-                x_stride,
-                hidden,
-                hidden,
-                hidden};
-    team.kernels.sum(s, area.rows);
-  }
-
   // residual = x + sum a_l, and what each MLP reads where that is something else. Out of place: nothing else that an MLP
   // reads gets into the residual.
   void add_attention(const Area& area) {
     const auto onto = [&](float* to, bool first, const Part& part) {
       const void* from = first ? c.x : to;
-      add(area, part.p->residual_scale, from, first ? c.type : Float::f32, first ? c.x_stride : hidden, part.o_out,
-          nullptr, to, Float::f32);
+      team.add(area, part.p->residual_scale, from, first ? c.type : Float::f32, first ? c.x_stride : hidden, part.o_out,
+               nullptr, to, Float::f32);
     };
     for (int64_t i = 0; i < g.count; ++i) {
       onto(residual, i == 0, parts[i]);
@@ -360,8 +341,25 @@ struct LayerRun {
     return {element_of(c.x, row0 * c.x_stride, c.type), rows, hidden, c.x_stride, c.type, nullptr};
   }
 
-  // Rows [row0, row0 + rows) of the MLPs and of the group's output.
-  void mlp(int64_t row0, int64_t rows) {
+  // Rows [row0, row0 + rows) of y = x + the sum over ranks of what the members here add to x. False: a rank is lost.
+  bool sum_members(int64_t row0, int64_t rows) {
+    const Area area = finish(&LayerProgram::post_mlp_norm, &Part::mlp_out, rows);
+    const Area own = own_columns(rows);
+    float* const added = residual + row0 * hidden;  // no MLP reads these rows any more
+    for (int64_t row = area.rows.begin; row < area.rows.end; ++row)
+      std::fill(added + row * hidden + area.columns.begin, added + row * hidden + area.columns.end, 0.0f);
+    for (const Part& part : *this)
+      team.add(area, part.p->residual_scale, added, Float::f32, hidden, part.o_out + row0 * hidden, part.mlp_out, added,
+               Float::f32);
+    if (any_has(&LayerProgram::post_mlp_norm)) team.sync();
+    if (!sum_ranks(added, rows)) return false;
+    team.add(own, 1.0f, element_of(c.x, row0 * c.x_stride, c.type), c.type, c.x_stride, added, nullptr,
+             const_cast<void*>(element_of(c.y, row0 * hidden, c.type)), c.type);
+    return true;
+  }
+
+  // Rows [row0, row0 + rows) of the MLPs and of the group's output. False: a rank is lost.
+  bool mlp(int64_t row0, int64_t rows) {
     bool wait = false;
     for (Part& part : *this) {
       const LayerProgram& p = *part.p;
@@ -391,21 +389,24 @@ struct LayerRun {
     if (c.stage == Stage::mlp) {
       float* const to = static_cast<float*>(c.y) + row0 * hidden;
       hidden_panels(width, rows, [&](Range some) { team.product(parts[0].p->down, parts[0].in, to, hidden, some); });
-      return;
+      return true;
     }
     const bool at_once = !ranks && !any_has(&LayerProgram::post_mlp_norm);
     hidden_panels(width, rows, [&](Range some) {
       for (Part& part : *this) team.product(part.p->down, part.in, part.mlp_out, hidden, some);
       if (at_once) add_mlp(columns_of(some, rows), row0, parallel);
     });
-    if (at_once) return;
+    if (at_once) return true;
+    if (spread) return sum_members(row0, rows);
     const bool added = parallel && ranks;  // a and m of a parallel layer are one sum over ranks
     if (added) {
       float* const own = parts[0].mlp_out;
-      add(own_columns(rows), 1.0f, own, Float::f32, hidden, parts[0].o_out + row0 * hidden, nullptr, own, Float::f32);
+      team.add(own_columns(rows), 1.0f, own, Float::f32, hidden, parts[0].o_out + row0 * hidden, nullptr, own,
+               Float::f32);
     }
-    sum_ranks(parts[0].mlp_out, rows);
+    if (!sum_ranks(parts[0].mlp_out, rows)) return false;
     add_mlp(finish(&LayerProgram::post_mlp_norm, &Part::mlp_out, rows), row0, parallel && !added);
+    return true;
   }
 
   // The group's output from the MLPs', both: and attention's. In the order of the members. Sums between them stay fp32: in
@@ -420,16 +421,16 @@ struct LayerRun {
       void* const to = last ? const_cast<void*>(element_of(c.y, row0 * hidden, c.type)) : between;
       const float* const own = part.mlp_out;
       const float* const first = both ? part.o_out + row0 * hidden : own;
-      add(area, part.p->residual_scale, from, type, stride, first, both ? own : nullptr, to,
-          last ? c.type : Float::f32);
+      team.add(area, part.p->residual_scale, from, type, stride, first, both ? own : nullptr, to,
+               last ? c.type : Float::f32);
       from = to;
       type = Float::f32;
       stride = hidden;
     }
   }
 
-  // a Wo of each part, in its o_out or, where that is all, in y; the residual.
-  void attention() {
+  // a Wo of each part, in its o_out or, where that is all, in y; the residual. False: a rank is lost.
+  bool attention() {
     const Rows x{c.x, m, hidden, c.x_stride, c.type, nullptr};
     bool wait = false;
     for (Part& part : *this) {
@@ -461,18 +462,19 @@ struct LayerRun {
       }
       if (at_once) add_attention(columns_of(some, m));
     });
-    if (!add || at_once) return;
-    sum_ranks(parts[0].o_out, m);
+    if (!add || at_once) return true;
+    if (!spread && !sum_ranks(parts[0].o_out, m)) return false;
     add_attention(finish(&LayerProgram::post_attention_norm, &Part::o_out, m));
+    return true;
   }
 
   void run() {
-    if (c.stage != Stage::mlp) attention();
+    if (c.stage != Stage::mlp && !attention()) return;
     if (c.stage == Stage::attention) return;
     if (c.stage == Stage::whole) team.sync();  // the residual is whole, and nobody reads input b any more
     for (int64_t row0 = 0; row0 < m; row0 += kMlpRows) {
       if (row0) team.sync();  // the rows before are done with the shared buffers
-      mlp(row0, std::min(kMlpRows, m - row0));
+      if (!mlp(row0, std::min(kMlpRows, m - row0))) return;
     }
   }
 };

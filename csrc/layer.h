@@ -6,7 +6,8 @@
 // sequential: r = x + norm(a), y = r + norm(MLP(norm(r)));  parallel: y = x + a + MLP(norm(x) or h).
 // A group: y = x + sum a_l + sum MLP_l(norm(f_l)), f_l = x + a_l + the a_j of `bypass` members before l, or of all.
 // A layer that is cut among ranks has a share of the heads and of the MLP: a Wo and the MLP are sums over ranks. They go
-// through memory that the ranks share, or the layer is run in two parts, with the caller's sum after each.
+// through memory that the ranks share, or the layer is run in two parts, with the caller's sum after each. Of a group
+// that is spread over ranks, each has some members, and sum a_l + sum MLP_l is one sum over ranks.
 // b batch, s tokens of this call, m = b s rows.
 #pragma once
 
@@ -79,19 +80,24 @@ struct Layer {
 constexpr int64_t kMostMembers = 8;  // of a group
 constexpr int64_t kAllMembers = -1;
 
+// What of a group is summed over ranks: nothing, it is whole on every rank; what Wo and the MLP of its one layer give; or
+// what its members add to x.
+enum class Summed { nothing, parts, members };
+
 // Layers of one hidden size, compute and `parallel` that read one x; their calls share x, y, type, batch, tokens and
 // length. One layer is a group of one. bypass: members before one whose attention its MLP reads as well, or kAllMembers.
 struct LayerGroup {
   const Layer* layers;
   int64_t count, bypass;
+  Summed summed = Summed::nothing;
 };
 
 // Bytes of 64-byte aligned memory that a run by at most `threads` threads needs.
 int64_t layer_workspace(const LayerGroup& group, const Kernels& kernels, int64_t threads);
 
 // One thread's part; all threads of the team call it with the same arguments but their own `member` and `ranks`. Returns
-// how many barriers it passed, which for a group are no more than for its layers each. ranks: null where the layer is
-// whole; otherwise the group is of one layer, and has a barrier more per sum. slices: see divide().
+// how many barriers it passed, which for a group are no more than for its layers each, and one more per sum over ranks.
+// ranks: null where nothing is summed; once `ranks->gone()` the rest is left out. slices: see divide().
 int64_t run_layers(const LayerGroup& group, const Kernels& kernels, Member member, int64_t threads, Barrier& barrier,
                    Slices* slices, char* workspace, RankSum* ranks);
 

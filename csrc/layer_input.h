@@ -26,6 +26,12 @@ inline bool same(const LayerNorm& a, const LayerNorm& b, int64_t width) {
          same(a.norm.bias, b.norm.bias, width);
 }
 
+// Where a thread adds: its columns of products with `hidden` outputs, or after norms of whole rows, its rows.
+struct Area {
+  Range rows, columns;
+  int64_t hidden;
+};
+
 // One thread's place in the team, and its scratch memory.
 struct Team {
   const Kernels& kernels;
@@ -100,6 +106,26 @@ struct Team {
   // Columns of panels `part` of one product, fp32.
   void product(const Linear& l, const Input& in, float* out, int64_t stride, Range part) const {
     cpullm::product(kernels, l, in, out, stride, part, kernel_scratch);
+  }
+
+  // out = x + a * scale (b null), or x + (a + b) * scale, inside `area`; strides in elements.
+  void add(const Area& area, float scale, const void* x, Float x_type, int64_t x_stride, const float* a, const float* b,
+           void* out, Float out_type) const {
+    const int64_t c0 = area.columns.begin, c1 = area.columns.end, stride = area.hidden;
+    if (c0 >= c1 || area.rows.begin >= area.rows.end) return;
+    const Sum s{element_of(x, c0, x_type),
+                a + c0,
+                b ? b + c0 : nullptr,
+                const_cast<void*>(element_of(out, c0, out_type)),
+                scale,
+                x_type,
+                out_type,
+                c1 - c0,
+                x_stride,
+                stride,
+                stride,
+                stride};
+    kernels.sum(s, area.rows);
   }
 };
 

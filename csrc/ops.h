@@ -88,8 +88,9 @@ Act act_of(const char* op, const std::string& name);
 
 // The memory that ranks share for sums of rows of `width` floats; anything else is an error that names `op`.
 struct RankMemory;
+struct LostRanks;
 RankMemory check_ranks(const char* op, const Tensor& shared, int64_t rank, int64_t ranks, int64_t width,
-                       double timeout_s, std::atomic<bool>& lost);
+                       double timeout_s, LostRanks& lost);
 
 // Whether a parallel region may begin. Not in a child that was forked after its parent had used one: the threads are gone
 // there, and OpenMP would wait for them for ever. The first refusal is said on stderr.

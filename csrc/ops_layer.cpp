@@ -297,8 +297,11 @@ struct Steps {
   std::vector<Layer> layers;
   std::vector<LayerGroup> groups;
 
-  // Cuts the layers into groups of these sizes. bypass: see LayerGroup.
-  void group(const std::vector<int64_t>& sizes, int64_t bypass) {
+  // Cuts the layers into groups of these sizes. bypass: see LayerGroup. summed: of each group, as Summed has it; empty:
+  // nothing.
+  void group(const std::vector<int64_t>& sizes, int64_t bypass, const std::vector<int64_t>& summed) {
+    STD_TORCH_CHECK(summed.empty() || summed.size() == sizes.size(), kForward,
+                    ": summed must be none or one for each of ", sizes.size(), " groups, got ", summed.size());
     STD_TORCH_CHECK(bypass >= kAllMembers && bypass <= kMostMembers, kForward, ": bypass must lie in [-1, ",
                     kMostMembers, "], got ", bypass);
     int64_t first = 0;
@@ -314,7 +317,12 @@ struct Steps {
       }
       STD_TORCH_CHECK(size == 1 || !p.parallel || bypass == 0, kForward,
                       ": layers whose MLP reads no attention have no bypass, got ", bypass);
-      groups.push_back({&layers[size_t(first)], size, bypass});
+      const int64_t what = summed.empty() ? 0 : summed[groups.size()];
+      STD_TORCH_CHECK(what >= 0 && what <= 2, kForward, ": summed must be 0, 1 or 2, got ", what);
+      STD_TORCH_CHECK(what != 1 || size == 1, kForward, ": layers that are cut among ranks are in no groups");
+      STD_TORCH_CHECK(what != 2 || bypass == 0, kForward, ": groups that are spread over ranks have no bypass, got ",
+                      bypass);
+      groups.push_back({&layers[size_t(first)], size, bypass, Summed(what)});
       first += size;
     };
     for (const int64_t size : sizes) cut(size);
@@ -357,6 +365,7 @@ Tensor run_steps(Steps& steps, const Tensor& x, const RankMemory* ranks = nullpt
       if (i) barrier.wait(member.count);
       passed += run_layers(steps.groups[i], table, member, threads, barrier, slices, memory, sums ? &*sums : nullptr);
       passed += i ? 1 : 0;
+      if (sums && sums->gone()) break;  // on all threads alike
     }
     if (member.id == 0) barriers = passed;
   };
@@ -372,7 +381,7 @@ Tensor layer_forward(int64_t handle, const Tensor& x, const OptionalTensor& cos,
   steps.programs.push_back(find_program(handle));
   const LayerProgram& p = steps.programs[0]->layer;
   steps.layers.push_back({&p, check_call(p, x, cos, sin, mask, k_cache, v_cache, k_scale, v_scale, length)});
-  steps.group({1}, 0);
+  steps.group({1}, 0, {});
   return run_steps(steps, x);
 }
 
@@ -382,7 +391,7 @@ Tensor run_part(const std::shared_ptr<const Program>& program, const LayerCall& 
   steps.programs.push_back(program);
   steps.layers.push_back({&program->layer, call});
   steps.layers[0].call.stage = stage;
-  steps.group({1}, 0);
+  steps.group({1}, 0, {});
   return run_steps(steps, x);
 }
 
@@ -409,8 +418,8 @@ OptionalTensor pick(const std::vector<Tensor>& list, int64_t index, const char* 
 
 Tensor layers_forward(std::vector<int64_t> handles, const Tensor& x, std::vector<Tensor> tensors,
                       std::vector<int64_t> rotary, std::vector<int64_t> masks, std::vector<Tensor> caches,
-                      int64_t length, std::vector<int64_t> groups, int64_t bypass, const OptionalTensor& shared,
-                      int64_t rank, int64_t ranks, double timeout_s) {
+                      int64_t length, std::vector<int64_t> groups, int64_t bypass, std::vector<int64_t> summed,
+                      const OptionalTensor& shared, int64_t rank, int64_t ranks, double timeout_s) {
   const size_t count = handles.size();
   STD_TORCH_CHECK(count > 0 && rotary.size() == 2 * count && masks.size() == count,
                   "cpullm::layers_forward: rotary must be 2 indices and masks 1 for each of the ", count, " programs");
@@ -427,14 +436,14 @@ Tensor layers_forward(std::vector<int64_t> handles, const Tensor& x, std::vector
         {&p, check_call(p, x, pick(tensors, rotary[2 * i], "rotary"), pick(tensors, rotary[2 * i + 1], "rotary"),
                         pick(tensors, masks[i], "masks"), cache(0), cache(1), cache(2), cache(3), length)});
   }
-  steps.group(groups, bypass);
+  steps.group(groups, bypass, summed);
+  STD_TORCH_CHECK(bool(shared) == !summed.empty(), "cpullm::layers_forward: summed and shared come together");
   if (!shared) return run_steps(steps, x);
-  STD_TORCH_CHECK(groups.size() == count, "cpullm::layers_forward: layers that are cut among ranks are in no groups");
-  std::atomic<bool> lost{false};
+  LostRanks lost;
   const int64_t hidden = steps.programs[0]->layer.hidden;
   const RankMemory memory = check_ranks("cpullm::layers_forward", *shared, rank, ranks, hidden, timeout_s, lost);
   Tensor y = run_steps(steps, x, &memory);
-  STD_TORCH_CHECK(!lost, "cpullm::layers_forward: no answer in shared memory");
+  STD_TORCH_CHECK(!lost.any.load(), "cpullm::layers_forward: no answer in shared memory");
   return y;
 }
 
@@ -463,11 +472,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cpullm, m) {
   // Several layers in one parallel region. groups: sizes of runs of layers that read one input, each run from the output
   // of the one before; bypass: members of a group before one whose attention its MLP reads as well, -1: all. rotary: cos
   // and sin of every layer, masks: its mask, as indices into `tensors`, -1 for none. caches: none, or k and v of every
-  // layer, or k, v and their scales; all hold `length` tokens. shared, rank, ranks, timeout_s: of layers that are cut among
-  // the ranks of one host, as of shared_sum; an error where a rank did not come in time.
+  // layer, or k, v and their scales; all hold `length` tokens. summed: what of each group is summed over the ranks of one
+  // host: 0 nothing, 1 attention's output and the MLP's of a layer that is cut, 2 what the group's members here add to x;
+  // shared, rank, ranks, timeout_s: as of shared_sum, an error where a rank did not come in time.
   m.def(
       "layers_forward(int[] programs, Tensor x, Tensor[] tensors, int[] rotary, int[] masks, Tensor(a!)[] caches, int "
-      "length, int[] groups, int bypass, Tensor(b!)? shared=None, int rank=0, int ranks=1, float timeout_s=0.) -> "
+      "length, int[] groups, int bypass, int[] summed=[], Tensor(b!)? shared=None, int rank=0, int ranks=1, float "
+      "timeout_s=0.) -> "
       "Tensor");
   m.def("layer_barriers() -> int");
 }

@@ -5,7 +5,7 @@
 namespace cpullm {
 
 RankMemory check_ranks(const char* op, const Tensor& shared, int64_t rank, int64_t ranks, int64_t width,
-                       double timeout_s, std::atomic<bool>& lost) {
+                       double timeout_s, LostRanks& lost) {
   constexpr int64_t kMostRanks = 64, kLine = RankMemory::kLine;
   STD_TORCH_CHECK(ranks >= 1 && ranks <= kMostRanks && rank >= 0 && rank < ranks, op,
                   ": rank must lie in [0, ranks), ranks in [1, ", kMostRanks, "], got ", rank, ", ", ranks);
@@ -29,12 +29,12 @@ bool shared_sum(Tensor x, Tensor shared, int64_t rank, int64_t ranks, double tim
   STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.scalar_type() == ScalarType::Float && x.dim() >= 1, op,
                   ": x must be a contiguous float32 CPU tensor of at least one dimension");
   const int64_t width = x.size(x.dim() - 1);
-  std::atomic<bool> lost{false};
+  LostRanks lost;
   RankSum sum(check_ranks(op, shared, rank, ranks, width, timeout_s, lost));
   Barrier alone;
   const int64_t rows = width ? x.numel() / width : 0;
   sum.sum(static_cast<float*>(x.mutable_data_ptr()), rows, width, 0, width, {0, 1}, alone);
-  return !lost;
+  return !lost.any.load();
 }
 
 }  // namespace

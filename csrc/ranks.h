@@ -11,6 +11,12 @@
 
 namespace cpullm {
 
+// What a rank's team knows of lost ranks. any: set when one did not come in time: nobody waits any more, and results are
+// worthless. stop: used in turn, whether the team leaves before a round.
+struct LostRanks {
+  std::atomic<bool> any{false}, stop[2]{false, false};
+};
+
 // Memory that all ranks map: a counter of 64 bytes each, then two buffers each, used in turn: a rank writes one again
 // only after all others have left the round that read it. A counter holds the rounds that its rank has published, or
 // kGone once it has given up: then the others give up at once, and nobody takes old numbers for new ones.
@@ -22,7 +28,7 @@ struct RankMemory {
   int64_t rank, ranks;
   int64_t room;  // bytes of a buffer, the same on all ranks
   double timeout_s;
-  std::atomic<bool>* lost;  // set when a rank did not come in time: nobody waits any more, and results are worthless
+  LostRanks* lost;
 
   std::atomic<int64_t>& counter(int64_t r) const {
     return *reinterpret_cast<std::atomic<int64_t>*>(memory + r * kLine);
@@ -32,13 +38,13 @@ struct RankMemory {
   }
 
   void give_up() const {
-    lost->store(true, std::memory_order_relaxed);
+    lost->any.store(true, std::memory_order_relaxed);
     counter(rank).store(kGone, std::memory_order_release);
   }
 
   // Waits until every rank has published `round`, or one is lost.
   void wait(int64_t round) const {
-    if (lost->load(std::memory_order_relaxed)) return;
+    if (lost->any.load(std::memory_order_relaxed)) return;
     constexpr int kSpins = 4000;  // as Barrier in team.h: about the length of a step, then yield
     constexpr int kLooks = 64;    // yields between two looks at the clock
     const auto start = std::chrono::steady_clock::now();
@@ -56,7 +62,7 @@ struct RankMemory {
         if (spins % kLooks) continue;
         const std::chrono::duration<double> waited = std::chrono::steady_clock::now() - start;
         if (waited.count() > timeout_s) give_up();
-        if (lost->load(std::memory_order_relaxed)) return;
+        if (lost->any.load(std::memory_order_relaxed)) return;
       }
     }
   }
@@ -67,12 +73,13 @@ class RankSum {
  public:
   explicit RankSum(const RankMemory& shared)
       : shared_(shared), round_(shared.counter(shared.rank).load(std::memory_order_relaxed)) {
-    if (round_ == RankMemory::kGone) shared.lost->store(true, std::memory_order_relaxed);
+    if (round_ == RankMemory::kGone) shared.lost->any.store(true, std::memory_order_relaxed);
   }
 
   // x [rows, width] <- its sum over ranks, added in the order of ranks, so that all get the same bits. Called by every
   // thread of the team with columns of its own, [c0, c1), which it has written. Returns how many barriers it passed.
   // Rows at a time: a power of two, so that 1024 rows are the same rounds whether they come at once or in parts.
+  // Gives up between two rounds once a rank is lost, and later sums at their first: then `gone()`.
   int64_t sum(float* x, int64_t rows, int64_t width, int64_t c0, int64_t c1, const Member& member, Barrier& barrier) {
     int64_t at_once = 1, barriers = 0;
     while (2 * at_once * width * int64_t(sizeof(float)) <= shared_.room && at_once < 1024) at_once *= 2;
@@ -83,9 +90,17 @@ class RankSum {
       float* const own = shared_.buffer(shared_.rank, round_);
       for (int64_t row = row0; row < end && bytes; ++row)
         std::memcpy(own + (row - row0) * width + c0, x + row * width + c0, bytes);
+      // All threads of a rank go on or leave together: one of them says which before the barrier, and writes that place
+      // again only behind the next one, which all have then read it before.
+      std::atomic<bool>& stop = shared_.lost->stop[round_ & 1];
+      if (member.id == 0) stop.store(shared_.lost->any.load(std::memory_order_relaxed), std::memory_order_relaxed);
       barrier.wait(member.count);
-      // What any thread of this rank knows of lost ranks, all know after the barrier.
-      if (member.id == 0 && !shared_.lost->load(std::memory_order_relaxed))
+      if (stop.load(std::memory_order_relaxed)) {
+        gone_ = true;
+        return barriers + 1;
+      }
+      // What any thread of this rank knew of lost ranks before the barrier, all know after it.
+      if (member.id == 0 && !shared_.lost->any.load(std::memory_order_relaxed))
         shared_.counter(shared_.rank).store(round_, std::memory_order_release);
       shared_.wait(round_);
       for (int64_t row = row0; row < end && bytes; ++row) {
@@ -101,9 +116,13 @@ class RankSum {
     return barriers;
   }
 
+  // Whether a rank is lost, the same on all threads of the team: nothing more needs to be computed.
+  bool gone() const { return gone_; }
+
  private:
   RankMemory shared_;
   int64_t round_;
+  bool gone_ = false;
 };
 
 }  // namespace cpullm

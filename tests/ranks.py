@@ -3,11 +3,13 @@
 import json
 import multiprocessing
 import time
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Imported once, by the process that ranks are forked from.
 PRELOAD = ["transformers.models.llama.modeling_llama", "transformers.generation.utils", "layer_models", "ranks"]
@@ -53,3 +55,16 @@ def _enter(work, rank, world, folder, arguments):
         result = {"error": f"{type(error).__name__}: {error}", "at": time.time()}
     Path(folder, f"{rank}.json").write_text(json.dumps(result))
     dist.destroy_process_group()
+
+
+class Operators(TorchDispatchMode):
+    """Counts calls of operators of layers by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "cpullm" and "layer" in func._opname:
+            self.calls[func._opname] += 1
+        return func(*args, **(kwargs or {}))

@@ -30,7 +30,7 @@ LAYERS = [
             "layer_watch",
         ),
         *("layer_match", "attention", "kv_cache", "experts", "coverage"),
-        *("plan", "checkpoint", "saving", "collective", "following"),
+        *("plan", "share", "checkpoint", "saving", "collective", "following"),
         *("quality", "calibration", "folding", "calibrated", "layerwise", "sensitivity", "tune_report"),
     ],
     ["swap", "backend", "cqil", "distributed"],  # transforms: model -> model
@@ -45,6 +45,7 @@ LAYERS = [
             "bench",
             "doctor",
             "latency",
+            "latency_constants",
             "cli",
             "cli_quantize",
             "cli_quality",
@@ -69,6 +70,7 @@ USE_TRANSFORMERS = {
     "formats.gguf_plan",
     "cqil",
     "distributed",
+    "latency_constants",
 }
 LOAD_TRANSFORMERS = {"hf", "kv_cache"}
 

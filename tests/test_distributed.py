@@ -1,5 +1,6 @@
 """CQIL groups over ranks: what they compute, keep and send, what they refuse, and ranks that die or hang."""
 
+import copy
 import os
 import signal
 import threading
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from layer_models import ALL
-from ranks import run
+from ranks import Operators, run
 
 import torch_cpullm
 from torch_cpullm import collective, cqil, distributed, ops
@@ -44,12 +45,17 @@ def share(rank, packed, transport):
     want, got = one(IDS).logits, mine(IDS).logits
     first = distributed.traffic(mine)
     out = mine(IDS, use_cache=True)
-    step = mine(torch.tensor([[8], [9]]), past_key_values=out.past_key_values, use_cache=True)
+    before = distributed.traffic(mine)
+    with Operators() as operators:
+        step = mine(torch.tensor([[8], [9]]), past_key_values=out.past_key_values, use_cache=True)
+    after = distributed.traffic(mine)
     again = one(torch.tensor([[8], [9]]), past_key_values=one(IDS, use_cache=True).past_key_values, use_cache=True)
     return {
         "difference": float((got - want).abs().max() / want.abs().max()),
         "step": float((step.logits - again.logits).abs().max() / want.abs().max()),
         "traffic": first,
+        "step's traffic": [b - a for a, b in zip(before, after, strict=True)],
+        "operators": operators.calls,
         "transport": distributed.transport(mine),
         "slots": [layer.get_seq_length() for layer in step.past_key_values.layers],
         "greedy": [generated(mine, do_sample=False), generated(one, do_sample=False)],
@@ -81,9 +87,12 @@ def test_two_ranks_equal_one_process(packed, transport, tmp_path):
             assert each[kind] == found[0][kind], "all ranks go on with the same tokens"
             assert packed or each[kind][0] == each[kind][1]
         if packed:
-            away = ("per-linear ops", "another rank computes it")
-            mine = [away if 1 <= i <= 4 and (i - 1) % 2 != rank else ("one op", "") for i in range(6)]
+            away, here = ("per-linear ops", "another rank computes it"), ("one op per group", "")
+            mine = [("one op", "") if i in (0, 5) else here if (i - 1) % 2 == rank else away for i in range(6)]
             assert [tuple(level) for level in each["levels"]] == mine
+            inside = each["transport"] == "shared memory"
+            assert each["operators"] == ({"layers_forward": 1} if inside else {"layer_forward": 2, "layers_forward": 2})
+            assert each["step's traffic"] == [2, 2 * 2 * WIDTH * 4], "one sum per group, in the operator too"
     assert sum(each["bytes"][0] for each in found) == found[0]["bytes"][1], "every weight is on one rank"
 
 
@@ -126,6 +135,7 @@ def refused(rank):
     found["versions"] = _text(distributed.shard_groups, llama())
     distributed.__version__ = version
     model = distributed.shard_groups(llama())
+    found["restore"], found["copy"] = _text(cqil.restore, model), _text(copy.deepcopy, model)
     found["twice"] = _text(distributed.shard_groups, model)
     found["save"] = _text(model.save_pretrained, "nowhere")
     return found
@@ -152,6 +162,8 @@ REFUSED = {
     "time": "ValueError: timeout_s must be positive, got 0",
     "versions": "ValueError: the packages must be the same on all ranks: torch_cpullm 9.0",
     "twice": "ValueError: the model is sharded already",
+    "restore": "ValueError: the model's groups are spread over ranks, for good",
+    "copy": "RuntimeError: a model whose layers are spread over ranks cannot be copied",
     "save": "RuntimeError: a sharded model holds only this rank's share",
 }
 

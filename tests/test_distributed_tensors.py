@@ -1,13 +1,10 @@
 """Tensor parallel over two and four ranks: logits, tokens, bytes and all-reduces, and layers that cannot be cut."""
 
-from collections import Counter
-
 import pytest
 import torch
 from families import LLAMA_LIKE, Family
 from layer_models import ALL
-from ranks import run
-from torch.utils._python_dispatch import TorchDispatchMode
+from ranks import Operators, run
 
 import torch_cpullm
 from torch_cpullm import cqil, distributed
@@ -28,19 +25,6 @@ def built(name, compute="int8", group_size=32, **options):
     config, own = FAMILIES[name]
     model = Family(name, config, {**LLAMA_LIKE, **SIZES, **own, **options}).build()
     return torch_cpullm.optimize(model, torch_cpullm.CpuLlmConfig(compute=compute, group_size=group_size))
-
-
-class Operators(TorchDispatchMode):
-    """Counts calls of operators of layers by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "cpullm" and "layer" in func._opname:
-            self.calls[func._opname] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def share(rank, cases):
@@ -170,15 +154,3 @@ def test_what_cannot_be_cut_is_refused_on_every_rank(tmp_path):
         assert found.keys() == REFUSED.keys(), found
         for name, text in REFUSED.items():
             assert text in found[name], name
-
-
-def test_the_tensor_parallel_of_transformers_is_refused(tmp_path):
-    """With packed modules it would run and compute something else."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.distributed import DistributedConfig
-
-    ALL["llama"].build().save_pretrained(tmp_path)
-    config = AutoConfig.from_pretrained(tmp_path)
-    config.distributed_config = DistributedConfig(tp_size=2)
-    with pytest.raises(ValueError, match=r"do not know packed weights: .* torch_cpullm\.distributed\.shard_tensors"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, config=config, quantization_config=torch_cpullm.CpuLlmConfig())

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -121,6 +122,32 @@ def test_a_rank_that_is_lost_ends_the_others(what, who, tmp_path):
         assert found[who] == {"died": -signal.SIGKILL}
     else:
         assert "LostRankError" in str(found[who]), "it finds the other gone when it wakes"
+
+
+def in_a_prompt(rank, transport, folder):
+    """Rank 1 is killed inside its second layer's operator, in a prompt of many tokens."""
+    model = distributed.shard_tensors(built("llama", "fp32"), timeout_s=2, transport=transport)
+    layer = next(decoders(model)).layers[1]
+
+    def kill():
+        (folder / "at").write_text(str(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if rank:
+        layer.register_forward_pre_hook(lambda *_: threading.Timer(0.05, kill).start())
+    distributed.follow(model)
+    if rank == 0:
+        model(torch.arange(6000)[None] % 90)
+        return {"ended": time.time()}
+    return {}
+
+
+@pytest.mark.parametrize("transport", ["gloo", "shared memory"])
+def test_a_rank_that_is_lost_in_a_long_prompt_ends_the_others(transport, tmp_path):
+    found = run(in_a_prompt, tmp_path / "ranks", transport, tmp_path)
+    assert found[1] == {"died": -signal.SIGKILL}
+    assert "LostRankError: rank 0 of 2: another rank has ended, or has not answered for 2 s" in str(found[0])
+    assert found[0]["at"] - float((tmp_path / "at").read_text()) < 10
 
 
 # ---- real programs --------------------------------------------------------------------------------------------------

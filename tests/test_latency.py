@@ -8,7 +8,7 @@ from layer_models import ALL
 from small_models import llama
 
 import torch_cpullm
-from torch_cpullm import cli, cqil, latency
+from torch_cpullm import cli, cqil, latency, latency_constants
 from torch_cpullm.checkpoint import Form
 from torch_cpullm.config import Settings
 from torch_cpullm.latency import FLOAT, Constants, Footprint, Kind
@@ -18,7 +18,7 @@ from torch_cpullm.quant import quantize_rtn
 INT4 = Kind(Form(4, 32, "point", "float16"), "int8")
 # 8 layers of 1 MB at 1 GB/s: 1 ms each; the head 2 ms. The other constants are told apart by their size.
 EIGHT = Footprint(({INT4: 1e6},) * 8, {FLOAT: 4e6}, 64)
-CONSTANTS = Constants({INT4: 1.0, FLOAT: 2.0}, 1e-6, 5, 1e-5, 1e-4, 2)
+CONSTANTS = Constants({INT4: 1.0, FLOAT: 2.0}, 5e-6, 3e-4, 1e-6, 5, 1e-5, 1e-4, 2)
 
 
 @pytest.mark.parametrize("sym", [True, False])
@@ -77,19 +77,20 @@ def test_a_model_without_layers_is_refused():
 
 def test_seconds_are_the_equation():
     alone = latency.seconds(latency.one_process(EIGHT), CONSTANTS)
-    assert alone == pytest.approx(8e-3 + 2e-3 + 8 * 5 * 1e-6 + 5 * 1e-5)
+    assert alone == pytest.approx(8e-3 + 2e-3 + 8 * 5e-6 + 3e-4)
     two = latency.seconds(latency.tensor_parallel(EIGHT, 2), CONSTANTS)
-    assert two == pytest.approx(4e-3 + 2e-3 + 8 * 5 * 1e-6 + (8 * 6 + 4) * 1e-5 + 16 * 1e-4)
+    assert two == pytest.approx(4e-3 + 2e-3 + 8 * 5e-6 + 3e-4 + 8 * 6 * 1e-5 + 16 * 1e-4)
     inside = latency.seconds(latency.tensor_parallel(EIGHT, 2, inside=True), CONSTANTS)
-    assert inside == pytest.approx(4e-3 + 2e-3 + (8 * 5 + 16) * 1e-6 + 5 * 1e-5 + 16 * 1e-4), "a barrier per sum"
+    assert inside == pytest.approx(4e-3 + 2e-3 + 8 * 5e-6 + 3e-4 + 16 * (1e-6 + 1e-4)), "a barrier per sum"
     four = latency.tensor_parallel(EIGHT, 4)
-    assert latency.seconds(four, CONSTANTS) == pytest.approx(2e-3 + 2e-3 + 4e-5 + 52e-5 + 16 * 2e-4)
+    assert latency.seconds(four, CONSTANTS) == pytest.approx(2e-3 + 2e-3 + 4e-5 + 3e-4 + 48e-5 + 16 * 2e-4)
 
 
 def test_cqil_reads_a_share_of_the_groups_and_meets_once_per_group():
     pairs = [(2, 2), (4, 2)]
     work = latency.cqil_ranks(EIGHT, pairs, 2)
-    assert (work.read[INT4], work.layers, work.all_reduces, work.operators) == (6e6, 6, 2, 10)
+    assert (work.read[INT4], work.layers, work.all_reduces, work.operators) == (6e6, 6, 2, 6 + 2 * 4)
+    assert latency.cqil_ranks(EIGHT, pairs, 2, inside=True).operators == 0, "one operator has all layers and sums"
     uneven = latency.cqil_ranks(EIGHT, [(1, 3)], 2)
     assert (uneven.read[INT4], uneven.layers, uneven.all_reduces) == (7e6, 7, 1)
     both = latency.cqil_of_tensor_parallel(EIGHT, pairs, 2, 2)
@@ -122,8 +123,26 @@ def test_constants_are_measured():
     assert found.barrier_s == pytest.approx(0, abs=2e-6), "one thread waits for nobody"
     assert 3 <= found.barriers <= 10
     assert 0 < found.dispatch_s < 1e-2
+    assert found.dispatch_s < found.token_s < 1
+    assert 0 <= found.steps_s < 1e-2
     assert (found.all_reduce_s, found.transport) == (latency.ALL_REDUCE_S, "")
     assert latency.measure(of, (1.0, "gloo"), read_bytes=1 << 22).transport == "gloo"
+
+
+@pytest.mark.parametrize("share", [1, 2, 8])
+def test_layers_that_are_measured_have_the_bytes_of_the_model(share):
+    for name in ("tinyllama-1.1b", "llama-2-7b", "smollm2"):
+        hidden, heads, kv_heads, inner = {
+            "tinyllama-1.1b": (2048, 32, 4, 5632),
+            "llama-2-7b": (4096, 32, 32, 11008),
+            "smollm2": (576, 9, 3, 1536),
+        }[name]
+        d, form = hidden // heads, INT4.form
+        shapes = [(hidden, hidden)] * 2 + [(kv_heads * d, hidden)] * 2 + [(inner, hidden)] * 2 + [(hidden, inner)]
+        sizes = latency.Sizes(hidden, heads, kv_heads, d, sum(latency.packed_bytes(n, k, form) for n, k in shapes))
+        made = latency_constants.layer_spec(sizes, share, form, "int8")
+        own = sum(linear.packed.nbytes for linear in made.linears())
+        assert own == pytest.approx(sizes.bytes / share, rel=0.03 if share < 8 else 0.2), name
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -134,7 +153,7 @@ def call(capsys, monkeypatch):
     from torch_cpullm import launch
 
     monkeypatch.setattr(launch, "_applied", None)
-    monkeypatch.setattr(latency, "_READ_BYTES", 1 << 22)
+    monkeypatch.setattr(latency, "READ_BYTES", 1 << 22)
 
     def run(*arguments):
         code = cli.main(["plan", *map(str, arguments), "--threads", "1"])

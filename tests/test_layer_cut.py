@@ -30,10 +30,22 @@ def silent(linear):
 
 
 def all_layers(programs, x, cos, sin, *shared):
-    """The programs one after the other, as one operator."""
+    """The programs one after the other, as one operator; with ``shared``, of layers that are cut."""
     tensors, places = ([], [-1, -1]) if cos is None else ([cos, sin], [0, 1])
     handles, count = [program.handle for program in programs], len(programs)
-    return ops.layers_forward(handles, x, tensors, places * count, [-1] * count, [], 0, [1] * count, 0, *shared)
+    return ops.layers_forward(
+        handles,
+        x,
+        tensors,
+        places * count,
+        [-1] * count,
+        [],
+        0,
+        [1] * count,
+        0,
+        [bool(shared)] * count if shared else [],
+        *shared,
+    )
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
@@ -58,6 +70,51 @@ def test_sums_over_ranks_inside_the_operator(name):
         found = list(pool.map(rank, range(2)))
     assert torch.equal(found[0], found[1])
     torch.testing.assert_close(found[0], want, **tolerance)
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("size", [1, 2])
+def test_groups_that_are_spread_over_ranks(name, size):
+    """A layer on every rank, a group of ``size`` members on each, a layer again: as in one operator of all."""
+    layers = [spec(**STRUCTURES[name]) for _ in range(2 + 2 * size)]
+    programs = [Program(layer) for layer in layers]
+    x, cos, sin = call(layers[0], 1, 5)
+    tensors, places = ([], [-1, -1]) if cos is None else ([cos, sin], [0, 1])
+
+    def run(own, groups, *rest):
+        handles, count = [program.handle for program in own], len(own)
+        return ops.layers_forward(handles, x, tensors, places * count, [-1] * count, [], 0, groups, 0, *rest)
+
+    want = run(programs, [1, 2 * size, 1])
+    shared = torch.zeros(2 * (64 + 2 * ROOM), dtype=torch.uint8)
+
+    def rank(i):
+        torch.set_num_threads(2)
+        own = [programs[0], *programs[1 + i * size : 1 + (i + 1) * size], programs[-1]]
+        with torch.no_grad():
+            return run(own, [1, size, 1], [0, 2, 0], shared, i, 2, 60.0)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(rank, range(2)))
+    assert torch.equal(found[0], found[1])
+    tolerance = 2e-2 if layers[0].o.compute == "int8" else 1e-4
+    assert float((found[0] - want).abs().max()) <= tolerance * float(want.abs().max())
+
+
+def test_layers_are_left_when_a_rank_is_lost():
+    """Not computed to the end: a long prompt would go on for long."""
+    layer = spec()
+    program, given = Program(layer), call(layer, 1, 5)
+    shared = torch.zeros(2 * (64 + 2 * ROOM), dtype=torch.uint8)
+    torch.set_num_threads(2)
+    all_layers([program] * 8, *given)
+    usual = torch.ops.cpullm.layer_barriers.default()
+    for timeout_s in (0.05, 60.0):  # the second time it is known
+        assert "no answer in shared memory" in message(
+            lambda t=timeout_s: all_layers([program] * 8, *given, shared, 0, 2, t)
+        )
+        assert torch.ops.cpullm.layer_barriers.default() < usual / 4
+    assert "no answer" in message(lambda: all_layers([program] * 8, *given, shared, 1, 2, 60.0))
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
@@ -89,8 +146,18 @@ def test_what_does_not_fit_is_an_error():
         lambda: all_layers([program], x, cos, sin, shared[:384], 0, 2, 1.0)
     )
     assert "rank must lie in" in message(lambda: all_layers([program], x, cos, sin, shared, 2, 2, 1.0))
-    pair = ([program.handle] * 2, x, [cos, sin], [0, 1] * 2, [-1] * 2, [], 0, [2], 0, shared, 0, 2, 1.0)
-    assert "cut among ranks are in no groups" in message(lambda: ops.layers_forward(*pair))
+    pair = ([program.handle] * 2, x, [cos, sin], [0, 1] * 2, [-1] * 2, [], 0)
+    for groups, bypass, summed, text in (
+        ([2], 0, [1], "cut among ranks are in no groups"),
+        ([2], 1, [2], "spread over ranks have no bypass, got 1"),
+        ([1, 1], 0, [1, 3], "summed must be 0, 1 or 2, got 3"),
+        ([1, 1], 0, [1], "one for each of 2 groups, got 1"),
+        ([1, 1], 0, [], "summed and shared come together"),
+    ):
+        assert text in message(
+            lambda g=groups, b=bypass, s=summed: ops.layers_forward(*pair, g, b, s, shared, 0, 2, 1.0)
+        )
+    assert "summed and shared come together" in message(lambda: ops.layers_forward(*pair, [2], 0, [2]))
     assert "there is no program" in message(lambda: ops.layer_mlp(10**9, x))
     assert "x must be a CPU tensor" in message(lambda: ops.layer_mlp(program.handle, x[..., 1:]))
     assert "cos must be" in message(lambda: ops.layer_attention(program.handle, x))

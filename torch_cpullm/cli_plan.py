@@ -116,7 +116,7 @@ def _groups(file: Path, of: Footprint) -> tuple[tuple[int, int], ...]:
 def _constants(constants: Constants) -> dict[str, Any]:
     """As JSON has them."""
     gbps = {_form(kind): round(value, 1) for kind, value in constants.gbps.items()}
-    names = ("barrier_s", "barriers", "dispatch_s", "all_reduce_s", "threads", "transport")
+    names = ("steps_s", "token_s", "barrier_s", "barriers", "dispatch_s", "all_reduce_s", "threads", "transport")
     return {"gbps": gbps, **{name: getattr(constants, name) for name in names}}
 
 
@@ -136,7 +136,8 @@ def _lines(name: str, of: Footprint, c: Constants, rows: list[dict[str, Any]], p
         "Prediction, not a measurement: this process stands for one socket, and no model was run.",
         f"model       {name}: {len(of.layers)} layers, {inside:.1f} MB per token; head and the rest {rest:.1f} MB",
         *(f"bandwidth   {gbps:.1f} GB/s: {_form(kind)}" for kind, gbps in c.gbps.items() if kind.form is not None),
-        f"barrier     {c.barrier_s * 1e6:.2f} us, {c.barriers} per layer, {c.threads} threads",
+        f"layer       {c.steps_s * 1e6:.0f} us beside its weights; {c.barriers} barriers of {c.barrier_s * 1e6:.2f} us",
+        f"token       {c.token_s * 1e6:.0f} us beside the layers; {c.threads} threads",
         f"operator    {c.dispatch_s * 1e6:.1f} us",
         f"all-reduce  {c.all_reduce_s * 1e6:.0f} us for two ranks ({net}), times log2 of the ranks",
         f"CQIL        groups {window}",

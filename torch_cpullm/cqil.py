@@ -176,6 +176,8 @@ def _taken_apart(model: nn.Module, decoder: Decoder) -> Iterator[list[LayerGroup
         remove_programs(model)
     members = [member for layer in decoder.layers if (member := member_of(layer)) is not None]
     groups = [member.group for member in members if member.index == 0]
+    if any(group.ranks is not None for group in groups):
+        raise ValueError("the model's groups are spread over ranks, for good: load it again")
     remove_groups(decoder.layers)
     try:
         yield groups

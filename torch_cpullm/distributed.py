@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import inspect
-from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -21,12 +19,11 @@ from torch import Tensor, nn
 from . import __version__
 from .collective import TIMEOUT_S, TRANSPORTS, Ranks
 from .layer import install_programs, remove_programs
-from .layer_group import LayerGroup, member_of, remove_groups
+from .layer_group import Elsewhere, LayerGroup, install_groups, member_of, remove_groups
 from .layer_match import Decoder, Match, decoders, match_layers
-from .layer_parts import own_state
 from .layer_spec import LayerSpec
 from .linear import PackedLinear
-from .packing import QuantizedWeight, pack, unpack
+from .share import Cut, Linear, Share, cut_layer, share_heads, summed_linears
 
 _RANKS = "_cpullm_ranks"  # attribute of a model: its Ranks
 _LEADER = "_cpullm_leader"  # attribute of a model on rank 0: what sends its calls to the others
@@ -34,32 +31,35 @@ _LEADER = "_cpullm_leader"  # attribute of a model on rank 0: what sends its cal
 
 def transport(model: nn.Module) -> str:
     """What the sums of a sharded model's decode steps go through: "gloo" or "shared memory"."""
-    return _ranks(model).transport
+    return ranks_of(model).transport
 
 
 def traffic(model: nn.Module) -> tuple[int, int]:
     """(all-reduces, bytes put into them) of this rank since ``model`` was sharded; ValueError for one that is not."""
-    return _ranks(model).all_reduces, _ranks(model).bytes
+    return ranks_of(model).all_reduces, ranks_of(model).bytes
 
 
 def all_reduce_seconds(model: nn.Module, width: int) -> float:
     """Median seconds of a sum of float32 [width] over the ranks of a sharded model, which all ask for it."""
-    ranks = _ranks(model)
+    ranks = ranks_of(model)
     before = ranks.all_reduces, ranks.bytes
     seconds = ranks.seconds_of(torch.zeros(width), 300)
     ranks.all_reduces, ranks.bytes = before
     return seconds
 
 
-def _ranks(model: nn.Module) -> Ranks:
+def ranks_of(model: nn.Module) -> Ranks:
+    """The ranks that share a model; ValueError for one that is not sharded."""
     found = model.__dict__.get(_RANKS)
     if not isinstance(found, Ranks):
         raise ValueError("the model is not sharded: shard_groups() or shard_tensors()")
     return found
 
 
-def _join(model: nn.Module, group: dist.ProcessGroup | None, timeout_s: float, transport: str) -> Ranks:
-    """The ranks, after they have seen that they run the same packages and have the same model."""
+def _join(
+    model: nn.Module, group: dist.ProcessGroup | None, timeout_s: float, transport: str, *, whole: bool = True
+) -> Ranks:
+    """The ranks, after they have seen that they run the same packages and have (a share of) the same model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if _RANKS in model.__dict__:
@@ -70,16 +70,16 @@ def _join(model: nn.Module, group: dist.ProcessGroup | None, timeout_s: float, t
     transformers = importlib.metadata.version("transformers")
     versions = f"torch_cpullm {__version__}, torch {torch.__version__}, transformers {transformers}"
     ranks.check_alike("the packages", versions)
-    ranks.check_alike("the model", f"{type(model).__name__} {_fingerprint(model)}")
+    ranks.check_alike("the model", f"{type(model).__name__} {_fingerprint(model, whole)}")
     ranks.use(transport, int(getattr(getattr(model, "config", None), "hidden_size", 1)))
     return ranks
 
 
-def _fingerprint(model: nn.Module) -> str:
-    """Digest of the config, the plan in it, and the names and shapes of all parameters."""
+def _fingerprint(model: nn.Module, whole: bool) -> str:
+    """Digest of the config, the plan in it, and of a whole model the names and shapes of all parameters."""
     config = getattr(model, "config", None)
     texts = ["" if config is None else config.to_json_string(use_diff=False), str(vars(model).get("_cpullm_settings"))]
-    texts += [f"{name} {list(p.shape)} {p.dtype}" for name, p in model.named_parameters()]
+    texts += [f"{name} {list(p.shape)} {p.dtype}" for name, p in model.named_parameters() if whole]
     texts += [f"{name} {type(module).__name__}" for name, module in model.named_modules()]
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
@@ -101,7 +101,7 @@ def follow(model: nn.Module) -> None:
     """
     from .following import Leader, repeat_calls
 
-    ranks = _ranks(model)
+    ranks = ranks_of(model)
     decoder = next(decoders(model)).owner
     if _LEADER in model.__dict__:
         raise ValueError("the other ranks follow this model already")
@@ -152,14 +152,11 @@ def shard_groups(
     programs = "_cpullm_layers" in model.__dict__
     remove_programs(model)
     remove_groups(decoder.layers)
-    for group in groups:
-        meeting = _Meeting(ranks, group.size)
-        for index in range(group.size):
-            if index % ranks.size != ranks.rank:
-                outputs = group.halves[index].outputs
-                decoder.layers[group.first + index] = Elsewhere(decoder.layers[group.first + index], outputs)
-            layer = decoder.layers[group.first + index]
-            layer.register_forward_hook(meeting.hook(index, layer), with_kwargs=True)
+    spread = [LayerGroup(decoder.layers, g.first, g.halves, g.mode, g.bypass, ranks) for g in groups]
+    for group in spread:
+        for index in set(range(group.size)) - set(group.here):
+            decoder.layers[group.first + index] = Elsewhere(decoder.layers[group.first + index])
+    install_groups(spread)
     if programs:
         install_programs(model)
     model.__dict__[_RANKS] = ranks
@@ -194,56 +191,7 @@ def _check(decoder: Decoder, groups: list[LayerGroup], ranks: int) -> None:
             raise ValueError(f"layer {min(first)} must be on every rank: it counts the tokens in the cache")
 
 
-class Elsewhere(nn.Module):
-    """In the place of a layer that another rank computes: hands its input on. It has the layer's plain attributes."""
-
-    why_no_program = "another rank computes it"
-
-    def __init__(self, layer: nn.Module, outputs: int) -> None:
-        super().__init__()
-        self.__dict__.update({name: value for name, value in own_state(layer).items() if name != "forward"})
-        self.train(layer.training)
-        self._outputs = outputs
-
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-        """hidden_states, as the layer returns its own."""
-        return (hidden_states, *[None] * (self._outputs - 1)) if self._outputs else hidden_states
-
-
-class _Meeting:
-    """Collects what this rank's members of one group add to their input; the last member's call sums over the ranks."""
-
-    def __init__(self, ranks: Ranks, size: int) -> None:
-        self._ranks, self._size = ranks, size
-        self._added: Tensor | None = None
-
-    def hook(self, index: int, layer: nn.Module) -> Any:
-        """A forward hook for member ``index``: the others' input, or the group's output."""
-        name = list(inspect.signature(type(layer).forward).parameters)[1]
-
-        def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
-            x = args[0] if args else kwargs[name]
-            y = self.after(index, x, out[0] if isinstance(out, tuple) else out, isinstance(module, Elsewhere))
-            return (y, *out[1:]) if isinstance(out, tuple) else y
-
-        return after
-
-    def after(self, index: int, x: Tensor, y: Tensor, elsewhere: bool) -> Tensor:
-        """x for all members but the last, then the group's output; y: what member ``index`` gave for x."""
-        if index == 0:
-            self._added = torch.zeros(x.shape, dtype=torch.float32)
-        added = cast("Tensor", self._added)
-        if not elsewhere:
-            added += y.float() - x.float()
-        if index + 1 < self._size:
-            return x
-        self._added = None
-        return (x.float() + self._ranks.sum(added)).to(x.dtype)
-
-
 # ---- tensor parallel ------------------------------------------------------------------------------------------------
-
-_HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads")
 
 
 def shard_tensors(
@@ -304,76 +252,89 @@ def _uncut(match: Match, ranks: int) -> str:
     norms = [norm for norm in (spec.q_norm, spec.k_norm) if norm is not None]
     if len(spec.qkv) != 3 or len(spec.up) != (2 if spec.gated else 1):
         return "its linears are fused (qkv, gate_up)"
-    if spec.heads % ranks or spec.kv_heads % ranks:
-        return f"its {spec.heads} heads, {spec.kv_heads} of keys and values, do not divide"
     if spec.sinks is not None or any(norm.gain.shape[0] != spec.head_dim for norm in norms):
         return "it has other parameters for each head"
-    width, group = spec.o.in_features, spec.o.packed.group
-    if width % (ranks * group):
-        return f"{width} inputs of its attention's output, in groups of {group}, do not divide"
-    groups = -(-spec.intermediate // spec.down.packed.group)
-    if groups < ranks:
-        inputs = f"{spec.intermediate} inputs of its MLP's output"
-        return f"{inputs} are fewer than {ranks} groups of {spec.down.packed.group}"
+    try:
+        _cuts(spec, Share(0, ranks))
+    except ValueError as error:
+        return str(error)
     return ""
+
+
+def _by_role(spec: LayerSpec) -> dict[str, PackedLinear]:
+    """The linears of a layer whose linears are not fused."""
+    return dict(zip(("q", "k", "v", "o", *("gate", "up")[-len(spec.up) :], "down"), spec.linears(), strict=True))
+
+
+def _cuts(spec: LayerSpec, share: Share) -> dict[str, Cut]:
+    linears = {r: Linear(each.out_features, each.in_features, each.packed.group) for r, each in _by_role(spec).items()}
+    return cut_layer(linears, spec.heads, spec.kv_heads, share)
 
 
 def _cut_layer(layer: nn.Module, spec: LayerSpec, ranks: Ranks) -> None:
     """Keep this rank's share of a layer, in place."""
-
-    def even(count: int) -> slice:
-        return slice(count * ranks.rank // ranks.size, count * (ranks.rank + 1) // ranks.size)
-
-    group = spec.down.packed.group
-    whole = even(-(-spec.intermediate // group))  # groups; the last one may be short
-    inner = slice(whole.start * group, min(whole.stop * group, spec.intermediate))
-    parts = [(linear, _rows(linear, even(linear.out_features))) for linear in spec.qkv]
-    parts += [(linear, _rows(linear, inner)) for linear in spec.up]
-    for linear, own in ((spec.o, even(spec.o.in_features)), (spec.down, inner)):
-        parts.append((linear, _columns(linear, own, ranks)))
+    share, linears = Share(ranks.rank, ranks.size), _by_role(spec)
     places = {module: path for path, module in layer.named_modules()}
-    for linear, new in parts:
+    for role, cut in _cuts(spec, share).items():
+        linear = linears[role]
+        new = cut.kind(cut.of(linear.packed), cut.bias(linear.bias), dtype=linear.dtype, compute=linear.compute)
+        new.train(linear.training)
         path, _, name = places[linear].rpartition(".")
         setattr(layer.get_submodule(path), name, new)
-    for module in layer.modules():
-        for name in _HEAD_COUNTS:
-            if module.__dict__.get(name) in (spec.heads, spec.kv_heads):
-                setattr(module, name, module.__dict__[name] // ranks.size)
+    for summed in summed_linears(layer):
+        summed.ranks = ranks
+    share_heads(layer, spec.heads, spec.kv_heads, share)
 
 
-def _rows(linear: PackedLinear, own: slice) -> PackedLinear:
-    """The linear of these outputs."""
-    whole = unpack(linear.packed)
-    zeros = None if whole.zeros is None else whole.zeros[own]
-    weight = replace(whole, codes=whole.codes[own], scales=whole.scales[own], zeros=zeros)
-    return _like(linear, weight, None if linear.bias is None else linear.bias[own], PackedLinear)
+# ---- loading --------------------------------------------------------------------------------------------------------
 
 
-def _columns(linear: PackedLinear, own: slice, ranks: Ranks) -> SummedLinear:
-    """The linear of these inputs, which begin a group; a bias that is added to a sum is on one rank."""
-    whole, group = unpack(linear.packed), linear.packed.group
-    groups = slice(own.start // group, -(-own.stop // group))
-    zeros = None if whole.zeros is None else whole.zeros[:, groups]
-    weight = replace(whole, codes=whole.codes[:, own], scales=whole.scales[:, groups], zeros=zeros)
-    new = _like(linear, weight, linear.bias if ranks.rank == 0 else None, SummedLinear)
-    new.ranks = ranks
-    return new
+def expected_share(model_config: Any, *, grouped: bool, supported: bool) -> Share | None:
+    """The share that the ``distributed_config`` of transformers asks this rank to load; None: the whole model.
+
+    grouped: whether it has a CQIL plan; supported: whether this version of transformers lets a quantizer change its
+    plan. Raises ValueError for anything but tensor parallel over all ranks by the model's own plan.
+    """
+    config = getattr(model_config, "distributed_config", None)
+    sizes = ("tp_size", "pp_size", "fsdp_size", "dp_replicate_size", "ep_size")
+    if config is None or all((getattr(config, name, None) or 1) == 1 for name in sizes):
+        return None
+    if not supported or not getattr(config, "tp_size", None):
+        raise ValueError(
+            "this version of transformers cuts models in a way of its own: load without distributed_config, then "
+            "torch_cpullm.distributed.shard_tensors(model)"
+        )
+    if grouped:
+        raise ValueError("a model with a CQIL plan is not cut while it loads: load it without distributed_config")
+    for name in sizes[1:]:
+        if (getattr(config, name, None) or 1) != 1:
+            raise ValueError(f"packed weights are only cut for tensor parallel: {name} must be 1")
+    if isinstance(getattr(config, "tp_plan", None), dict):
+        raise ValueError("packed layers are cut by their structure: tp_plan must be None or 'auto', not rules")
+    if not dist.is_initialized():
+        raise ValueError(
+            f"distributed_config asks for {config.tp_size} ranks, and torch.distributed is not initialised: cpullm run "
+            "--nproc, or torchrun, starts them"
+        )
+    if dist.get_world_size() != config.tp_size:
+        raise ValueError(f"tp_size must be the number of ranks, {dist.get_world_size()}, got {config.tp_size}")
+    return Share(dist.get_rank(), config.tp_size)
 
 
-_L = TypeVar("_L", bound=PackedLinear)
+def join_shares(model: nn.Module, *, timeout_s: float = TIMEOUT_S, transport: str = "auto") -> None:
+    """Let a model of which every rank has loaded its share make its sums, before its programs are installed.
+
+    Arguments and errors as of :func:`shard_groups`.
+    """
+    ranks = _join(model, None, timeout_s, transport, whole=False)
+    for summed in summed_linears(model):
+        summed.ranks = ranks
+    model.__dict__[_RANKS] = ranks
+    model.__dict__["save_pretrained"] = _refuse_to_save
 
 
-def _like(linear: PackedLinear, weight: QuantizedWeight, bias: Tensor | None, kind: type[_L]) -> _L:
-    new = kind(pack(weight), bias, dtype=linear.dtype, compute=linear.compute)
-    new.train(linear.training)
-    return new
-
-
-class SummedLinear(PackedLinear):
-    """``y = sum over ranks of x W^T + bias``; W, x: this rank's inputs. What a layer without a program calls."""
-
-    ranks: Ranks
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [.., in_features] -> [.., out_features] of x's dtype, the same bits on all ranks."""
-        return self.ranks.sum(super().forward(x).float()).to(x.dtype)
+def check_shares(model: nn.Module) -> None:
+    """ValueError where a layer that was cut when it was loaded is none that a program knows how to compute."""
+    for name, reason in model.__dict__.get("_cpullm_layers", {}).items():
+        if reason:
+            raise ValueError(f"{name} cannot be cut among {ranks_of(model).size} ranks: {reason}")

@@ -22,16 +22,18 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from . import cqil, ops
+from . import cqil, distributed, ops
 from .checkpoint import MARKER, Form, Headers, check_headers, check_version, form_of, read_forms, read_headers
 from .config import Settings
 from .experts import WEIGHTS
 from .formats.importing import stored_weights
 from .formats.stored import StoredWeight
 from .launch import apply_default_threads
+from .layer_match import decoders
 from .linear import Packed, entry
-from .packing import PackedStack
+from .packing import PackedStack, PackedWeight
 from .plan import Target, check_overrides, check_strict, find_targets, stored_targets
+from .share import Share, cut_targets
 from .swap import dequantize, finish, freeze, progress, put_in_place, swap_module
 
 _Packed = tuple[Packed, Tensor | None]  # a weight, and the order of its inputs
@@ -99,6 +101,7 @@ class CpuLlmQuantizer(HfQuantizer):
         self._tied: dict[str, set[str]] = {}
         self._packed: dict[str, Packed] = {}
         self._error: ValueError | None = None
+        self._share: Share | None = None  # of several ranks
 
     # ---- transformers' protocol: before ----
 
@@ -121,12 +124,12 @@ class CpuLlmQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Decide what becomes of every module of ``model``, which is on the meta device."""
         settings = self.quantization_config
-        if getattr(model.config, "distributed_config", None) is not None:  # it would run, and compute something else
-            raise ValueError(
-                "distributed_config, tp_plan and tp_size do not know packed weights: load the model without them, then "
-                "torch_cpullm.distributed.shard_tensors(model)"
-            )
         self._clear()
+        self._share = distributed.expected_share(
+            model.config,
+            grouped=cqil.CONFIG in vars(model.config),
+            supported=hasattr(HfQuantizer, "update_parallel_plan"),
+        )
         with torch.device("cpu"):  # here it is meta
             self._targets, self._skipped = find_targets(model, settings)
         self._frozen = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -141,8 +144,21 @@ class CpuLlmQuantizer(HfQuantizer):
             self._tied.update({name: names for names in list(self._tied.values()) for name in names})
         if settings.strict:
             check_strict(model, self._targets, self._skipped)
+        if self._share is not None:
+            cut_targets(model, self._targets, self._forms, self._share)
         apply_default_threads()
         return model
+
+    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+        """Leave nothing to cut to transformers, whose hooks on linears know no packed weights: see :mod:`share`."""
+        if self._share is None or plan is model.ep_plan:
+            return
+        from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
+
+        plan.clear()  # it must have a rule: one that leaves a parameter alone, of no layer, since it marks the module
+        layers = tuple(decoder.name + "." for decoder in decoders(model))
+        outside = next(name for name, _ in model.named_parameters() if not name.startswith(layers))
+        plan[replace_layer_number_by_wildcard(outside)] = "replicate"
 
     # ---- a float checkpoint ----
 
@@ -344,7 +360,8 @@ class CpuLlmQuantizer(HfQuantizer):
         key = id(next(iter(tensors.values()))), form
         try:
             if key not in packed:
-                packed[key] = form.packed(tensors, target.shape(weight), parameter)
+                whole, order = form.packed(tensors, target.shape(weight), parameter)
+                packed[key] = (whole if target.cut is None else target.cut.of(cast("PackedWeight", whole))), order
         except ValueError as error:
             raise ValueError(f"this checkpoint is damaged: {entry(target.name, parameter)}: {error}") from error
         return packed[key]
@@ -367,11 +384,15 @@ class CpuLlmQuantizer(HfQuantizer):
             freeze(model)
             for target in targets:
                 swap_module(model, target, settings, packed)
-        skipped, frozen = self._skipped, self._frozen
+        skipped, frozen, share = self._skipped, self._frozen, self._share
         vars(settings).pop("source", None)  # from here on the model is one of ours
         self._clear()
+        if share is not None:
+            distributed.join_shares(model)
         finish(model, settings, skipped, frozen)
-        if cqil.saved_plan(model) is not None:
+        if share is not None:
+            distributed.check_shares(model)
+        elif cqil.saved_plan(model) is not None:
             cqil.apply(model)
         return model
 

@@ -1,23 +1,24 @@
 """What a decoded token costs on one or more sockets, predicted from a model's bytes and a few micro-benchmarks.
 
-    t = sum of bytes / bandwidth + barriers * t_barrier + operators * t_dispatch + all-reduces * t_net
+    t = sum of bytes / bandwidth + layers * t_steps + t_token + operators * t_dispatch
+        + all-reduces * (t_net + t_barrier)
 
-An all-reduce inside an operator, through shared memory, has a barrier of its own.
-
-Bytes are the packed weights that one rank reads for one token; bandwidth is that of the one-row product of weights of
-that form, as this machine's operator reads them; the rest are counts. No constant comes from a run of a model. Left
-out: the cache of keys and values (short contexts), and what generate() does around the model. Each socket is taken to
-be like the cores that were measured, with memory of its own, and an all-reduce over s ranks to take log2(s) times
-that of two.
+Bytes are the packed weights that one rank reads for one token; bandwidth is that at which the operator of a layer, or
+of the head, reads made-up weights of these sizes and forms. t_steps is what a layer takes beside that: its barriers,
+norms, quantised inputs, attention over a short cache. t_token is a decode step without what its layers compute: their
+Python, embedding, last norm, the choice of a token. An all-reduce inside an operator, through shared memory, has a
+barrier of its own; operators are those beyond the one of all layers. No constant comes from a run of a model
+(:mod:`latency_constants`). Left out: long contexts, and what generate() does around the model's call. Each socket is
+taken to be like the cores that were measured, with memory of its own, and an all-reduce over s ranks to take log2(s)
+times that of two.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -26,22 +27,27 @@ from torch import nn
 from .checkpoint import Form, form_of, read_forms
 from .config import Recipe, Settings
 from .experts import WEIGHTS
+from .latency_constants import (
+    READ_BYTES,
+    Sizes,
+    barrier_cost,
+    dispatch_cost,
+    kernel_gbps,
+    layer_time,
+    memory_gbps,
+    nobody,
+    token_cost,
+)
 from .layer_match import decoders
-from .layer_program import Program
-from .layer_spec import LayerSpec
-from .linear import PackedEmbedding, PackedLinear, PackedModule, entry
-from .ops import isa, linear
-from .packing import PackedStack, PackedWeight, pack, resolve_group, round_up
+from .linear import PackedEmbedding, PackedModule, entry
+from .ops import isa
+from .packing import PackedStack, resolve_group, round_up
 from .plan import find_targets, head_compute, stored_targets
-from .quant import quantize_rtn
 
 ALL_REDUCE_S = 114e-6
 """Seconds of an all-reduce of two processes where nobody measured it: the least of gloo on one (busy) machine."""
 
-_OUTSIDE = 4  # operators of a token beside its layers: embedding, positions, last norm, head
-_CUT = 6  # of a layer cut among hosts: attention and MLP, each with a sum and an addition
-_READ_BYTES = 256 << 20  # of a bandwidth measurement: beyond the caches
-_TINY = 32  # width of the layer whose barriers are timed: one panel, nothing for a second thread to do
+_CUT = 6  # operators of a layer cut among hosts: attention and MLP, each with a sum and an addition
 
 
 @dataclass(frozen=True)
@@ -63,15 +69,22 @@ class Footprint:
     layers: tuple[Bytes, ...]
     rest: Bytes
     hidden: int
+    heads: int = 1
+    kv_heads: int = 1
+    head_dim: int = 64
+    vocabulary: int = 32000
 
 
 @dataclass(frozen=True)
 class Constants:
-    """Micro-benchmarks of one process. gbps: bandwidth per kind, of all its threads; barriers: of one layer; transport:
-    of the all-reduce that was measured, empty where it is assumed.
+    """Micro-benchmarks of one process. gbps: bandwidth per kind, of all its threads; steps_s: of a layer, its barriers
+    among them; token_s: a decode step without what layers compute; barriers: of one layer; transport: of the
+    all-reduce that was measured, empty where it is assumed.
     """
 
     gbps: Mapping[Kind, float]
+    steps_s: float
+    token_s: float
     barrier_s: float
     barriers: int
     dispatch_s: float
@@ -82,7 +95,9 @@ class Constants:
 
 @dataclass(frozen=True)
 class Work:
-    """What the busiest rank does for one token. ranks: of an all-reduce; inside: operators make them themselves."""
+    """What the busiest rank does for one token. operators: called for layers, beyond one for all; ranks: of an
+    all-reduce; inside: operators make them themselves.
+    """
 
     read: Bytes
     layers: int
@@ -123,7 +138,11 @@ def footprint(model: nn.Module, settings: Settings | None = None) -> Footprint:
         inside = name.removeprefix(decoder.name + ".") if name.startswith(decoder.name + ".") else ""
         to = layers[int(inside.partition(".")[0])] if inside else rest
         to[kind] += size if not experts else size * min(used or experts, experts) // experts
-    return Footprint(tuple(layers), rest, int(cast("Any", decoder.owner.config).hidden_size))
+    config = cast("Any", decoder.owner.config)
+    hidden, heads = int(config.hidden_size), int(getattr(config, "num_attention_heads", 1) or 1)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    head_dim = int(getattr(config, "head_dim", None) or max(2, hidden // heads))
+    return Footprint(tuple(layers), rest, hidden, heads, kv_heads, head_dim, int(config.vocab_size))
 
 
 def _experts_in_use(config: Any) -> int:
@@ -189,7 +208,7 @@ def default_groups(layers: int, size: int) -> tuple[tuple[int, int], ...]:
 
 def one_process(of: Footprint) -> Work:
     """All layers in one operator."""
-    return Work(_sum([*of.layers, of.rest]), len(of.layers), 1 + _OUTSIDE)
+    return Work(_sum([*of.layers, of.rest]), len(of.layers), 0)
 
 
 def tensor_parallel(of: Footprint, ranks: int, *, inside: bool = False) -> Work:
@@ -198,13 +217,17 @@ def tensor_parallel(of: Footprint, ranks: int, *, inside: bool = False) -> Work:
     inside: all layers are one operator, which makes the all-reduces in shared memory; otherwise a layer is two.
     """
     count = len(of.layers)
-    operators = (1 if inside else _CUT * count) + _OUTSIDE
+    operators = 0 if inside else _CUT * count
     return Work(_sum([_sum(of.layers, ranks), of.rest]), count, operators, 2 * count, ranks, inside)
 
 
-def cqil_ranks(of: Footprint, groups: Sequence[tuple[int, int]], ranks: int) -> Work:
-    """Members of groups spread over ranks, one all-reduce per group; every other layer whole on every rank."""
-    return cqil_of_tensor_parallel(of, groups, ranks, 1)
+def cqil_ranks(of: Footprint, groups: Sequence[tuple[int, int]], ranks: int, *, inside: bool = False) -> Work:
+    """Members of groups spread over ranks, one all-reduce per group; every other layer whole on every rank.
+
+    inside: as of :func:`tensor_parallel`; otherwise a layer is one operator, and a group's sum four.
+    """
+    work = cqil_of_tensor_parallel(of, groups, ranks, 1)
+    return replace(work, inside=inside, operators=0 if inside else work.layers + 4 * len(groups))
 
 
 def cqil_of_tensor_parallel(of: Footprint, groups: Sequence[tuple[int, int]], ranks: int, cut: int) -> Work:
@@ -217,9 +240,7 @@ def cqil_of_tensor_parallel(of: Footprint, groups: Sequence[tuple[int, int]], ra
     steps = [math.ceil(size / ranks) for _, size in groups]
     reduces = len(groups) + (2 * len(outside) + sum(steps) if cut > 1 else 0)
     layers = len(outside) + sum(steps)
-    return Work(
-        read, layers, (_CUT if cut > 1 else 1) * layers + _OUTSIDE, reduces if ranks * cut > 1 else 0, ranks * cut
-    )
+    return Work(read, layers, (_CUT if cut > 1 else 1) * layers, reduces if ranks * cut > 1 else 0, ranks * cut)
 
 
 def _sum(many: Sequence[Bytes], parts: int = 1) -> Bytes:
@@ -233,9 +254,9 @@ def _sum(many: Sequence[Bytes], parts: int = 1) -> Bytes:
 def seconds(work: Work, constants: Constants) -> float:
     """The equation at the top of this file."""
     reading = sum(size / constants.gbps[kind] / 1e9 for kind, size in work.read.items())
-    waiting = (work.layers * constants.barriers + work.inside * work.all_reduces) * constants.barrier_s
-    net = work.all_reduces * constants.all_reduce_s * math.log2(max(work.ranks, 1))
-    return reading + waiting + work.operators * constants.dispatch_s + net
+    beside = work.layers * constants.steps_s + constants.token_s + work.operators * constants.dispatch_s
+    waiting = work.inside * work.all_reduces * constants.barrier_s
+    return reading + beside + waiting + work.all_reduces * constants.all_reduce_s * math.log2(max(work.ranks, 1))
 
 
 def predict(
@@ -254,7 +275,7 @@ def predict(
             row["tensor parallel"] = seconds(tensor_parallel(of, count, inside=inside), constants)
             own = groups or default_groups(len(of.layers), min(count, 4))
             ranks = min(count, max((size for _, size in own), default=1))
-            row["CQIL"] = seconds(cqil_ranks(of, own, ranks), constants) if own else None
+            row["CQIL"] = seconds(cqil_ranks(of, own, ranks, inside=inside), constants) if own else None
             own = groups or default_groups(len(of.layers), 2)
             ranks = max((size for _, size in own), default=1)
             if own and count > ranks and count % ranks == 0:
@@ -264,108 +285,55 @@ def predict(
     return rows
 
 
-# ---- micro-benchmarks -----------------------------------------------------------------------------------------------
+# ---- constants ------------------------------------------------------------------------------------------------------
 
 
-def measure(of: Footprint, all_reduce: tuple[float, str] | None = None, *, read_bytes: int | None = None) -> Constants:
-    """Constants of this process, with torch's threads. all_reduce: (seconds, transport) that the caller
-    measured, None: ALL_REDUCE_S.
+def measure(
+    of: Footprint,
+    all_reduce: tuple[float, str] | None = None,
+    *,
+    share: int = 4,
+    ranks: Any = None,
+    meet: Callable[[], Any] = nobody,
+    read_bytes: int | None = None,
+) -> Constants:
+    """Constants of this process, with torch's threads, by :mod:`latency_constants`.
 
-    read_bytes: how much memory a bandwidth measurement reads.
+    A layer's bandwidth and fixed time are the line through a whole one and ``1 / share`` of one. all_reduce: (seconds,
+    transport) that the caller measured, None: ALL_REDUCE_S. ranks: a sharded model's, which all measure at once, as
+    ``meet`` sees to; an all-reduce then costs what it adds to layers that are cut in as many. read_bytes: how much
+    memory a bandwidth measurement reads.
     """
     isa()  # an impossible CPULLM_ISA is an error here, before memory is taken
-    kinds = {kind for each in (*of.layers, of.rest) for kind in each}
-    read_bytes = read_bytes or _READ_BYTES
-    memory = memory_gbps(read_bytes)
-    gbps = {kind: min(memory, kernel_gbps(kind, read_bytes)) if kind.form else memory for kind in kinds}
-    barrier_s, barriers = barrier_cost()
+    size = read_bytes or READ_BYTES
+    inside = _sum(of.layers, len(of.layers))
+    packed = {kind: held for kind, held in inside.items() if kind.form is not None}
+    barriers = barrier_cost()
     net, transport = (ALL_REDUCE_S, "") if all_reduce is None else all_reduce
-    dispatch_s, threads = dispatch_cost(), torch.get_num_threads()
-    return Constants(gbps, barrier_s, barriers, dispatch_s, net, threads, transport)
-
-
-def memory_gbps(size: int = _READ_BYTES) -> float:
-    """GB/s (1e9 bytes per second) at which all threads read memory."""
-    buffer = torch.ones(round_up(size, 1 << 16), dtype=torch.uint8)
-    return buffer.numel() / _least(lambda: torch.ops.cpullm.read_memory.default(buffer), 5) / 1e9
-
-
-def kernel_gbps(kind: Kind, size: int = _READ_BYTES, k: int = 4096) -> float:
-    """GB/s at which ``y = x W^T`` of one row reads packed weights of this kind, W [n, k] of about ``size`` bytes."""
-    form = kind.form
-    assert form is not None
-    n = max(32, size // packed_bytes(32, k, form) * 32)
-    group = resolve_group(form.group_size, k)
-    scales = torch.full((n // 32, -(-k // group), 32), 0.01, dtype=getattr(torch, form.scales))
-    zeros = None
-    if form.zeros != "none":
-        zeros = torch.full(scales.shape, 8, dtype=torch.uint8 if form.zeros == "point" else scales.dtype)
-    codes = torch.full((n // 32, k // 4, 64 if form.bits == 4 else 128), 0x88, dtype=torch.uint8)
-    weight = PackedWeight(codes, scales, zeros, n, k, form.bits, form.group_size)
-    x = torch.ones(1, k)
-    return weight.nbytes / _least(lambda: linear(x, weight, None, None, kind.compute), 5) / 1e9
-
-
-def barrier_cost() -> tuple[float, int]:
-    """(seconds of one barrier, barriers of a layer) from layers too small for a second thread to help with.
-
-    What all threads take longer than one is their waiting for each other.
-    """
-    threads, count = torch.get_num_threads(), 64
-    matrix = pack(quantize_rtn(torch.ones(_TINY, _TINY), 4, 32, True, torch.float16))
-    one = PackedLinear(matrix, dtype=torch.float32)
-    spec = LayerSpec(
-        hidden=_TINY,
-        heads=1,
-        kv_heads=1,
-        head_dim=_TINY,
-        intermediate=_TINY,
-        norm="rms",
-        eps=1e-5,
-        qkv=(one, one, one),
-        o=one,
-        up=(one, one),
-        down=one,
-        scale=1.0,
-        act="silu",
-        gated=True,
+    gbps, steps_s = {FLOAT: memory_gbps(size, meet)}, 0.0
+    for kind in sorted(packed, key=lambda kind: packed[kind]):  # the one with most bytes last: its fixed time counts
+        sizes = Sizes(of.hidden, of.heads, of.kv_heads, of.head_dim, sum(packed.values()))
+        arguments = (kind.form, kind.compute, size, meet)
+        whole, _ = layer_time(sizes, 1, *arguments)
+        part, sum_s = layer_time(sizes, share, *arguments, ranks)
+        slope = max(0.0, whole.seconds - part.seconds) / max(1, whole.bytes - part.bytes)
+        steps_s = max(0.0, whole.seconds - slope * whole.bytes)
+        gbps[kind] = whole.bytes / (whole.seconds - steps_s) / 1e9 if slope else whole.bytes / whole.seconds / 1e9
+        net = net if sum_s is None else max(net, sum_s - barriers.seconds)
+    for kind in of.rest:
+        if kind not in gbps and kind.form is not None:
+            gbps[kind] = kernel_gbps(kind.form, kind.compute, of.hidden, size, meet)
+    meet()
+    count = len(of.layers)
+    token_s = max(0.0, token_cost(of.vocabulary, count) - count * barriers.layer_s)
+    return Constants(
+        gbps,
+        steps_s,
+        token_s,
+        barriers.seconds,
+        barriers.per_layer,
+        dispatch_cost(),
+        net,
+        torch.get_num_threads(),
+        transport,
     )
-    program, x = Program(spec), torch.ones(1, 1, _TINY)
-    caches = [torch.zeros(1, 1, 32, _TINY) for _ in range(2 * count)]
-    handles, none = [program.handle] * count, [-1] * count
-
-    def run() -> None:
-        torch.ops.cpullm.layers_forward.default(handles, x, [], none * 2, none, caches, 0, [1] * count, 0)
-
-    together = _least(run, 50)
-    barriers = torch.ops.cpullm.layer_barriers.default()
-    torch.set_num_threads(1)
-    try:
-        alone = _least(run, 50)
-    finally:
-        torch.set_num_threads(threads)
-    return max(0.0, together - alone) / barriers if barriers else 0.0, round(barriers / count)
-
-
-def dispatch_cost() -> float:
-    """Seconds of an operator that computes next to nothing, called from Python."""
-    matrix = pack(quantize_rtn(torch.ones(_TINY, _TINY), 4, 32, True, torch.float16))
-    one, x = PackedLinear(matrix, dtype=torch.float32).eval(), torch.ones(1, _TINY)
-
-    def run() -> None:
-        for _ in range(100):
-            one(x)
-
-    with torch.no_grad():
-        return _least(run, 20) / 100
-
-
-def _least(run: Callable[[], Any], times: int) -> float:
-    """Seconds of the shortest of ``times`` runs, after one that warms up."""
-    run()
-    best = math.inf
-    for _ in range(times):
-        start = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - start)
-    return best

@@ -11,6 +11,7 @@ import copy
 import sys
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from .layer_decoder import DecoderStep
 from .layer_execute import Run
 from .layer_graph import decoder_layer, number_layer
-from .layer_group import Call, GroupMember, member_of
+from .layer_group import Call, Elsewhere, GroupMember, member_of
 from .layer_match import Decoder, Match, decoders, match_layer
 from .layer_parts import rotary_from_table
 from .layer_program import MOST_MEMBERS, Program, run_group
@@ -52,6 +53,7 @@ def install_programs(model: nn.Module) -> list[Match]:
     matches = []
     rotaries: list[_Rotary] = []
     for decoder in decoders(model):
+        found: list[Match] = []
         for index, layer in enumerate(decoder.layers):
             member = member_of(layer)
             if "forward" in layer.__dict__ and (member is None or not member.grouped):
@@ -59,7 +61,13 @@ def install_programs(model: nn.Module) -> list[Match]:
                 match = Match(f"{decoder.name}.{index}", None, reason)
             else:
                 match = match_layer(decoder, index)
-            matches.append(match)
+            found.append(match)
+        matches += found
+        for index, layer in enumerate(decoder.layers):
+            match, member = found[index], member_of(layer)
+            if member is not None and isinstance(layer, Elsewhere):  # is called as the members here are
+                twin = found[member.group.first + member.group.here[0]]
+                match = replace(twin, name=match.name, reason=match.reason, run=None)
             if match.spec is not None:
                 layer.__dict__["forward"] = None  # it is there when the layer is looked at
                 layer.__dict__["forward"] = LayerProgram(layer, decoder, index, match, rotaries, member)
@@ -75,28 +83,35 @@ def install_programs(model: nn.Module) -> list[Match]:
 def _stack_up(decoder: Decoder) -> None:
     """Let the layers of a decoder run as one operator in decode steps, where they are all alike and programs."""
     found = [layer.__dict__.get("forward") for layer in decoder.layers]
-    programs = [each for each in found if isinstance(each, LayerProgram) and each._run is not None]
+    all_ = [each for each in found if isinstance(each, LayerProgram) and (each._run is not None or each.away)]
+    programs = [each for each in all_ if not each.away]
     alike = {(each._rotary is None, each._cache_name, each._needs_mask) for each in programs}
     windows = [each.window for each in programs]
     groups = [each.member.group for each in programs if each.member is not None]
-    in_place = all(each._layer_idx == index for index, each in enumerate(programs))
-    if len(programs) != len(found) or len(programs) < 2 or len(alike) != 1 or not in_place:
+    places = [each._index for each in programs]
+    in_place = all(each._layer_idx == each._index for each in programs)
+    if len(all_) != len(found) or len(programs) < 2 or len(alike) != 1 or not in_place:
         return
     if programs[0]._rotary is not None:  # tables of its own, by position
         return
     if not all(each._together for each in programs) or len({group.bypass for group in groups}) > 1:
         return
     runs = [cast("Program", each._run) for each in programs]
-    if any(each.operators > 1 for each in programs):  # sums between them that no operator makes
+    spread = [group.ranks for group in groups if group.ranks is not None]
+    gloo = any(ranks.transport != "shared memory" for ranks in spread)
+    if gloo or any(each.operators > 1 for each in programs):  # sums between them that no operator makes
         return
-    sizes = [1 if each.member is None else each.member.group.size for each in programs if each.begins]
+    runs_of = [None if each.member is None else each.member.group for each in all_ if each.begins]
+    sizes = [1 if group is None else len(group.here) for group in runs_of]
+    summed = [2 if group is not None and group.ranks is not None else 0 for group in runs_of] if spread else []
     layers, owner = list(decoder.layers), decoder.owner
     bypass = groups[0].bypass if groups else 0
-    stack = LayerStack(owner, layers, runs, sizes, bypass, len(set(windows)) == 1)
-    for each in programs:
+    ranks = spread[0] if spread else None
+    stack = LayerStack(owner, layers, runs, sizes, bypass, len(set(windows)) == 1, places, ranks, summed)
+    for each in all_:
         each._stack = stack
-    first = programs[0]
-    first._others, first._stack_watch = [weakref.ref(each) for each in programs], Watch(layers, owner.config)
+    first = all_[0]
+    first._others, first._stack_watch = [weakref.ref(each) for each in all_], Watch(layers, owner.config)
     if "forward" not in owner.__dict__:
         owner.__dict__["forward"] = DecoderStep(owner, stack, first._all_unchanged, windows)
 
@@ -222,26 +237,29 @@ class LayerProgram:
     def _run_group(self, calls: list[Call]) -> Tensor:
         """The output of this program's group, by one operator or in plain torch."""
         group, programs = cast("GroupMember", self.member).group, self._of_group()
-        if len(programs) == group.size <= MOST_MEMBERS:
-            ready = [each._ready((x,), kwargs) for each, (x, kwargs) in zip(programs, calls, strict=True)]
+        if len(programs) == len(group.here) <= MOST_MEMBERS:
+            own = [calls[i] for i in group.here]
+            ready = [each._ready((x,), kwargs) for each, (x, kwargs) in zip(programs, own, strict=True)]
             if None not in ready and len({each._kind for each in programs}) == 1:
                 runs = [cast("Program", each._run) for each in programs]
-                y = run_group(runs, group.bypass, cast("list[tuple]", ready))
+                inside = None if group.ranks is None or group.ranks.transport == "gloo" else group.ranks
+                y = run_group(runs, group.bypass, cast("list[tuple]", ready), inside)
                 if y is not None:
-                    return y
+                    return y if inside is not None else group.joined(own[0][0], y)
         return group.compute(calls)
 
     def _of_group(self) -> list[LayerProgram]:
-        """The programs of this program's group, itself among them; fewer than members where some have none."""
+        """The programs of the members here of this program's group; fewer than those where some have none."""
         group = cast("GroupMember", self.member).group
-        found = [layer.__dict__.get("forward") for layer in group.members()]
+        members = group.members()
+        found = [members[i].__dict__.get("forward") for i in group.here]
         return [each for each in found if isinstance(each, LayerProgram)]
 
     def why_not_together(self) -> str:
         """Why the group of this layer does not run as one operator; empty if it does, and for a layer in none."""
         if self.member is None:
             return ""
-        size, programs = self.member.group.size, self._of_group()
+        size, programs = len(self.member.group.here), self._of_group()
         if size > MOST_MEMBERS:
             return f"groups of more than {MOST_MEMBERS} have no operator"
         if len(programs) < size or any(each.why_not() for each in programs):
@@ -253,6 +271,11 @@ class LayerProgram:
     def operators(self) -> int:
         """Of a call that the program serves: 2 of a layer that is cut among ranks of several hosts."""
         return getattr(self._run, "operators", 1)
+
+    @property
+    def away(self) -> bool:
+        """Whether another rank computes the layer."""
+        return self.member is not None and self.member.index not in self.member.group.here
 
     @property
     def begins(self) -> bool:
@@ -340,6 +363,7 @@ class LayerProgram:
             or not self._harmless(kwargs)
             or self._is_recorded()
             or not self._together
+            or (self.member is not None and self.member.group.ranks is not None)
         ):
             return self._plain(args, kwargs)
         get = kwargs.get

@@ -164,6 +164,25 @@ def combine(layers: list[nn.Module], halves: list[Halves], x: Tensor, attended: 
     return y
 
 
+class Elsewhere(nn.Module):
+    """In the place of a member that another rank computes. It has the layer's plain attributes.
+
+    arguments: names of those of the layer's forward, hidden states first.
+    """
+
+    why_no_program = "another rank computes it"
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.__dict__.update({name: value for name, value in own_state(layer).items() if name != "forward"})
+        self.train(layer.training)
+        self.arguments = tuple(inspect.signature(type(layer).forward).parameters)[1:]
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        """RuntimeError: only its group can be called."""
+        raise RuntimeError("this layer is on another rank, and is no member of its group any more")
+
+
 class _Step(threading.local):
     """One thread's calls of the members so far."""
 
@@ -174,16 +193,26 @@ class _Step(threading.local):
 class LayerGroup:
     """Members ``first``, ``first + 1``, ... of a list of layers, one :class:`Halves` each; mode: one of MODES.
 
+    ranks: a :class:`torch_cpullm.collective.Ranks` of a group whose members are spread over ranks, None: all are here.
     Holds no strong reference to the layers, so that a deleted model is gone at once. It is copied and pickled with its
-    model; copied alone, a member cannot be called.
+    model, unless it is spread; copied alone, a member cannot be called.
     """
 
     def __init__(
-        self, layers: nn.ModuleList | None, first: int, halves: tuple[Halves, ...], mode: str, bypass: int
+        self,
+        layers: nn.ModuleList | None,
+        first: int,
+        halves: tuple[Halves, ...],
+        mode: str,
+        bypass: int,
+        ranks: Any = None,
     ) -> None:
         self._layers: Any = (lambda: None) if layers is None else weakref.ref(layers)
         self.first, self.halves, self.mode = first, halves, mode
         self.bypass = -1 if mode == "lp" else bypass
+        self.ranks = ranks
+        # Members that this process computes.
+        self.here = range(len(halves)) if ranks is None else range(ranks.rank, len(halves), ranks.size)
         self._step = _Step()
         self._traced: list[Call] = []  # while Dynamo traces, which is one thread at a time
 
@@ -225,10 +254,16 @@ class LayerGroup:
 
     def compute(self, calls: list[Call]) -> Tensor:
         """The group's output from the calls of all members."""
-        layers, halves = self.members(), list(self.halves)
-        each = zip(layers, halves, calls, strict=True)
-        attended = [half.attend(layer, x, kwargs) for layer, half, (x, kwargs) in each]
-        return combine(layers, halves, calls[-1][0], attended, self.bypass)
+        members, x = self.members(), calls[-1][0]
+        layers, halves = [members[i] for i in self.here], [self.halves[i] for i in self.here]
+        attended = [
+            half.attend(layer, x, calls[i][1]) for i, layer, half in zip(self.here, layers, halves, strict=True)
+        ]
+        return self.joined(x, combine(layers, halves, x, attended, self.bypass))
+
+    def joined(self, x: Tensor, y: Tensor) -> Tensor:
+        """``x + sum over ranks of (y - x)``, y: what the members here make of x."""
+        return y if self.ranks is None else (x.float() + self.ranks.sum(y.float() - x.float())).to(x.dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerGroup:
         return LayerGroup(memo.get(id(self._layers())), *self._rest())
@@ -237,6 +272,8 @@ class LayerGroup:
         return LayerGroup, (self._layers(), *self._rest())
 
     def _rest(self) -> tuple[int, tuple[Halves, ...], str, int]:
+        if self.ranks is not None:
+            raise RuntimeError("a model whose layers are spread over ranks cannot be copied: copy it before")
         return self.first, self.halves, self.mode, max(self.bypass, 0)
 
 
@@ -286,7 +323,7 @@ def install_groups(groups: list[LayerGroup]) -> None:
     for group in groups:
         for index, layer in enumerate(group.members()):
             names = tuple(inspect.signature(type(layer).forward).parameters)[1:]
-            layer.__dict__["forward"] = GroupMember(group, index, names)
+            layer.__dict__["forward"] = GroupMember(group, index, getattr(layer, "arguments", names))
 
 
 def remove_groups(layers: nn.ModuleList) -> None:

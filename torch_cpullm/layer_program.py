@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,10 +60,11 @@ class Program:
         return cache.reserve(x.shape[0], x.shape[1], self._kv_heads, self._head_dim, x.dtype)
 
 
-def run_group(programs: Sequence[Program], bypass: int, calls: Sequence[tuple]) -> Tensor | None:
+def run_group(programs: Sequence[Program], bypass: int, calls: Sequence[tuple], ranks: Any = None) -> Tensor | None:
     """``y = x + sum_l (a_l + m_l)`` of layers that read one x, by one operator; see :func:`layer_group.combine`.
 
-    calls: the arguments of each program, whose x are equal. None where the caches hold different numbers of tokens.
+    calls: the arguments of each program, whose x are equal. ranks: whose sum it is, through shared memory; None: all l
+    are here. None where the caches hold different numbers of tokens.
     """
     x = calls[-1][0]
     tensors: list[Tensor] = []
@@ -80,7 +82,7 @@ def run_group(programs: Sequence[Program], bypass: int, calls: Sequence[tuple]) 
     handles, groups = [program.handle for program in programs], [len(programs)]
     if all(cache is None for cache in caches):
         masks = [place(fitting(mask, x.shape[1])) for _, _, _, mask, _ in calls]
-        return run_all(programs, (handles, x, tensors, rotary, masks, [], 0, groups, bypass))
+        return run_all(programs, (handles, x, tensors, rotary, masks, [], 0, groups, bypass), ranks, [2])
     if None in caches:
         return None
     held = [program.reserve(cache, x) for program, cache in zip(programs, caches, strict=True)]
@@ -88,18 +90,24 @@ def run_group(programs: Sequence[Program], bypass: int, calls: Sequence[tuple]) 
         return None
     masks = [place(fitting(mask, held[0][4] + x.shape[1])) for _, _, _, mask, _ in calls]
     buffers = [tensor for each in held for tensor in each[:4] if tensor is not None]
-    y = run_all(programs, (handles, x, tensors, rotary, masks, buffers, held[0][4], groups, bypass))
+    y = run_all(programs, (handles, x, tensors, rotary, masks, buffers, held[0][4], groups, bypass), ranks, [2])
     for cache in caches:
         cache.advance(x.shape[1])
     return y
 
 
-def run_all(programs: Sequence[Program], arguments: tuple) -> Tensor:
-    """``layers_forward(*arguments)`` of these programs, whose sums over ranks, if any, go through shared memory."""
+def run_all(programs: Sequence[Program], arguments: tuple, spread: Any = None, summed: Sequence[int] = ()) -> Tensor:
+    """``layers_forward(*arguments)`` of these programs, whose sums over ranks, if any, go through shared memory.
+
+    spread: the ranks of groups that are spread; summed: which those are, see :func:`ops.layers_forward`.
+    """
+    if spread is not None:
+        return spread.run(_group_forward, (*arguments, summed), arguments[1], sum(map(bool, summed)))
     ranks = programs[0].ranks
     if ranks is None:
         return _group_forward(*arguments)
-    return ranks.run(_group_forward, arguments, arguments[1], sum(program.sums for program in programs))
+    sums = sum(program.sums for program in programs)
+    return ranks.run(_group_forward, (*arguments, [1] * len(programs)), arguments[1], sums)
 
 
 def fitting(mask: Tensor | None, keys: int) -> Tensor | None:

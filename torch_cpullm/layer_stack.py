@@ -12,6 +12,7 @@ import inspect
 import operator
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, cast
@@ -30,7 +31,7 @@ _DEPTH = 12  # frames between a layer's forward and its decoder's
 class Seen:
     """A step in which the decoder passed each layer what the one before returned.
 
-    x: of the first layer; calls: (mask, position embeddings) of every layer; y: of the last.
+    x: of the first layer; calls: (mask, position embeddings) of every program; y: of the last layer.
     """
 
     x: Tensor
@@ -51,15 +52,16 @@ class _Step(threading.local):
     shared: tuple[Any, ...] = ()  # mask, position embeddings and cache of that call
     seen: Tensor | None = None  # while looking: what the layer before returned
     first: Tensor | None = None  # while looking: what the first layer got
-    calls: tuple[tuple[Any, Any], ...] = ()  # while looking: (mask, position embeddings) of the layers so far
+    calls: tuple[tuple[Any, Any], ...] = ()  # while looking: (mask, position embeddings) of the programs so far
     last: Seen | None = None  # the last step that was looked at from end to end
 
 
 class LayerStack:
-    """The layers of one decoder, whose programs are ``programs``. groups: sizes of runs of layers that read one input.
+    """The layers of one decoder. programs: of those that this process computes, ``places`` in the list of layers.
 
-    bypass: see :func:`layer_group.combine`. alike: whether the layers may be called with one mask and the same position
-    embeddings; those of others are known to :class:`layer_decoder.DecoderStep` alone.
+    groups: sizes of runs of programs that read one input. bypass: see :func:`layer_group.combine`. alike: whether the
+    layers may be called with one mask and the same position embeddings; those of others are known to
+    :class:`layer_decoder.DecoderStep` alone. ranks, summed: of groups that are spread, see :func:`run_all`.
     """
 
     def __init__(
@@ -70,12 +72,16 @@ class LayerStack:
         groups: list[int],
         bypass: int,
         alike: bool,
+        places: list[int],
+        ranks: Any = None,
+        summed: Sequence[int] = (),
     ) -> None:
         self._waiting = [each for layer in layers for each in (layer._forward_hooks, layer._forward_pre_hooks)]
         self._programs = programs  # their handles are good as long as they live
         self._handles = [program.handle for program in programs]
         self._groups, self._bypass, self._alike = groups, bypass, alike
-        self._last = len(programs) - 1
+        self._places, self._ranks, self._summed = places, ranks, summed
+        self._last = len(layers) - 1
         self._code = inspect.unwrap(type(owner).forward).__code__
         self._step = _Step()
         self._may_run = False
@@ -91,7 +97,7 @@ class LayerStack:
             step.first, step.calls = x, (shared[:2],)
         elif step.seen is x and shared[2] is step.shared[2]:
             step.seen = y
-            step.calls += (shared[:2],)
+            step.calls += (shared[:2],) if index in self._places else ()
             if index == self._last:
                 one = all(all(map(operator.is_, call, step.shared)) for call in step.calls)
                 self._may_run = self._may_run or (one and self._alike)
@@ -162,7 +168,7 @@ class LayerStack:
         for place in {*masks} - {-1}:
             tensors[place] = cast("Tensor", fitting(tensors[place], length + x.shape[1]))
         arguments = (self._handles, x, tensors, rotary, masks, buffers, length, self._groups, self._bypass)
-        y = run_all(self._programs, arguments)
+        y = run_all(self._programs, arguments, self._ranks, self._summed)
         for each in held:
             each.advance(x.shape[1])
         return y
@@ -175,7 +181,7 @@ class LayerStack:
     def length_of(self, cache: Any) -> int:
         """Tokens in a cache that this stack can write; -1 for any other."""
         held = getattr(cache, "layers", None)
-        return getattr(held[0], "length", -1) if held and len(held) == len(self._programs) else -1
+        return getattr(held[0], "length", -1) if held and len(held) == self._last + 1 else -1
 
     def resume(self, index: int, x: Any, shared: tuple[Any, ...]) -> Tensor | None:
         """The output of all layers if the first one's call has computed them, else None.
@@ -206,8 +212,9 @@ class LayerStack:
     def _reserve(self, cache: Any, x: Tensor, tokens: int) -> tuple[list[Any], list[Tensor], int] | None:
         """(layers of the cache, their buffers in the operator's order, length), or None if it cannot be written."""
         held = getattr(cache, "layers", None)
-        if held is None or len(held) != len(self._programs):
+        if held is None or len(held) != self._last + 1:
             return None
+        held = [held[place] for place in self._places]
         try:
             length = held[0].length
             if any(each.length != length for each in held):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -252,6 +252,7 @@ def layers_forward(
     length: int,
     groups: list[int],
     bypass: int = 0,
+    summed: Sequence[int] = (),
     shared: Tensor | None = None,
     rank: int = 0,
     ranks: int = 1,
@@ -262,13 +263,13 @@ def layers_forward(
     A group of up to 8 layers reads one x: ``y = x + sum_l (a_l + m_l)``; m_l reads x + a_l + the a_j of the ``bypass``
     layers before l in the group, -1: of all. x [b, s, hidden] -> y alike. tensors: cos, sin and masks as
     :func:`layer_forward` takes them; rotary: indices of cos and sin of every layer, masks: of every layer's mask, -1
-    for none. caches: none, or k and v of every layer, or k, v and their scales; all hold ``length`` tokens. shared,
-    rank, ranks, timeout_s: of layers that are cut among ranks, as of :func:`shared_sum`: attention's output and the
-    MLP's are summed over ranks (of a parallel layer, their sum). Raises RuntimeError for what does not fit, and where
-    a rank did not come.
+    for none. caches: none, or k and v of every layer, or k, v and their scales; all hold ``length`` tokens. summed:
+    what of each group is summed over ranks: 0 nothing, 1 attention's output and the MLP's of a layer that is cut (of a
+    parallel layer, their sum), 2 the sum_l above, of whose members this rank has some; shared, rank, ranks, timeout_s:
+    as of :func:`shared_sum`. Raises RuntimeError for what does not fit, and where a rank did not come.
     """
     return torch.ops.cpullm.layers_forward.default(
-        programs, x, tensors, rotary, masks, caches, length, groups, bypass, shared, rank, ranks, timeout_s
+        programs, x, tensors, rotary, masks, caches, length, groups, bypass, summed, shared, rank, ranks, timeout_s
     )
 
 
@@ -419,9 +420,7 @@ def _layer_forward_fake(program, x, cos, sin, mask, k_cache, v_cache, k_scale, v
 
 
 @torch.library.register_fake("cpullm::layers_forward")
-def _layers_forward_fake(
-    programs, x, tensors, rotary, masks, caches, length, groups, bypass, shared=None, rank=0, ranks=1, timeout_s=0.0
-):
+def _layers_forward_fake(programs, x, *_, **__):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

@@ -203,7 +203,7 @@ def stack(count: int, matrix: Callable[[int], PackedWeight]) -> PackedStack:
     panels = first.codes.shape[0]
 
     def room(t: Tensor) -> Tensor:
-        return _aligned_empty((count * t.nbytes,)).view(t.dtype).view(count * panels, *t.shape[1:])
+        return aligned_empty((count * t.nbytes,)).view(t.dtype).view(count * panels, *t.shape[1:])
 
     zeros = None if first.zeros is None else room(first.zeros)
     whole = replace(first, codes=room(first.codes), scales=room(first.scales), zeros=zeros, n=count * panels * PANEL)
@@ -234,7 +234,7 @@ _HUGE_PAGE = 1 << 21
 _CACHED = 1 << 19  # codes at a time that fit into a core's cache with their temporaries
 
 
-def _aligned_empty(shape: tuple[int, ...]) -> Tensor:
+def aligned_empty(shape: tuple[int, ...]) -> Tensor:
     """Uninitialised uint8 tensor at a 64-byte boundary; from 2 MiB on at a huge page's, and advised to use huge pages.
 
     Large ones have a mapping of their own: malloc would take them from a heap that quantisation's temporary memory has
@@ -275,7 +275,7 @@ def _packed_codes(codes: Tensor, k: int, bits: int, stored: int, blocks: Callabl
     """
     n, kp, panels = codes.shape[0], round_up(k, CHUNK), -(-codes.shape[0] // PANEL)
     width = kp if stored == 8 else kp // 2
-    out = _aligned_empty((panels, kp // STEP, 16 * bits))
+    out = aligned_empty((panels, kp // STEP, 16 * bits))
     step = max(1, _CACHED // (PANEL * kp))
     for first in range(0, panels, step):
         last = min(first + step, panels)

@@ -21,6 +21,7 @@ from .layer_parts import ROLE_OF
 from .linear import Packed, PackedEmbedding, PackedLinear, PackedModule, entry
 from .packing import PackedStack, PackedWeight, pack, stack
 from .quant import quantize_rtn
+from .share import Cut
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Target:
     recipe: Recipe | None = None  # None: a checkpoint has it in packed form
     head: bool = False  # the model's output head
     act: str = ""  # of experts
+    cut: Cut | None = None  # of a linear: this rank's share of it
 
     @property
     def name(self) -> str:
@@ -63,6 +65,8 @@ class Target:
     def _matrix(self, weight: Tensor) -> PackedWeight:
         check_weight(self.name, weight)
         weight = weight.T if self.kind == "conv1d" else weight
+        if self.cut is not None:
+            weight = weight[self.cut.rows, self.cut.inputs].contiguous()
         return pack(quantize_rtn(weight, *cast("Recipe", self.recipe)))
 
     def replacement(
@@ -90,7 +94,12 @@ class Target:
         else:
             compute = head_compute(compute) if self.head else compute
             bias = cast("Tensor | None", self.module.bias)
-            new = PackedLinear(matrix, bias, dtype=dtype, compute=compute, order=order)
+            if self.cut is not None:
+                if order is not None:
+                    raise ValueError(f"{self.name} has its inputs in another order (desc_act), and cannot be cut")
+                bias = self.cut.bias(bias)
+            linear = PackedLinear if self.cut is None else self.cut.kind
+            new = linear(matrix, bias, dtype=dtype, compute=compute, order=order)
         new.train(self.module.training)
         keep_original(new, self.module)
         return new
