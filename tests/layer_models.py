@@ -65,7 +65,7 @@ WHY_NOT = {  # family -> words of the reason; every other family matches
     "bloom": "alibi",
     "mixtral": "mlp.gate holds 'weight'",
     "qwen2-moe": "mlp.gate holds 'weight'",
-    "qwen3-moe": "which no program knows|is not known|no known role",
+    "qwen3-moe": "the module mlp.experts has no known role",
 }
 
 

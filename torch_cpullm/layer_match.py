@@ -117,6 +117,10 @@ KNOWN_NUMBERS = {
     "word_embed_proj_dim", "no_rope_layers", "no_rope_layer_interval", "id2label", "label2id", "num_labels",
     "architectures", "task_specific_params", "auto_map", "quantization_config", "chunk_size_feed_forward",
     "keys_to_ignore_at_inference", "base_model_tp_plan", "base_model_pp_plan", "cpullm_cqil",
+    # Of a mixture of experts, whose dense layers match: which layers are dense their modules show, and the rest is of
+    # the others.
+    "decoder_sparse_step", "mlp_only_layers", "num_experts", "num_experts_per_tok", "moe_intermediate_size",
+    "num_local_experts", "shared_expert_intermediate_size", "router_aux_loss_coef",
 }
 # fmt: on
 

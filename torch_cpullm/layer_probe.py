@@ -149,6 +149,8 @@ def shrink(config: Any, sizes: Sizes) -> Any:
     for name, value in known.items():
         if vars(new).get(names.get(name, name)) is not None:
             setattr(new, name, value)
+    if hasattr(new, "mlp_only_layers"):  # a layer with experts does not get here: the replica's are all dense
+        new.mlp_only_layers = list(range(len(first)))
     _shrink_rope(getattr(new, "rope_parameters", None))
     for name in ("quantization_config", "_name_or_path", "transformers_version", "architectures", "dtype"):
         vars(new).pop(name, None)
