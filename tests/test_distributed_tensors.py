@@ -134,7 +134,7 @@ def refused(_):
         "rows": lambda: built("llama", group_size=-1),
         "mlp": lambda: built("llama", intermediate_size=24),
         "fused": lambda: torch_cpullm.optimize(ALL["phi3"].build()),
-        "unknown": lambda: torch_cpullm.optimize(ALL["bloom"].build()),
+        "unknown": lambda: torch_cpullm.optimize(ALL["mpt"].build()),
         "group": lambda: _grouped(built("llama")),
         "none": lambda: torch.nn.Linear(32, 32),
     }

@@ -24,7 +24,7 @@ class Match:
     outputs: 0 where the layer returns a tensor, otherwise the length of its tuple, all but the first None.
     cache_name: the argument that takes the cache; layer_idx: the layer's place in it. table: sines and cosines by
     position where the layer keeps its own (see :func:`layer_parts.rotary_from_table`). config: the model's. run: what
-    runs the spec.
+    runs the spec. biased: linear biases (alibi) of the call are added to its mask.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Match:
     table: Tensor | None = None
     config: Any = None
     run: Run | None = None
+    biased: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def match_layer(decoder: Decoder, index: int) -> Match:
     except (NoMatchError, ValueError) as error:
         return Match(name, None, str(error), config=config)
     layer_idx = getattr(parts.attention, "layer_idx", index)
-    return Match(name, spec, "", outputs, parts.cache_name, layer_idx, parts.table, config, run)
+    return Match(name, spec, "", outputs, parts.cache_name, layer_idx, parts.table, config, run, choice.biased)
 
 
 # ---- the config -----------------------------------------------------------------------------------------------------
