@@ -166,8 +166,6 @@ def read_parts(layer: nn.Module, config: Any) -> Parts:
             role = ROLE_OF.get(name)
             if role is None or role in linears:
                 raise NoMatchError(f"the linear {path} has no known role")
-            if module.order is not None:
-                raise NoMatchError(f"the inputs of {path} are in an order of their own (desc_act)")
             linears[role] = path, module
         elif isinstance(module, nn.Linear):
             raise NoMatchError(f"the linear {path} is not packed")
