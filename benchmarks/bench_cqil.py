@@ -95,27 +95,28 @@ def attention_share(model: Any) -> float:
     return sizes["self_attn"] / sum(sizes.values())
 
 
-def plans_of(
-    model: Any, calibration: Tensor, saving: float, sizes: Sequence[int] = (2, 4), skipping: bool = True
-) -> list[tuple[str, cqil.Plan]]:
+def plans_of(model: Any, calibration: Tensor, saving: float, only: str = "") -> list[tuple[str, cqil.Plan]]:
     """(name, plan) of every way to save this share of the layers' time, windows chosen on ``calibration``.
 
-    sizes: of groups. skipping: the baselines, too.
+    only: what a name must contain.
     """
     count = model.config.num_hidden_layers
     found = []
-    for size in sizes:
-        groups = max(1, round(saving * count / (size - 1)))
-        plan = cqil.search(model, calibration, size, 1e9, groups=groups, tries=5)
-        name = "pairs" if size == 2 else f"groups of {size}"
-        found += [(f"{name}, D = {bypass}", cqil.Plan.of(model, plan.groups, "cqil", bypass)) for bypass in (0, 1)]
-        found.append((f"{name}, lp", cqil.Plan.of(model, plan.groups, "lp")))
-    if not skipping:
-        return found
+    for size, title in ((2, "pairs"), (4, "groups of 4")):
+        ways = {f"{title}, D = 0": ("cqil", 0), f"{title}, D = 1": ("cqil", 1), f"{title}, lp": ("lp", 0)}
+        ways = {name: way for name, way in ways.items() if only in name}
+        if ways:
+            groups = max(1, round(saving * count / (size - 1)))
+            best = cqil.search(model, calibration, size, 1e9, groups=groups, tries=5)
+            found += [(name, cqil.Plan.of(model, best.groups, *way)) for name, way in ways.items()]
     skipped = round(saving * count)
-    found.append(("layers skipped evenly", cqil.baseline(model, "skip", skipped)))
     attentions = min(count - 2, round(skipped / attention_share(model)))
-    found.append(("late attention skipped", cqil.baseline(model, "skip_attention", attentions)))
+    for name, mode, layers in (
+        ("layers skipped evenly", "skip", skipped),
+        ("late attention skipped", "skip_attention", attentions),
+    ):
+        if only in name:
+            found.append((name, cqil.baseline(model, mode, layers)))
     return found
 
 
@@ -145,18 +146,17 @@ def quality(args: argparse.Namespace) -> None:
             "copying, %": round(copying(model, words), 1),
         }
 
-    everything = not args.repair and list(args.sizes) == [2, 4]
-    if everything:
+    if not args.repair and not args.only:
         write(row("none", None, 0.0), args.json)
     share = attention_share(model)
     for saving in args.saving:
-        for name, plan in plans_of(model, calibration, saving, args.sizes, everything):
+        for name, plan in plans_of(model, calibration, saving, args.only):
             dropped = sum(size for _, size in plan.groups) / plan.layers * share
             saved = dropped if plan.mode == "skip_attention" else plan.reduction
             cqil.apply(model, plan)
             if not args.repair:
                 write(row(name, plan, saved), args.json)
-            elif plan.mode == "cqil":
+            else:
                 before = {key: value.clone() for key, value in model.state_dict().items()}
                 repair(model, training, steps=args.repair, learning_rate=1e-3)
                 write(row(name, plan, saved, args.repair), args.json)
@@ -243,10 +243,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     one = kinds.add_parser("quality", help="perplexity, KL and copying of SmolLM2 under every plan")
     one.add_argument("--text", type=Path, required=True)
     one.add_argument("--saving", type=float, nargs="+", default=SAVINGS, help="shares of the layers' time to save")
-    one.add_argument(
-        "--repair", type=int, default=0, metavar="STEPS", help="LoRA repair of the cqil plans, and their rows"
-    )
-    one.add_argument("--sizes", type=int, nargs="+", default=[2, 4], help="of groups; others than 2 4: no baselines")
+    one.add_argument("--repair", type=int, default=0, metavar="STEPS", help="rows after this much LoRA repair")
+    one.add_argument("--only", default="", metavar="TEXT", help="plans whose name contains this, as 'pairs' or 'lp'")
     two = kinds.add_parser("latency", help="tokens per second in INT4")
     two.add_argument("--model", default=shapes.REAL, help=f"{', '.join(shapes.SHAPES)}, {shapes.REAL} or a path")
     two.add_argument("--pp", type=int, default=512, help="prompt tokens")

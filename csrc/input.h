@@ -24,6 +24,7 @@ struct Arena {
 struct Linear {
   Weight w;
   const float* bias;  // null or [n]
+  const int32_t* order;  // null or [k]: the weight's input j is input order[j] of the rows
 };
 
 inline int64_t panels_of(int64_t n) { return (n + kPanel - 1) / kPanel; }

@@ -100,8 +100,11 @@ struct LayerRun {
                      team.input_bytes(compute, rows, p.intermediate, p.down.w.group)});
   }
 
-  // norm(rows) as an input in one of the part's slots. Returns whether the others must be waited for.
-  bool input(Input& in, char* shared, char* own, const LayerNorm& norm, const Rows& rows, int64_t group) {
+  // norm(rows) as the input of products with `reader`, in one of the part's slots. Returns whether the others must be
+  // waited for.
+  bool input(Input& in, char* shared, char* own, const LayerNorm& norm, Rows rows, const Linear& reader) {
+    const int64_t group = reader.w.group;
+    rows.order = reader.order;
     const bool mine = is_private(rows.m, rows.k), alone = team.member.count == 1 || mine;
     Arena arena{mine ? own : shared};
     in = make_input(arena, team.kernels, compute, rows.m, rows.k, group);
@@ -368,11 +371,10 @@ struct LayerRun {
       const LayerNorm& other = parallel && !first.mlp_norm.present ? first.input_norm : first.mlp_norm;
       if (parallel && !p.mlp_norm.present && rows == m && c.stage == Stage::whole) {
         part.in = part.h;
-      } else if (&part != parts && (parallel || lp) && p.up[0].w.group == first.up[0].w.group &&
-                 same(norm, other, hidden)) {
+      } else if (&part != parts && (parallel || lp) && read_alike(p.up[0], first.up[0]) && same(norm, other, hidden)) {
         part.in = parts[0].in;
       } else {
-        wait |= input(part.in, part.input_b, part.private_b, norm, source_rows(part, row0, rows), p.up[0].w.group);
+        wait |= input(part.in, part.input_b, part.private_b, norm, source_rows(part, row0, rows), p.up[0]);
       }
     }
     if (wait) team.sync();
@@ -382,7 +384,7 @@ struct LayerRun {
     for (Part& part : *this) {
       const LayerProgram& p = *part.p;
       const Rows acted{part.up_out, rows, p.intermediate, p.intermediate * (p.gated ? 2 : 1), Float::f32, nullptr};
-      wait |= input(part.in, part.input_b, part.private_b, {}, acted, p.down.w.group);
+      wait |= input(part.in, part.input_b, part.private_b, {}, acted, p.down);
     }
     if (wait) team.sync();
     const int64_t width = parts[0].p->intermediate;
@@ -436,10 +438,10 @@ struct LayerRun {
     for (Part& part : *this) {
       const LayerProgram& p = *part.p;
       const LayerProgram& first = *parts[0].p;
-      if (&part != parts && p.qkv[0].w.group == first.qkv[0].w.group && same(p.input_norm, first.input_norm, hidden)) {
+      if (&part != parts && read_alike(p.qkv[0], first.qkv[0]) && same(p.input_norm, first.input_norm, hidden)) {
         part.h = parts[0].h;
       } else {
-        wait |= input(part.h, part.input_a, part.private_a, p.input_norm, x, p.qkv[0].w.group);
+        wait |= input(part.h, part.input_a, part.private_a, p.input_norm, x, p.qkv[0]);
       }
     }
     if (wait) team.sync();
@@ -450,7 +452,7 @@ struct LayerRun {
     for (Part& part : *this) {
       const int64_t width = part.p->heads * part.p->head_dim;
       const Rows attended{part.attended, m, width, width, Float::f32, nullptr};
-      wait |= input(part.in, part.input_b, part.private_b, {}, attended, part.p->o.w.group);
+      wait |= input(part.in, part.input_b, part.private_b, {}, attended, part.p->o);
     }
     if (wait) team.sync();
     const bool add = c.stage == Stage::whole && !parallel;

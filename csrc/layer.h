@@ -5,6 +5,8 @@
 // x -> h = norm(x); q, k, v = h Wq, h Wk, h Wv; norm and rope of q and k; k, v to the cache; a = attention Wo;
 // sequential: r = x + norm(a), y = r + norm(MLP(norm(r)));  parallel: y = x + a + MLP(norm(x) or h).
 // A group: y = x + sum a_l + sum MLP_l(norm(f_l)), f_l = x + a_l + the a_j of `bypass` members before l, or of all.
+// Its down projections are one product [z_1 .. z_p] [W_1; ..; W_p] over all members' inputs, whose segments are packed
+// apart: one phase, in which a thread has the same columns of all of them and adds in the order of the members.
 // A layer that is cut among ranks has a share of the heads and of the MLP: a Wo and the MLP are sums over ranks. They go
 // through memory that the ranks share, or the layer is run in two parts, with the caller's sum after each. Of a group
 // that is spread over ranks, each has some members, and sum a_l + sum MLP_l is one sum over ranks.

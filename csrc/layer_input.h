@@ -15,9 +15,15 @@ constexpr int64_t kMlpRows = 1024;  // rows of an MLP at a time: bounds its memo
 constexpr int64_t kPrivateInputs =
     12 * 1024;  // up to here every thread quantises all rows itself: cheaper than a barrier
 
-// Whether two norms (vectors) compute the same.
-inline bool same(const float* a, const float* b, int64_t count) {
-  return a == b || (a && b && !std::memcmp(a, b, size_t(count) * sizeof(float)));
+// Whether two vectors, or two norms, are the same.
+template <class T>
+bool same(const T* a, const T* b, int64_t count) {
+  return a == b || (a && b && !std::memcmp(a, b, size_t(count) * sizeof(T)));
+}
+
+// Whether products with two weights of one k can read the same Input.
+inline bool read_alike(const Linear& a, const Linear& b) {
+  return a.w.group == b.w.group && same(a.order, b.order, a.w.k);
 }
 
 inline bool same(const LayerNorm& a, const LayerNorm& b, int64_t width) {
@@ -93,10 +99,14 @@ struct Team {
       from.m = count;
       if (norm.present) {
         kernels.norm(norm.norm, from, normed, rows.k, {0, count});
-        from = {normed, count, rows.k, rows.k, Float::f32, nullptr};
+        from = {normed, count, rows.k, rows.k, Float::f32, rows.order};
       }
       if (in.kind == Compute::int8) {
-        from.x = element_of(from.x, k0, from.type);
+        if (from.order) {
+          from.order += k0;
+        } else {
+          from.x = element_of(from.x, k0, from.type);
+        }
         from.k = std::min(k1, rows.k) - k0;
       }
       load(kernels, from, tile_of(in, t, count, k0, k1), {0, count});

@@ -145,6 +145,17 @@ Weight check_weight(const char* op, const Tensor& codes, const Tensor& scales, c
   return w;
 }
 
+const int32_t* check_order(const char* op, const OptionalTensor& perm, int64_t k) {
+  if (!perm) return nullptr;
+  STD_TORCH_CHECK(perm->is_cpu() && perm->scalar_type() == ScalarType::Int && perm->dim() == 1 && perm->size(0) == k &&
+                      perm->is_contiguous(),
+                  op, ": perm must be a contiguous int32 CPU tensor of shape [", k, "], got ", shape_of(*perm));
+  const int32_t* order = static_cast<const int32_t*>(perm->const_data_ptr());
+  for (int64_t j = 0; j < k; ++j)
+    STD_TORCH_CHECK(order[j] >= 0 && order[j] < k, op, ": perm[", j, "] = ", order[j], " is outside [0, ", k, ")");
+  return order;
+}
+
 namespace {
 
 // x as rows with unit stride; `holder` keeps a contiguous copy alive where one was needed.
@@ -167,17 +178,6 @@ Rows check_rows(const char* op, const Tensor& x, std::optional<Tensor>& holder) 
   }
   rows.x = source->const_data_ptr();
   return rows;
-}
-
-const int32_t* check_order(const char* op, const OptionalTensor& perm, int64_t k) {
-  if (!perm) return nullptr;
-  STD_TORCH_CHECK(perm->is_cpu() && perm->scalar_type() == ScalarType::Int && perm->dim() == 1 && perm->size(0) == k &&
-                      perm->is_contiguous(),
-                  op, ": perm must be a contiguous int32 CPU tensor of shape [", k, "], got ", shape_of(*perm));
-  const int32_t* order = static_cast<const int32_t*>(perm->const_data_ptr());
-  for (int64_t j = 0; j < k; ++j)
-    STD_TORCH_CHECK(order[j] >= 0 && order[j] < k, op, ": perm[", j, "] = ", order[j], " is outside [0, ", k, ")");
-  return order;
 }
 
 const float* check_bias(const char* op, const OptionalTensor& bias, int64_t n) {

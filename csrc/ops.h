@@ -83,6 +83,9 @@ constexpr int64_t kMostSize = int64_t(1) << 40;  // of n, k and a group: product
 Weight check_weight(const char* op, const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros, int64_t n,
                     int64_t k, int64_t group);
 
+// perm int32 [k], whose entries lie in [0, k), or null; anything else is an error that names `op`.
+const int32_t* check_order(const char* op, const OptionalTensor& perm, int64_t k);
+
 // The activation of this name; anything else is an error that names `op`.
 Act act_of(const char* op, const std::string& name);
 

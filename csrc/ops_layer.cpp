@@ -2,6 +2,7 @@
 #include "layer.h"
 #include "ops.h"
 
+#include <algorithm>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -64,6 +65,8 @@ struct Reader {
     Linear l;
     l.w = check_weight(kCreate, *codes, *scales, zeros ? OptionalTensor(*zeros) : OptionalTensor(), n, k, group);
     l.bias = vector(what, n);
+    const Tensor* order = tensor(what);
+    l.order = check_order(kCreate, order ? OptionalTensor(*order) : OptionalTensor(), k);
     return l;
   }
   LayerNorm norm(const char* what, int64_t width, float eps, bool layer) {
@@ -75,6 +78,12 @@ struct Reader {
 };
 
 constexpr int64_t kMost = int64_t(1) << 24;  // of every size: products stay far from overflow
+
+void check_read_alike(const Linear& a, const Linear& b, const char* what) {
+  STD_TORCH_CHECK(a.w.group == b.w.group, kCreate, ": ", what, " must have one group size");
+  const bool alike = a.order == b.order || (a.order && b.order && std::equal(a.order, a.order + a.w.k, b.order));
+  STD_TORCH_CHECK(alike, kCreate, ": ", what, " must have their inputs in one order (desc_act)");
+}
 
 void read_attention(Reader& in, LayerProgram& p) {
   p.layout = {in.next(1, kMost, "q_per_group"), in.next(0, kMost, "group_stride"), in.next(0, kMost, "k_start"),
@@ -99,8 +108,7 @@ void read_attention(Reader& in, LayerProgram& p) {
     p.qkv[1] = in.linear("k", kv_width, p.hidden);
     p.qkv[2] = in.linear("v", kv_width, p.hidden);
   }
-  for (int i = 1; i < p.qkv_count; ++i)
-    STD_TORCH_CHECK(p.qkv[i].w.group == p.qkv[0].w.group, kCreate, ": q, k and v must have one group size");
+  for (int i = 1; i < p.qkv_count; ++i) check_read_alike(p.qkv[i], p.qkv[0], "q, k and v");
   p.o = in.linear("o", p.hidden, q_width);
 }
 
@@ -109,8 +117,7 @@ void read_mlp(Reader& in, LayerProgram& p) {
   p.up_count = int(in.next(1, p.gated ? 2 : 1, "the number of up products"));
   for (int i = 0; i < p.up_count; ++i)
     p.up[i] = in.linear("up", p.intermediate * (p.gated && p.up_count == 1 ? 2 : 1), p.hidden);
-  STD_TORCH_CHECK(p.up_count == 1 || p.up[1].w.group == p.up[0].w.group, kCreate,
-                  ": gate and up must have one group size");
+  if (p.up_count == 2) check_read_alike(p.up[1], p.up[0], "gate and up");
   p.down = in.linear("down", p.hidden, p.intermediate);
 }
 
@@ -147,8 +154,7 @@ int64_t layer_create(std::vector<Tensor> tensors, std::vector<int64_t> ints, std
   read_norms(in, p);
   STD_TORCH_CHECK(!p.parallel || !(p.post_attention_norm.present || p.post_mlp_norm.present), kCreate,
                   ": a parallel layer has no norms after attention or MLP");
-  STD_TORCH_CHECK(!p.parallel || p.mlp_norm.present || p.up[0].w.group == p.qkv[0].w.group, kCreate,
-                  ": products that share an input must have one group size");
+  if (p.parallel && !p.mlp_norm.present) check_read_alike(p.up[0], p.qkv[0], "products that share an input");
   p.rotary_dim = in.next(0, p.head_dim, "rotary_dim");
   STD_TORCH_CHECK(p.rotary_dim % 2 == 0, kCreate, ": rotary_dim must be even");
   p.rope_style = in.flag("interleaved") ? RopeStyle::interleaved : RopeStyle::half;

@@ -62,10 +62,9 @@ WHY_NOT = {  # family -> words of the reason; every other family matches
     "opt": "no arrangement of its parts",
     "falcon-gqa": "another form than one per key head",
     "mpt": "alibi",
-    "bloom": "alibi",
     "mixtral": "mlp.gate holds 'weight'",
     "qwen2-moe": "mlp.gate holds 'weight'",
-    "qwen3-moe": "which no program knows|is not known|no known role",
+    "qwen3-moe": "the module mlp.experts has no known role",
 }
 
 

@@ -10,8 +10,8 @@ from torch_cpullm.packing import QuantizedWeight, pack, resolve_group
 from torch_cpullm.quant import quantize_rtn
 
 
-def linear(n, k, gen, *, bias=False, compute="fp32", group=32, form="zero", bits=4):
-    """A packed linear of random weights; form: sym, zero or minimum."""
+def linear(n, k, gen, *, bias=False, compute="fp32", group=32, form="zero", bits=4, ordered=False):
+    """A packed linear of random weights; form: sym, zero or minimum; ordered: inputs in an order that k decides."""
     weight = torch.randn(n, k, generator=gen) / k**0.5
     quantized = quantize_rtn(weight, bits, group, form == "sym" or bits == 8)
     if form == "minimum" and bits == 4:
@@ -20,7 +20,8 @@ def linear(n, k, gen, *, bias=False, compute="fp32", group=32, form="zero", bits
         codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=gen)
         quantized = QuantizedWeight(codes, scale, scale * -7.3, 4, group)
     vector = torch.randn(n, generator=gen) * 0.1 if bias else None
-    return PackedLinear(pack(quantized), vector, dtype=torch.float32, compute=compute)
+    order = torch.randperm(k, generator=generator(k)).int() if ordered else None
+    return PackedLinear(pack(quantized), vector, dtype=torch.float32, compute=compute, order=order)
 
 
 def spec(
@@ -117,6 +118,8 @@ STRUCTURES = {
     "groups of 64": {"linears": {"group": 64, "form": "sym"}},
     "groups of 128, longer than some rows": {"linears": {"group": 128, "form": "minimum"}, "intermediate": 288},
     "per channel": {"linears": {"group": -1, "form": "minimum", "bias": True}, "mlp": "fused"},
+    "desc_act": {"linears": {"ordered": True}, "hidden": 136},
+    "desc_act, one input for all": {"linears": {"ordered": True}, "qkv": "concat", **PARALLEL, "norms": ("input",)},
     "8 bits": {"linears": {"bits": 8, "group": 64}},
 }
 

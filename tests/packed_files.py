@@ -61,7 +61,7 @@ def quantised(weight: Tensor, recipe: Recipe, generator: torch.Generator) -> Mat
     group = k if recipe.group_size == -1 else recipe.group_size
     g_idx = torch.arange(k) // group
     if recipe.order:
-        g_idx = g_idx[torch.randperm(k, generator=generator)]
+        g_idx = g_idx[torch.randperm(k, generator=torch.Generator().manual_seed(k))]  # linears of one input share it
     top, groups = (1 << recipe.bits) - 1, int(g_idx.max()) + 1
     values, zeros, scales = torch.empty(n, k, dtype=torch.int64), [], []
     for index in range(groups):

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from layer_models import ALL
 
 import torch_cpullm
 from torch_cpullm import attention, ops
@@ -387,3 +388,12 @@ def test_a_part_with_eager_attention_keeps_the_whole_model_as_it_is():
     assert (model.config._attn_implementation, model.tower.config._attn_implementation) == ("sdpa", "eager")
     torch_cpullm.restore(model)
     assert (model.config._attn_implementation, model.tower.config._attn_implementation) == ("sdpa", "eager")
+
+
+def test_gpt2_runs_at_block_ops(count):
+    """Its layers are no programs (cross-attention): attention is our kernel, every Conv1D a packed linear."""
+    model = torch_cpullm.optimize(ALL["gpt2"].build())
+    assert torch_cpullm.report(model).left_in_float == []
+    with torch.no_grad():
+        model.generate(torch.tensor([[5, 17, 3, 40]]), max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert len(count) == 3 * model.config.n_layer

@@ -35,6 +35,8 @@ def test_plans():
     assert {plan.reduction for plan in names.values() if plan.mode in ("cqil", "lp", "skip")} == {0.25}
     assert bench_cqil.layers_text(cqil.Plan.of(model, [(1, 2), (3, 2), (7, 1)])) == "1-4, 7"
     assert 0 < bench_cqil.attention_share(model) < 1
+    assert [name for name, _ in bench_cqil.plans_of(model, IDS, 0.25, "lp")] == ["pairs, lp", "groups of 4, lp"]
+    assert [name for name, _ in bench_cqil.plans_of(model, IDS, 0.25, "even")] == ["layers skipped evenly"]
 
 
 def test_latency_rows(tmp_path, capsys):

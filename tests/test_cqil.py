@@ -19,7 +19,6 @@ from torch_cpullm.layer_match import decoders
 IDS = torch.tensor([[5, 17, 3, 40, 22, 9, 31, 8, 2, 60, 11], [7, 7, 20, 33, 1, 4, 90, 14, 6, 3, 2]])
 # Layers that are more than x + attention + MLP: a residual that goes into the halves, cross-attention, norms behind.
 NO_SPLIT = {
-    "bloom": "cannot be called by itself",
     "gpt2": "not one attention",
     "mpt": "norm_1 has no known role",
     "opt": "does not compute",

@@ -11,9 +11,9 @@ from test_cqil import IDS, NO_SPLIT, SPLIT, grouped, llama, logits
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import torch_cpullm
-from torch_cpullm import cqil, layer_program, layer_stack
+from torch_cpullm import cli, cqil, layer_program, layer_stack
 from torch_cpullm.kv_cache import CpuLlmCache
-from torch_cpullm.layer import GROUP_OP, IN_TORCH, ONE_OP, PER_LINEAR, layer_levels
+from torch_cpullm.layer import GROUP_OP, IN_TORCH, ONE_OP, PER_LINEAR, layer_levels, remove_programs
 from torch_cpullm.linear import PackedLinear
 
 PAIRS = [(1, 2), (3, 2)]
@@ -103,6 +103,18 @@ def test_generation_modes(kwargs):
     assert torch.equal(got, model.generate(IDS[:1], **settings, use_cache=False))
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=str)
+@pytest.mark.parametrize(("mode", "bypass"), [("cqil", 1), ("lp", 0)])
+def test_generation_modes_with_an_int8_cache(kwargs, mode, bypass):
+    """The tokens of the groups' operators are those of the same groups in plain torch, on the same cache."""
+    model = grouped(optimised(compute="fp32", kv_cache="int8"), PAIRS, mode, bypass)
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, **kwargs}
+    got = model.generate(IDS[:1], **settings, return_dict_in_generate=True)
+    assert got.past_key_values.layers[1].k.dtype == torch.int8
+    remove_programs(model)
+    assert torch.equal(got.sequences, model.generate(IDS[:1], **settings))
+
+
 def test_before_and_after_optimize_is_the_same():
     first = optimised(grouped(llama(), PAIRS, "lp"))
     second = grouped(optimised(), PAIRS, "lp")
@@ -118,6 +130,20 @@ def test_restoring_the_weights_keeps_the_groups():
     assert levels(model) == [IN_TORCH] * 4
     assert [name for name, _, _ in layer_levels(model)] == [f"model.layers.{i}" for i in range(1, 5)]
     close(logits(model), logits(grouped(optimised(compute="fp32"), PAIRS)))
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_groups_of_one_in_int4(fold):
+    """The bits of the layers; folding norms into the float weights first changes these within rounding."""
+    model = llama()
+    plan = cqil.Plan.of(model, [(i, 1) for i in range(6)])
+    exact = logits(model)
+    if fold:
+        assert cqil.fold_norms(model, plan) == 6
+    close(logits(model), exact, 1e-5)
+    want = logits(optimised(model))
+    assert torch.equal(logits(cqil.apply(model, plan)), want)
+    assert levels(model) == [GROUP_OP] * 6
 
 
 def test_folded_norms(counts):
@@ -232,6 +258,18 @@ def test_a_float_checkpoint_quantised_while_it_loads(tmp_path):
     assert GROUP_OP in levels(loaded)
 
 
+def test_quantize_keeps_the_plan(tmp_path, capsys):
+    """`cpullm quantize` of a float checkpoint: what is loaded from its result computes the groups."""
+    model = grouped(llama(), PAIRS, "lp")
+    model.save_pretrained(tmp_path / "float")
+    assert cli.main(["quantize", str(tmp_path / "float"), str(tmp_path / "int4")]) == 0
+    assert "weights as" in capsys.readouterr().out
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "int4")
+    assert cqil.saved_plan(loaded) == cqil.saved_plan(model)
+    assert levels(loaded) == [ONE_OP, *[GROUP_OP] * 4, ONE_OP]
+    assert torch.equal(logits(loaded), logits(optimised(model)))
+
+
 def test_a_damaged_plan_in_a_checkpoint_is_an_error(tmp_path):
     model = grouped(optimised(), PAIRS)
     model.save_pretrained(tmp_path)
@@ -250,11 +288,12 @@ def test_compiled(level):
     if level == "optimised":
         optimised(model, compute="fp32")
     want = logits(model)
-    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    tokens = model.generate(IDS, **settings) if level == "optimised" else None
+    modes = ({}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}) if level == "optimised" else ()
+    settings = [{"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, **mode} for mode in modes]
+    tokens = [model.generate(IDS[:1], **each) for each in settings]
     options = {"backend": "cpullm", "options": {"compute": "fp32", "bits": 8}} if level == "backend" else {}
     model.compile(**(options or {"backend": "eager"}), fullgraph=level != "optimised")
     close(logits(model), want, 0.1 if level == "backend" else 1e-3)
-    if tokens is not None:
-        assert torch.equal(model.generate(IDS, **settings), tokens)
+    for each, its in zip(settings, tokens, strict=True):
+        assert torch.equal(model.generate(IDS[:1], **each), its)
     torch._dynamo.reset()

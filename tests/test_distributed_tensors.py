@@ -118,7 +118,8 @@ def refused(_):
         "rows": lambda: built("llama", group_size=-1),
         "mlp": lambda: built("llama", intermediate_size=24),
         "fused": lambda: torch_cpullm.optimize(ALL["phi3"].build()),
-        "unknown": lambda: torch_cpullm.optimize(ALL["bloom"].build()),
+        "unknown": lambda: torch_cpullm.optimize(ALL["mpt"].build()),
+        "order": lambda: _ordered(built("llama")),
         "group": lambda: _grouped(built("llama")),
         "none": lambda: torch.nn.Linear(32, 32),
     }
@@ -135,6 +136,13 @@ def _grouped(model):
     return cqil.apply(model, cqil.Plan.of(model, [(0, 2)]))
 
 
+def _ordered(model):
+    for layer in model.model.layers:
+        linear = layer.mlp.down_proj
+        linear.order = torch.arange(linear.in_features, dtype=torch.int32).flip(0)
+    return model
+
+
 REFUSED = {
     "float": "the model has no packed decoder layers to cut",
     "heads": "model.layers.0 cannot be cut among 2 ranks: its 6 heads, 3 of keys and values, do not divide",
@@ -144,6 +152,7 @@ REFUSED = {
     "mlp": "24 inputs of its MLP's output are fewer than 2 groups of 32",
     "fused": "its linears are fused",
     "unknown": "alibi",
+    "order": "in an order of their own (desc_act)",
     "group": "it is in a CQIL group",
     "none": "the model has no packed decoder layers to cut",
 }

@@ -8,6 +8,8 @@ from layer_programs import STRUCTURES, cache_of, call, error, padded_mask, spec
 from torch_cpullm import ops
 from torch_cpullm.layer_program import MOST_MEMBERS, Program, run_group
 from torch_cpullm.layer_reference import run_group as oracle
+from torch_cpullm.linear import PackedLinear
+from torch_cpullm.packing import QuantizedWeight, pack, unpack
 
 EXACT, ROUNDED = 2e-5, 3e-2  # as in test_layer_program; a group adds the roundings of its members
 BOUND = {"fp32": EXACT, "int8": ROUNDED}
@@ -162,6 +164,39 @@ def test_a_group_has_no_more_barriers_than_one_layer(structure, large):
         for count in (2, 4):
             for bypass in (0,) if specs[0].parallel else (0, 1, ALL):
                 assert barriers(programs[:count], specs[:count], bypass, position) == one
+
+
+@pytest.mark.parametrize("compute", BOUND)
+@pytest.mark.parametrize("structure", ["llama", "biases", "opt", "phi3"])
+def test_products_of_all_members_are_sums_in_their_order(structure, compute, isa):
+    """Out and down projections of a group, which are one phase each, have the bits of the members' own, added up."""
+    for count in (2, 4):
+        specs = members(structure, count, compute)
+        programs = [Program(each) for each in specs]
+        x, cos, sin = call(specs[0], 2, 5)
+        given = cos, sin, None, None, None, None, None, 0
+        attended = [ops.layer_attention(program.handle, x, *given) for program in programs]
+        residual = sum(attended, x)
+        for bypass, sources in ((0, [x + a for a in attended]), (ALL, [residual] * count)):
+            fed = [ops.layer_mlp(p.handle, source) for p, source in zip(programs, sources, strict=True)]
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                got = run_group(programs, bypass, [(x, cos, sin, None, None)] * count)
+                assert torch.equal(got, sum(fed, residual))
+
+
+@pytest.mark.parametrize("compute", BOUND)
+def test_down_products_are_one_product_of_all_inputs(compute):
+    """``sum_l z_l Wdown_l`` is ``[z_1 .. z_p]`` times the members' weights one after the other in k."""
+    specs = members("llama", 4, compute, intermediate=256)
+    downs = [each.down for each in specs]
+    weights = [unpack(down.packed) for down in downs]
+    parts = [torch.cat([getattr(w, name) for w in weights], 1) for name in ("codes", "scales", "zeros")]
+    whole = PackedLinear(pack(QuantizedWeight(*parts, 4, 32)), dtype=torch.float32, compute=compute)
+    z = torch.randn(3, 4 * 256, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        apart = sum(down(part) for down, part in zip(downs, z.chunk(4, 1), strict=True))
+        assert error(apart, whole(z)) <= 1e-6
 
 
 def test_what_does_not_fit_is_an_error():

@@ -28,6 +28,29 @@ def _no_gradients():
         yield
 
 
+def test_orders_of_inputs():
+    """Of linears that read one input they must be equal (as GPTQ makes them), and lie within it."""
+    ordered = {"linears": {"ordered": True}}
+    for linears, text in (("qkv", "q, k and v"), ("up", "gate and up")):
+        other = spec(**ordered)
+        linear = getattr(other, linears)[1]
+        linear.order = linear.order.flip(0)
+        with pytest.raises(ValueError, match=f"{text} must have their inputs in one order"):
+            Program(other)
+        linear.order = None
+        with pytest.raises(ValueError, match=f"{text} must have their inputs in one order"):
+            Program(other)
+    other = spec(**ordered, parallel=True, norm="layer", norms=("input",), mlp="plain")
+    other.up[0].order = other.up[0].order.flip(0)
+    with pytest.raises(ValueError, match="products that share an input must have their inputs in one order"):
+        Program(other)
+    for entry in (-1, 128):
+        other = spec(**ordered)
+        other.o.order[5] = entry
+        with pytest.raises(ValueError, match=rf"perm\[5\] = {entry} is outside \[0, 128\)"):
+            Program(other)
+
+
 @pytest.fixture(scope="module")
 def program():
     return Program(LAYER)
@@ -197,6 +220,7 @@ def test_numbers_that_end_early_or_late():
         ({16: 31}, "group_size must be a positive multiple of 32"),
         ({16: 2**40}, "group_size must be|scales must"),
         ({17: 0}, "q must be a contiguous float32 CPU tensor"),
+        ({18: 0}, r"perm must be a contiguous int32 CPU tensor of shape \[96\]"),
     ],
 )
 def test_numbers_of_programs(changes, text):

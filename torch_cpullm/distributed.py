@@ -252,6 +252,8 @@ def _uncut(match: Match, ranks: int) -> str:
     norms = [norm for norm in (spec.q_norm, spec.k_norm) if norm is not None]
     if len(spec.qkv) != 3 or len(spec.up) != (2 if spec.gated else 1):
         return "its linears are fused (qkv, gate_up)"
+    if any(linear.order is not None for linear in spec.linears()):
+        return "the inputs of its linears are in an order of their own (desc_act)"
     if spec.sinks is not None or any(norm.gain.shape[0] != spec.head_dim for norm in norms):
         return "it has other parameters for each head"
     try:

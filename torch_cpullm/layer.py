@@ -22,7 +22,7 @@ from .layer_execute import Run
 from .layer_graph import decoder_layer, number_layer
 from .layer_group import Call, Elsewhere, GroupMember, member_of
 from .layer_match import Decoder, Match, decoders, match_layer
-from .layer_parts import rotary_from_table
+from .layer_parts import ALIBI, biased_mask, rotary_from_table
 from .layer_program import MOST_MEMBERS, Program, run_group
 from .layer_spec import IGNORED
 from .layer_stack import LayerStack
@@ -92,7 +92,7 @@ def _stack_up(decoder: Decoder) -> None:
     in_place = all(each._layer_idx == each._index for each in programs)
     if len(all_) != len(found) or len(programs) < 2 or len(alike) != 1 or not in_place:
         return
-    if programs[0]._rotary is not None:  # tables of its own, by position
+    if programs[0]._rotary is not None or any(each._alibi_heads for each in programs):  # what a step does not hand on
         return
     if not all(each._together for each in programs) or len({group.bypass for group in groups}) > 1:
         return
@@ -179,6 +179,7 @@ class LayerProgram:
         # Of the first layer of a stack: all its programs, and whether their layers are what they were.
         self._others: list[weakref.ref[LayerProgram]] = []
         self._stack_watch: Watch | None = None
+        self._alibi_heads = 0
         self._reason = "not looked at yet"
         self._number = number_layer(self)
         if match is not None:
@@ -190,7 +191,8 @@ class LayerProgram:
         self._watch = Watch([layer], match.config)
         self._run, self._stack = match.run, None
         self._outputs, self._cache_name, self._layer_idx = match.outputs, match.cache_name, match.layer_idx
-        self._known = _FREE | {match.cache_name}
+        self._alibi_heads = match.spec.heads if match.spec is not None and match.biased else 0  # whose scores get alibi
+        self._known = _FREE | {match.cache_name} | ({ALIBI} if self._alibi_heads else set())
         capturing = sys.modules.get("transformers.utils.output_capturing")
         self._collector = None if capturing is None else capturing._active_collector
         spec = match.spec
@@ -294,7 +296,12 @@ class LayerProgram:
         x, get = args[0], kwargs.get
         mask, cache, rotary = get("attention_mask"), get(self._cache_name), self._rotary
         usable = x.__class__ is Tensor and x.is_cpu and not (x.requires_grad and torch.is_grad_enabled())
-        if mask is None:
+        if self._alibi_heads:
+            alibi = get(ALIBI)
+            if not isinstance(mask, Tensor) or not isinstance(alibi, Tensor) or mask.dim() != 4:
+                return None
+            mask = biased_mask(mask, alibi, self._alibi_heads)
+        elif mask is None:
             usable = usable and not (self._needs_mask and x.shape[1] > 1)
         elif mask.__class__ is not Tensor or mask.dim() != 4:
             usable = False
@@ -356,6 +363,7 @@ class LayerProgram:
         number = getattr(cache, "number", None)  # of a CpuLlmCache
         if (
             self._run is None
+            or self._alibi_heads > 0
             or len(args) != 1
             or (cache is not None and number is None)
             or torch.compiler.is_exporting()

@@ -40,6 +40,7 @@ class Halves:
     attention, mlp: names of children, those of ``mlp`` one after the other. arguments: what attention takes of the
     layer's arguments; None: all. norms: role -> child. residual: the attribute that holds the scale, or "". sum_first:
     of a parallel layer, False: y = (x + a) + m. outputs: length of the tuple that the layer returns; 0: a tensor.
+    adding: children that take the residual and add it themselves.
     """
 
     attention: str
@@ -50,6 +51,7 @@ class Halves:
     residual: str
     sum_first: bool
     outputs: int
+    adding: tuple[str, ...] = ()
 
     def norm(self, layer: nn.Module, role: str, x: Tensor) -> Tensor:
         """x [.., hidden] through the norm of this role, where there is one."""
@@ -58,11 +60,16 @@ class Halves:
                 return getattr(layer, child)(x)
         return x
 
+    def _nothing_to_add(self, child: str, x: Tensor) -> dict[str, Tensor]:
+        """The argument of a half that would add the residual itself: here the sum is the group's."""
+        return {"residual": torch.zeros_like(x)} if child in self.adding else {}
+
     def attend(self, layer: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """``a``: what the attention half adds to x [b, s, hidden]. kwargs: the other arguments of the layer."""
         if self.arguments is not None:
             kwargs = {name: value for name, value in kwargs.items() if name in self.arguments}
-        out = getattr(layer, self.attention)(self.norm(layer, "input", x), **kwargs)
+        attention = getattr(layer, self.attention)
+        out = attention(self.norm(layer, "input", x), **kwargs, **self._nothing_to_add(self.attention, x))
         a = self.norm(layer, "post_attention", out[0] if isinstance(out, tuple) else out)
         return a * getattr(layer, self.residual) if self.residual else a
 
@@ -71,7 +78,7 @@ class Halves:
         shares = self.parallel and "mlp" not in dict(self.norms)
         out: Any = self.norm(layer, "input" if shares else "mlp", h)
         for name in self.mlp:
-            out = getattr(layer, name)(out)
+            out = getattr(layer, name)(out, **self._nothing_to_add(name, h))
         m = self.norm(layer, "post_mlp", out[0] if isinstance(out, tuple) else out)
         return m * getattr(layer, self.residual) if self.residual else m
 
@@ -119,6 +126,8 @@ def _readings(layer: nn.Module, outputs: int) -> list[Halves]:
         raise NoMatchError(f"its MLP is not one module: {', '.join(rest) or 'none'}")
     parameters = inspect.signature(type(children[attention[0]]).forward).parameters.values()
     everything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    halves = {name: children[name] for name in (attention[0], *rest)}
+    adding = [name for name, half in halves.items() if "residual" in inspect.signature(type(half).forward).parameters]
     state = own_state(layer)
     scales = [name for name in RESIDUAL_SCALES if isinstance(state.get(name), (int, float))]
     return [
@@ -131,6 +140,7 @@ def _readings(layer: nn.Module, outputs: int) -> list[Halves]:
             scale,
             parallel and order_,
             outputs,
+            tuple(adding),
         )
         for reading, (parallel, order_), scale in itertools.product(
             norm_readings(norms), ((False, False), (True, True), (True, False)), [*scales, ""]

@@ -24,7 +24,7 @@ class Match:
     outputs: 0 where the layer returns a tensor, otherwise the length of its tuple, all but the first None.
     cache_name: the argument that takes the cache; layer_idx: the layer's place in it. table: sines and cosines by
     position where the layer keeps its own (see :func:`layer_parts.rotary_from_table`). config: the model's. run: what
-    runs the spec.
+    runs the spec. biased: linear biases (alibi) of the call are added to its mask.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Match:
     table: Tensor | None = None
     config: Any = None
     run: Run | None = None
+    biased: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def match_layer(decoder: Decoder, index: int) -> Match:
     except (NoMatchError, ValueError) as error:
         return Match(name, None, str(error), config=config)
     layer_idx = getattr(parts.attention, "layer_idx", index)
-    return Match(name, spec, "", outputs, parts.cache_name, layer_idx, parts.table, config, run)
+    return Match(name, spec, "", outputs, parts.cache_name, layer_idx, parts.table, config, run, choice.biased)
 
 
 # ---- the config -----------------------------------------------------------------------------------------------------
@@ -117,6 +118,10 @@ KNOWN_NUMBERS = {
     "word_embed_proj_dim", "no_rope_layers", "no_rope_layer_interval", "id2label", "label2id", "num_labels",
     "architectures", "task_specific_params", "auto_map", "quantization_config", "chunk_size_feed_forward",
     "keys_to_ignore_at_inference", "base_model_tp_plan", "base_model_pp_plan", "cpullm_cqil",
+    # Of a mixture of experts, whose dense layers match: which layers are dense their modules show, and the rest is of
+    # the others.
+    "decoder_sparse_step", "mlp_only_layers", "num_experts", "num_experts_per_tok", "moe_intermediate_size",
+    "num_local_experts", "shared_expert_intermediate_size", "router_aux_loss_coef",
 }
 # fmt: on
 

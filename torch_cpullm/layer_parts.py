@@ -49,6 +49,7 @@ ARGUMENTS = {
     *CACHES,
 }
 
+ALIBI = "alibi"  # the argument that is added to the scores: linear biases
 Q_NORMS, K_NORMS = ("q_norm", "q_layernorm"), ("k_norm", "k_layernorm")
 _SCALES = ("scaling", "scale", "softmax_scale", "inv_norm_factor")
 _INVERSE_SCALES = ("scale_attn", "norm_factor")
@@ -98,6 +99,7 @@ class Choice:
     window: bool
     rope_style: str
     rotary_dim: int
+    biased: bool = False  # the argument ALIBI is added to the scores
 
 
 def own_state(module: nn.Module) -> dict[str, Any]:
@@ -117,8 +119,8 @@ def check_forward(layer: nn.Module) -> str:
     """The name of the cache among the arguments of the layer's forward; NoMatchError for an unknown argument."""
     parameters = inspect.signature(type(layer).forward).parameters.values()
     names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD][1:]
-    if "position_bias" in names or ("alibi" in names and "position_embeddings" not in names):
-        raise NoMatchError("its attention adds linear biases (alibi), which no program knows")
+    if "position_bias" in names:
+        raise NoMatchError("its attention adds linear biases (alibi) of a form that no program knows")
     unknown = [name for name in names if name not in ARGUMENTS]
     if unknown:
         raise NoMatchError(f"its forward takes {unknown[0]!r}, which no program knows")
@@ -164,8 +166,6 @@ def read_parts(layer: nn.Module, config: Any) -> Parts:
             role = ROLE_OF.get(name)
             if role is None or role in linears:
                 raise NoMatchError(f"the linear {path} has no known role")
-            if module.order is not None:
-                raise NoMatchError(f"the inputs of {path} are in an order of their own (desc_act)")
             linears[role] = path, module
         elif isinstance(module, nn.Linear):
             raise NoMatchError(f"the linear {path} is not packed")
@@ -179,7 +179,7 @@ def read_parts(layer: nn.Module, config: Any) -> Parts:
                 sinks = own["sinks"].detach().float()
             else:
                 raise NoMatchError(f"{path or 'the layer'} holds {next(iter(own))!r}, which no program knows")
-        elif "act" in name and not isinstance(module, nn.Dropout):
+        elif ("act" in name or "gelu" in name) and not isinstance(module, nn.Dropout):
             acts.append(module)
         elif path and not isinstance(module, (nn.Dropout, nn.Identity)) and not list(module.children()):
             raise NoMatchError(f"the module {path} has no known role")
@@ -413,6 +413,13 @@ def build(parts: Parts, config: Any, choice: Choice) -> LayerSpec:
         )
     except ValueError as error:
         raise NoMatchError(f"its sizes do not fit each other: {error}") from error
+
+
+def biased_mask(mask: Tensor, alibi: Tensor, heads: int) -> Tensor:
+    """What is added to scores, [b, heads, s, keys], by a mask [1 or b, 1, s, keys] and alibi [b * heads, 1, keys]."""
+    if mask.dtype == torch.bool:  # no infinity: padding sees nothing, and its softmax must stay finite
+        mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+    return mask.float() + alibi.float().view(-1, heads, 1, alibi.shape[-1])
 
 
 def rotary_from_table(table: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:

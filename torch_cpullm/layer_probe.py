@@ -6,7 +6,7 @@ import copy
 import inspect
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from .layer_execute import Run, prepare
 from .layer_parts import (
+    ALIBI,
     K_NORMS,
     Q_NORMS,
     ROLE_OF,
     Choice,
     NoMatchError,
     Parts,
+    biased_mask,
     build,
     choices,
     own_state,
@@ -149,6 +151,8 @@ def shrink(config: Any, sizes: Sizes) -> Any:
     for name, value in known.items():
         if vars(new).get(names.get(name, name)) is not None:
             setattr(new, name, value)
+    if hasattr(new, "mlp_only_layers"):  # a layer with experts does not get here: the replica's are all dense
+        new.mlp_only_layers = list(range(len(first)))
     _shrink_rope(getattr(new, "rope_parameters", None))
     for name in ("quantization_config", "_name_or_path", "transformers_version", "architectures", "dtype"):
         vars(new).pop(name, None)
@@ -318,8 +322,7 @@ def try_out(layer: nn.Module, config: Any, calls: dict[str, list[Call]]) -> tupl
     """
     parts = read_parts(layer, config)
     first = calls["prefill"][0]
-    if first.arguments.get("alibi") is not None:
-        raise NoMatchError("its attention adds linear biases (alibi), which no program knows")
+    biased = first.arguments.get(ALIBI) is not None
     given = first.arguments.get("position_embeddings")
     cos, _ = _rotary(parts, first)
     if given is not None and not _is_pair(given):
@@ -339,8 +342,10 @@ def try_out(layer: nn.Module, config: Any, calls: dict[str, list[Call]]) -> tupl
                 if not worst <= TOLERANCE:
                     break
         if worst <= TOLERANCE:
-            return choice, first.outputs
+            return replace(choice, biased=biased), first.outputs
         best = min(best, worst)
+    if biased:
+        raise NoMatchError("its attention adds linear biases (alibi) in a way that no program knows")
     raise NoMatchError("no arrangement of its parts computes what it does")
 
 
@@ -356,14 +361,17 @@ def _errors(run: Run, parts: Parts, calls: dict[str, list[Call]]) -> Iterator[fl
         cache = ProbeCache()
         for call in calls[name]:
             mask = call.arguments.get("attention_mask")
-            if kind == "none" or mask is None:
+            alibi = call.arguments.get(ALIBI)
+            if alibi is not None:  # a program takes it with the mask only
+                mask = None if mask is None else biased_mask(mask == 0 if kind == "bool" else mask, alibi, parts.heads)
+            elif kind == "none" or mask is None:
                 mask = None
             elif kind == "bool" and mask.dtype != torch.bool:
                 mask = mask == 0
             got = run(call.x, *_rotary(parts, call), mask, cache)
             yield _error(got, call)
         first = calls[name][0]
-        if kind == "none":
+        if kind == "none" and first.arguments.get(ALIBI) is None:
             yield _error(run(first.x, *_rotary(parts, first), None, None), first)
 
 

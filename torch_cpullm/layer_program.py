@@ -136,6 +136,7 @@ class _Writer:
             self.tensor(tensor)
         self.ints.append(packed.group)
         self.vector(linear.bias)
+        self.tensor(linear.order)
 
     def norm(self, norm: Norm | None) -> None:
         self.ints.append(norm is not None)

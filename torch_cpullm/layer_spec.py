@@ -56,7 +56,8 @@ class QkvLayout:
 
 @dataclass(frozen=True, eq=False)
 class LayerSpec:
-    """One decoder layer. x [b, s, hidden] -> y [b, s, hidden]; weights, biases and compute are the PackedLinears'.
+    """One decoder layer. x [b, s, hidden] -> y [b, s, hidden]; weights, biases, compute and the order of inputs are the
+    PackedLinears'.
 
     ::
 
