@@ -30,7 +30,7 @@ from .quant.groups import as_groups
 from .trial import twin
 
 RATE, CODE_RATE = 0.003, 0.01
-BATCH = 2  # sequences of a step
+ROUNDED = 128  # sequences that rounding looks at, where there are more to learn from
 
 
 def quantize_model(
@@ -43,8 +43,8 @@ def quantize_model(
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Calibrated:
-    """:func:`torch_cpullm.layerwise.calibrate`, then :func:`distil` for as many epochs as ``method`` says."""
-    found = calibrate(model, ids, forms, method, folder=folder, device=device, progress=progress)
+    """:func:`torch_cpullm.layerwise.calibrate` on the first ROUNDED of ``ids``, then :func:`distil` on all of them."""
+    found = calibrate(model, ids[:ROUNDED], forms, method, folder=folder, device=device, progress=progress)
     if not method.epochs:
         return found
     return distil(model, found, ids, epochs=method.epochs, codes=method.codes, device=device, progress=progress)
@@ -59,7 +59,7 @@ def distil(
     rate: float = RATE,
     codes: bool = False,
     code_rate: float = CODE_RATE,
-    batch: int = BATCH,
+    batch: int | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Calibrated:
@@ -68,9 +68,9 @@ def distil(
     model: float, of transformers; it stays as it is. found: of :func:`torch_cpullm.layerwise.calibrate`, for it. ids:
     int64 [sequences, s], never what will be reported. rate: of Adam, relative to each value; it falls to 0 linearly.
     codes: whether codes learn as well, ``code_rate`` levels a step at first; many tokens are needed, since they can
-    learn these by heart. batch: sequences of a step, on the CPU one after another. device: where both models compute;
-    None: where the model is. Zero points and minima stay, and so does the size; experts are taken as float. The same
-    arguments give the same values on one machine with one number of threads.
+    learn these by heart. batch: sequences of a step; None: 2, and up to 16 where there are many. device: where both
+    models compute; None: where the model is. Zero points and minima stay, and so does the size; experts are taken as
+    float. The same arguments give the same values on one machine with one number of threads.
 
     Raises ValueError: ids no tokens of the model, epochs, batch or a rate out of range, a model that is not of
     transformers, a device that is not there, a loss that is no number.
@@ -78,6 +78,7 @@ def distil(
     ids = check_ids(ids, model)
     if ids.dim() != 2:
         raise ValueError(f"ids must be [sequences, tokens], got {list(ids.shape)}")
+    batch = max(2, min(16, len(ids) // 128)) if batch is None else batch
     for name, value in (("epochs", epochs), ("batch", batch)):
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")

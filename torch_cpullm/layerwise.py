@@ -11,6 +11,7 @@ With a folder each finished layer is kept there, and a run that was stopped goes
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 from collections.abc import Callable, Mapping
@@ -42,6 +43,7 @@ from .quant import (
 )
 
 SCALES: dict[str, Callable[..., Tensor]] = {"awq": awq_scales, "teq": teq_scales}
+_ROWS = 4096  # of inputs that are summed up at once
 ROUNDING = ("rtn", "hqq", "clip", "gptq", "signround")
 
 
@@ -126,7 +128,7 @@ class _Call:
 
 
 class _EnoughError(Exception):
-    """The first layer's input is known: the rest of the model need not run."""
+    """What was to be seen is seen: the rest of the model, or of the layer, need not run."""
 
 
 def capture(model: nn.Module, layers: nn.ModuleList, ids: Tensor) -> tuple[Tensor, list[_Call]]:
@@ -206,8 +208,10 @@ class _Seen:
 def look(layer: nn.Module, linears: list[str], inputs: Tensor, call: _Call, where: str) -> _Seen:
     """Statistics of what ``linears`` read while the layer runs on inputs; ValueError, naming the linear, for NaN."""
     seen = _Seen()
+    waiting: dict[str, list[Tensor]] = {}  # rows to come into the statistics together: one large product is faster
     made: dict[int, tuple[str, Tensor]] = {}  # id of a tensor -> who made it; holds it, so that the id stays its own
     read: dict[int, tuple[str, Tensor]] = {}
+    done: set[str] = set()  # linears that have read in this forward
 
     def produced(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, out: Any) -> None:
@@ -224,21 +228,34 @@ def look(layer: nn.Module, linears: list[str], inputs: Tensor, call: _Call, wher
             first = read.setdefault(id(x), (name, x))[0]
             seen.shared[name] = first
             if first == name:
-                try:
-                    before = seen.statistics.get(name) or Statistics.empty(x.shape[-1], x.device)
-                    seen.statistics[name] = before.with_rows(x)
-                except ValueError as error:
-                    raise ValueError(f"calibration: {where}{name}: {error}") from error
+                waiting.setdefault(name, []).append(x.detach().flatten(0, -2).clone())
+                if sum(map(len, waiting[name])) >= _ROWS:
+                    gather(name)
+            done.add(name)
+            if len(done) == len(linears):
+                raise _EnoughError
 
         return hook
+
+    def gather(name: str) -> None:
+        x = torch.cat(waiting.pop(name))
+        before = seen.statistics.get(name) or Statistics.empty(x.shape[-1], x.device)
+        try:
+            seen.statistics[name] = before.with_rows(x)
+        except ValueError as error:
+            raise ValueError(f"calibration: {where}{name}: {error}") from error
 
     handles = [layer.get_submodule(name).register_forward_pre_hook(reads(name)) for name in linears]
     handles += [m.register_forward_hook(produced(name)) for name, m in layer.named_modules() if name]
     try:
         for x in inputs:
-            run_layer(layer, x, call)
+            with contextlib.suppress(_EnoughError):
+                run_layer(layer, x, call)
             made.clear()
             read.clear()
+            done.clear()
+        for name in list(waiting):
+            gather(name)
     finally:
         for handle in handles:
             handle.remove()

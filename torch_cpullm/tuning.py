@@ -23,7 +23,7 @@ from .calibration import LENGTH, calibration_ids, self_generated, text_ids
 from .checkpoint import Form
 from .config import Settings
 from .devices import model_on
-from .distil import distil
+from .distil import ROUNDED, distil
 from .folding import matrix
 from .layer_group import member_of
 from .layerwise import Method, calibrate
@@ -119,7 +119,7 @@ def autotune(
         used = tokens() if method.needs_data else torch.zeros(1, 1, dtype=torch.int64)
         if made is None or made[:2] != (plain, forms):
             own = None if folder is None else Path(folder) / f"{plain}{kind}".replace(" ", "").replace(",", "-")
-            made = plain, forms, calibrate(fast, used, forms, plain, folder=own, progress=progress)
+            made = plain, forms, calibrate(fast, used[:ROUNDED], forms, plain, folder=own, progress=progress)
         found = made[2]
         if method.epochs:
             found = distil(fast, found, used, epochs=method.epochs, codes=method.codes, progress=progress)
