@@ -148,7 +148,9 @@ def autotune_command(
     budget_bits: Annotated[
         float, typer.Option(min=0.0, metavar="X", help="Most bits per weight of the decoder, scales included.")
     ] = 5.0,
-    sequences: Annotated[int, typer.Option(min=1, metavar="N", help="Calibration sequences.")] = 64,
+    sequences: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Calibration sequences. Default: 64, on a --device 2048.")
+    ] = None,
     length: Annotated[int, typer.Option(min=4, metavar="N", help="Tokens per sequence.")] = 512,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of all that is drawn.")] = 0,
     device: DeviceOption = None,

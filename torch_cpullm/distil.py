@@ -4,7 +4,7 @@
                                          code = round(c), Adam on c; rounding's derivative counts as one
 
 Needs the whole model, the gradients of one linear after another, and about eight times the arithmetic of a forward
-pass per token; with codes also 12 bytes per weight. Source: Chen et al. 2024, "EfficientQAT" (its second phase); the
+pass per token; with codes also 16 bytes per weight. Source: Chen et al. 2024, "EfficientQAT" (its second phase); the
 float model as the teacher, and codes: LLM-QAT, Liu et al. 2023.
 """
 

@@ -1,6 +1,6 @@
 """The automatic flow: methods from cheap to dear, each measured, until the loss is within the target.
 
-    RTN -> HQQ -> AWQ + clip -> GPTQ -> AWQ + GPTQ, refined -> distilled -> the same in mixed precision
+    RTN -> HQQ -> AWQ + clip -> GPTQ -> AWQ + GPTQ, refined -> distilled -> codes too -> the same in mixed precision
 
 Source of the flow: Shen et al. 2023, "Efficient LLM Inference on CPUs" (try a recipe, evaluate, tune again).
 """
@@ -22,7 +22,7 @@ from .calibrated import Calibrated
 from .calibration import LENGTH, calibration_ids, self_generated, text_ids
 from .checkpoint import Form
 from .config import Settings
-from .devices import model_on
+from .devices import model_on, usable
 from .distil import ROUNDED, distil
 from .folding import matrix
 from .layer_group import member_of
@@ -43,7 +43,8 @@ LADDER = (
     Method("gptq", "awq", sweeps=2),
     Method("gptq", "awq", sweeps=2, epochs=1),
 )
-SEQUENCES = 64
+LAST = Method("gptq", "awq", sweeps=2, epochs=2, codes=True)  # where there are MANY sequences, for codes to learn from
+SEQUENCES, MANY = 64, 2048  # on the CPU, and on a faster device
 _HELD_OUT = 8  # sequences of the default evaluation
 _WINDOW = 2048
 
@@ -59,9 +60,9 @@ def autotune(
     budget_bits: float = 5.0,
     *,
     config: Settings | None = None,
-    methods: Sequence[Method] = LADDER,
+    methods: Sequence[Method] | None = None,
     higher_is_better: bool = False,
-    sequences: int = SEQUENCES,
+    sequences: int | None = None,
     length: int = LENGTH,
     seed: int = 0,
     folder: str | Path | None = None,
@@ -79,7 +80,8 @@ def autotune(
     ids, or a function model -> number, lower is better unless ``higher_is_better``; None: text that the float model
     has generated itself, with another seed than the calibration's. Never pass what you will report, nor the
     calibration text. calibration: see :func:`torch_cpullm.calibration.calibration_ids`; sequences, length: how much
-    of it. budget_bits: most stored bits per weight of the decoder's linears; forms beyond it are not tried. config:
+    of it, 64 or on another device than the CPU 2,048 sequences. methods: None for LADDER and, from 2,048 sequences on,
+    LAST. budget_bits: most stored bits per weight of the decoder's linears; forms beyond it are not tried. config:
     settings otherwise (bits must be 4). Experts are rounded to nearest by every method, in the form of ``config``; they
     count in the bits, and the report says so. folder: where finished layers are kept, so that a stopped run can go on.
     device: where the float model computes and is calibrated, such as "cuda", on a copy; quantised models are always
@@ -91,6 +93,10 @@ def autotune(
     is untouched by any error.
     """
     settings = config if config is not None else Settings()
+    if sequences is None:
+        sequences = SEQUENCES if device is None or usable(device).type == "cpu" else MANY
+    if methods is None:
+        methods = LADDER if sequences < MANY else (*LADDER, LAST)
     _check_arguments(model, settings, target, budget_bits, methods)
     experts = experts_of(model, settings)
     forms = _base_forms(model, settings, experts, budget_bits)
@@ -135,12 +141,12 @@ def autotune(
             best = change, found, own_settings
         return change <= target
 
-    usable = [method for method in methods if not method.epochs or hasattr(model, "config")]
-    if len(usable) < len(methods):
+    possible = [method for method in methods if not method.epochs or hasattr(model, "config")]
+    if len(possible) < len(methods):
         log.warning("autotune: distilled methods are left out, they need a model of transformers")
-    met = any(attempt(method, forms) for method in usable)
+    met = any(attempt(method, forms) for method in possible)
     if not met:
-        last = next((method for method in reversed(usable) if method.needs_data), methods[0])
+        last = next((method for method in reversed(possible) if method.needs_data), methods[0])
         mixed = forms
         if hasattr(model, "config"):  # others give no gradients
             mixed = _mixed(fast, forms, inside, experts, budget_bits, tokens(), seed, progress)

@@ -180,13 +180,14 @@ def _fitted_scales(
     right = as_groups(levels * target, group).sum(-1)
     fitted = torch.empty_like(scale)
     groups = scale.shape[1]
-    rows = max(1, (1 << 24) // (k * groups))
+    rows = max(1, (1 << 24) // max(k, groups * groups))
     for begin in range(0, n, rows):
         part = levels[begin : begin + rows]
-        blocks = torch.stack(
-            [part[:, g * group : (g + 1) * group] @ second[g * group : (g + 1) * group] for g in range(groups)], 1
-        )  # [rows, groups, k]
-        left = as_groups(blocks * part[:, None], group).sum(-1)  # [rows, groups, groups]
+        left = part.new_empty(len(part), groups, groups)
+        for g in range(groups):  # the blocks on and right of the diagonal; those below mirror them
+            own, rest = slice(g * group, (g + 1) * group), slice(g * group, None)
+            left[:, g, g:] = as_groups((part[:, own] @ second[own, rest]) * part[:, rest], group).sum(-1)
+            left[:, g:, g] = left[:, g, g:]
         left.diagonal(dim1=1, dim2=2).add_(1e-6 * left.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-20)
         fitted[begin : begin + rows] = torch.linalg.solve_ex(left, right[begin : begin + rows, :, None])[0][..., 0]
     return fitted
