@@ -79,6 +79,18 @@ def windows_of(path: Path, tokenizer: Any) -> Tensor:
     return ids[: WINDOWS * WINDOW].view(WINDOWS, WINDOW)
 
 
+def resident(field: str) -> int:
+    """Bytes of this process's memory: VmRSS now, VmHWM at most since :func:`forget_peak`."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{field}:"))
+    return 1024 * int(line.split()[1])
+
+
+def forget_peak() -> None:
+    """Begin VmHWM anew."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True)
@@ -112,16 +124,19 @@ def main() -> None:
         forms = {name: form if own.bits == 4 else own for name, own in forms_of(float_model, settings).items()}
         key = f"{replace(method, epochs=0, codes=False)}{form.zeros}{form.group_size}{bits}".replace(" ", "")
         layers = None if args.layers is None else args.layers / key
-        start = time.perf_counter()
+        forget_peak()
+        start, before = time.perf_counter(), resident("VmRSS")
         if bits is not None:
             forms = mixed_forms(fast, drawn[:SENSITIVITY], forms, form, bits)
         found = quantize_model(fast, drawn[: args.sequences], forms, method, folder=layers, progress=False)
-        print(f"{method}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        seconds, more = time.perf_counter() - start, resident("VmHWM") - before
+        print(f"{method}: {seconds:.0f} s, {more / 2**30:.2f} GiB", file=sys.stderr, flush=True)
         model = apply(twin(float_model), found, settings_of(float_model, forms, settings))
         tokens = f"{args.sequences} x {drawn.shape[1]} {args.source}" if method.needs_data else "none"
         name = label_of(method, form, bits)
         row: dict[str, Any] = {"bench": "calibration", "recipe and weights": name, "calibration tokens": tokens}
         row |= {k: v for k, v in measure(name, model, ids, reference).items() if k not in ("bench", "weights")}
+        row |= {"calibration, s": round(seconds), "memory beside the float model, GiB": round(more / 2**30, 2)}
         if held_out is not None:  # int8 compute, in which measure() leaves the model
             other = divergence(logits_of(model, held_out), logits_of(float_model, held_out))
             row["KL, held-out text"] = round(max(0.0, other), 4)

@@ -82,6 +82,8 @@ def test_the_product_and_its_gradients(quantized):
 @pytest.mark.parametrize("zeros", ["none", "point", "minimum"])
 def test_codes_learn_too(zeros):
     model = llama().eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(30)  # logits that differ, so that there is something to learn
     ids = tokens(model, 8, 24)
     forms = {
         name: Form(4, 32, zeros, "float16") if "layers" in name else form
@@ -90,15 +92,18 @@ def test_codes_learn_too(zeros):
     forms["model.layers.0.mlp.down_proj"] = Form(8, 32, "none", "float16")
     first = calibrate(model, ids, forms, Method("gptq"), progress=False)
     settings = settings_of(model, forms, FP32)
-    scales = distil(model, first, ids, epochs=6, progress=False)
-    both = distil(model, first, ids, epochs=6, codes=True, code_rate=0.2, progress=False)
-    assert kl(model, both, ids, settings) < 0.9 * kl(model, scales, ids, settings)
+    both = distil(model, first, ids, epochs=16, codes=True, code_rate=0.05, progress=False)
+    assert kl(model, both, ids, settings) < 0.5 * kl(model, first, ids, settings)
+    moved = set()
     for name, packed in first.packed.items():
-        learnt = unpack(both.packed[name])
+        before, learnt = unpack(packed), unpack(both.packed[name])
         assert both.packed[name].nbytes == packed.nbytes
-        assert torch.equal(learnt.codes, unpack(packed).codes) == ("layers" not in name)
+        if not torch.equal(learnt.codes, before.codes):
+            moved.add(name)
         if learnt.zeros is not None:
-            assert torch.equal(learnt.zeros, unpack(packed).zeros)
+            assert torch.equal(learnt.zeros, before.zeros)
+    assert moved
+    assert all("layers" in name for name in moved)
 
 
 def test_rounding_counts_as_one_in_gradients():

@@ -79,9 +79,9 @@ def distil(
     if ids.dim() != 2:
         raise ValueError(f"ids must be [sequences, tokens], got {list(ids.shape)}")
     batch = max(2, min(16, len(ids) // 128)) if batch is None else batch
-    for name, value in (("epochs", epochs), ("batch", batch)):
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    for name, count in (("epochs", epochs), ("batch", batch)):
+        if type(count) is not int or count < 1:
+            raise ValueError(f"{name} must be a positive integer, got {count!r}")
     for name, number in (("rate", rate), ("code_rate", code_rate)):
         if not 0 < number < 1:
             raise ValueError(f"{name} must lie between 0 and 1, got {number!r}")
