@@ -29,7 +29,7 @@ from .quality import check_ids
 from .quant.groups import as_groups
 from .trial import twin
 
-RATE, CODE_RATE = 0.003, 0.01
+RATE, CODE_RATE = 0.003, 0.02
 ROUNDED = 128  # sequences that rounding looks at, where there are more to learn from
 
 
