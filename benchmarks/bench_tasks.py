@@ -32,6 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 import torch_cpullm
 from torch_cpullm.calibration import self_generated
 from torch_cpullm.config import Settings
+from torch_cpullm.devices import model_on
 from torch_cpullm.distil import quantize_model
 from torch_cpullm.runner import find_model
 from torch_cpullm.trial import apply, forms_of, settings_of
@@ -173,16 +174,18 @@ def engine_model(engine: str, args: argparse.Namespace) -> Any:
         return packed
     model = torch_cpullm.restore(torch_cpullm.load_gguf(path, progress=False)[0])
     if engine == "float":
-        return model.to(args.float_device)
+        return model.to(args.device)
     if engine == "default":
         return torch_cpullm.optimize(model)
     method, form, bits = recipe_of(engine)
     settings = Settings(group_size=form.group_size, sym=form.zeros == "none")
     forms = {name: form if own.bits == 4 else own for name, own in forms_of(model, settings).items()}
-    drawn = self_generated(packed, args.sequences, 512, 0) if method.needs_data or bits else torch.zeros(1, 1).long()
+    fast = model_on(model, args.device)
+    source = packed if fast is model else fast
+    drawn = self_generated(source, args.sequences, 512, 0) if method.needs_data or bits else torch.zeros(1, 1).long()
     if bits is not None:
-        forms = mixed_forms(model, drawn[:SENSITIVITY], forms, form, bits)
-    found = quantize_model(model, drawn, forms, method, folder=args.layers, progress=False)
+        forms = mixed_forms(fast, drawn[:SENSITIVITY], forms, form, bits)
+    found = quantize_model(fast, drawn, forms, method, folder=args.layers, progress=False)
     return apply(model, found, settings_of(model, forms, settings))
 
 
@@ -249,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--limit-{task}", type=int, metavar="N", help="only N of its examples, spread evenly")
     parser.add_argument("--sequences", type=int, default=64, help="of 512 tokens to calibrate with (64)")
     parser.add_argument("--layers", type=Path, metavar="DIR", help="keep calibrated layers there; for one recipe")
-    parser.add_argument("--float-device", default="cpu", help="where the float model runs; INT4 runs on the CPU")
+    parser.add_argument("--device", default="cpu", help="where the float model computes; INT4 runs on the CPU")
     parser.add_argument("--json", type=Path, help="append rows of the table to this file")
     args = parser.parse_args(argv)
     tasks = {

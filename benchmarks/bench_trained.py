@@ -29,6 +29,7 @@ import torch_cpullm
 from torch_cpullm.calibration import self_generated, text_ids
 from torch_cpullm.checkpoint import Form
 from torch_cpullm.config import Settings
+from torch_cpullm.devices import model_on
 from torch_cpullm.distil import quantize_model
 from torch_cpullm.quality import logits_of
 from torch_cpullm.sensitivity import stored_bits
@@ -126,8 +127,8 @@ class Case:
     drawn: Tensor
 
 
-def case_of(model: Any, texts: Sequence[Tensor], sequences: int, length: int) -> Case:
-    return Case(texts, *scores(model, texts), self_generated(model, sequences, length, seed=0))
+def case_of(model: Any, texts: Sequence[Tensor], sequences: int, length: int, device: str = "cpu") -> Case:
+    return Case(texts, *scores(model, texts), self_generated(model_on(model, device), sequences, length, seed=0))
 
 
 def scores(model: Any, texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -137,17 +138,17 @@ def scores(model: Any, texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return logits, -logits.gather(1, labels[:, None])[:, 0]
 
 
-def measure(model: Any, case: Case, text: str) -> dict[str, Any]:
-    """One row: ``text`` is a recipe as bench_calibration has it."""
+def measure(model: Any, case: Case, text: str, device: str = "cpu") -> dict[str, Any]:
+    """One row: ``text`` is a recipe as bench_calibration has it. device: where the float model computes."""
     method, form, bits = recipe_of(text)
     settings = Settings(group_size=form.group_size, sym=form.zeros == "none")
     forms = {name: form if own.bits == 4 else own for name, own in forms_of(model, settings).items()}
     inside = [name for name, own in forms.items() if own.bits == 4]
     if bits is not None:
-        forms = mixed_forms(model, case.drawn[:SENSITIVITY], forms, form, bits)
+        forms = mixed_forms(model_on(model, device), case.drawn[:SENSITIVITY], forms, form, bits)
         settings = settings_of(model, forms, settings)
     label = label_of(method, form, bits)
-    found = quantize_model(model, case.drawn, forms, method, progress=False)
+    found = quantize_model(model, case.drawn, forms, method, device=device, progress=False)
     row: dict[str, Any] = {"recipe and weights": label, "bits per weight": round(bits_of(model, forms, inside), 2)}
     for compute in ("fp32", "int8"):
         packed = apply(twin(model), found, replace(settings, compute=compute))
@@ -198,7 +199,7 @@ def run(name: str, model: Any, case: Case, args: argparse.Namespace, kind: str, 
     first = {"recipe and weights": "float", "loss, fp32 compute": round(float(case.losses.mean()), 4), **extra}
     rows.write({**start, **first}, args.json)
     for text in args.recipe or RECIPES:
-        rows.write({**start, **measure(model, case, text)}, args.json)
+        rows.write({**start, **measure(model, case, text, args.device)}, args.json)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -218,17 +219,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     for each in (one, two):
         each.add_argument("--recipe", action="append", metavar="RECIPE,ZEROS,GROUP", help="as bench_calibration's")
         each.add_argument("--sequences", type=int, default=128, help="to calibrate with")
+        each.add_argument("--device", default="cpu", help="where the float model computes; INT4 runs on the CPU")
         each.add_argument("--json", type=Path, help="append rows to this file")
     args = parser.parse_args(argv)
     if args.kind == "train":
         ids = language.text(args.held_out * WINDOW, 1)
         for family in args.family or FAMILIES:
             model = trained(family, args.steps, args.models)
-            case = case_of(model, ids.view(-1, WINDOW).unbind(), args.sequences, WINDOW)
+            case = case_of(model, ids.view(-1, WINDOW).unbind(), args.sequences, WINDOW, args.device)
             run(family, model, case, args, "trained", {"loss by frequency alone": round(unigram_loss(ids), 4)})
         return
     model = AutoModelForCausalLM.from_pretrained(args.path, dtype=torch.float32).eval()
-    case = case_of(model, texts_of(args.text, AutoTokenizer.from_pretrained(args.path)), args.sequences, args.length)
+    case = case_of(
+        model, texts_of(args.text, AutoTokenizer.from_pretrained(args.path)), args.sequences, args.length, args.device
+    )
     run(args.path.name, model, case, args, "stories", {})
 
 

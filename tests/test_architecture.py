@@ -31,7 +31,7 @@ LAYERS = [
         ),
         *("layer_match", "attention", "kv_cache", "experts", "coverage"),
         *("plan", "share", "checkpoint", "saving", "collective", "following"),
-        *("quality", "calibration", "folding", "calibrated", "layerwise", "sensitivity", "tune_report"),
+        *("devices", "quality", "calibration", "folding", "calibrated", "layerwise", "sensitivity", "tune_report"),
     ],
     ["swap", "backend", "cqil", "distributed"],  # transforms: model -> model
     ["trial", "distil", "tuning"],  # calibrated weights into a model, by the parts of optimize

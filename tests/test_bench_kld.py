@@ -14,6 +14,7 @@ from torch_cpullm.layerwise import Method
 def test_recipes_of_the_command_line():
     form = Form(4, 32, "none", "float16")
     assert recipe_of("awq+gptq+2+1e,none,32") == (Method("gptq", "awq", 2, epochs=1), form, None)
+    assert recipe_of("gptq+4c,none,32") == (Method("gptq", epochs=4, codes=True), form, None)
     assert recipe_of("rtn+3e,none,mix5.0") == (Method("rtn", epochs=3), form, 5.0)
     assert recipe_of("gptq,point,64") == (Method("gptq"), Form(4, 64, "point", "float16"), None)
     for text in ("gptq", "gptq+x,none,32", "best,none,32", "gptq,none,mix"):

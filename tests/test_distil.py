@@ -14,7 +14,7 @@ from torch_cpullm.layerwise import Method, calibrate
 from torch_cpullm.packing import dequantize, unpack
 from torch_cpullm.quality import evaluate
 from torch_cpullm.quant import quantize_hqq, quantize_rtn
-from torch_cpullm.trial import apply, forms_of, twin
+from torch_cpullm.trial import apply, forms_of, settings_of, twin
 
 FP32 = Settings(compute="fp32")
 BY_NAME = {family.name: family for family in FAMILIES}
@@ -79,6 +79,54 @@ def test_the_product_and_its_gradients(quantized):
     torch.testing.assert_close(by_x, doubles.grad, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("zeros", ["none", "point", "minimum"])
+def test_codes_learn_too(zeros):
+    model = llama().eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(30)  # logits that differ, so that there is something to learn
+    ids = tokens(model, 8, 24)
+    forms = {
+        name: Form(4, 32, zeros, "float16") if "layers" in name else form
+        for name, form in forms_of(model, FP32).items()
+    }
+    forms["model.layers.0.mlp.down_proj"] = Form(8, 32, "none", "float16")
+    first = calibrate(model, ids, forms, Method("gptq"), progress=False)
+    settings = settings_of(model, forms, FP32)
+    both = distil(model, first, ids, epochs=16, codes=True, code_rate=0.05, progress=False)
+    assert kl(model, both, ids, settings) < 0.5 * kl(model, first, ids, settings)
+    moved = set()
+    for name, packed in first.packed.items():
+        before, learnt = unpack(packed), unpack(both.packed[name])
+        assert both.packed[name].nbytes == packed.nbytes
+        if not torch.equal(learnt.codes, before.codes):
+            moved.add(name)
+        if learnt.zeros is not None:
+            assert torch.equal(learnt.zeros, before.zeros)
+    assert moved
+    assert all("layers" in name for name in moved)
+
+
+def test_rounding_counts_as_one_in_gradients():
+    """Of levels that learn: what autograd says of scale * levels, where levels lie between codes and beyond them."""
+    generator = torch.Generator().manual_seed(2)
+    quantized = quantize_rtn(torch.randn(5, 72, generator=generator), 4, 32)
+    linear = _Linear(quantized, None, codes=True)
+    with torch.no_grad():
+        linear.levels.add_(torch.rand(linear.levels.shape, generator=generator) - 0.5).mul_(2)
+    x = torch.randn(3, 72, generator=generator)
+    linear(x).square().sum().backward()
+    weight = linear.levels.detach().round().requires_grad_()
+    padded = nn.functional.pad(x, (0, linear.pad))
+    (padded @ (weight * linear.scale().detach()[..., None]).flatten(1).T).square().sum().backward()
+    torch.testing.assert_close(linear.levels.grad, weight.grad)
+    linear.keep_in_range()
+    found = linear.quantized()
+    assert int(found.codes.max()) == 15
+    assert int(found.codes.min()) == 0
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x), x @ dequantize(found).T)
+
+
 def test_folds_and_mixed_forms_stay():
     model = llama().eval()
     ids = tokens(model, 4, 16)
@@ -100,7 +148,9 @@ def test_what_is_refused():
         (ids[0], {}, r"ids must be \[sequences, tokens\], got \[8\]"),
         (torch.tensor([[0, 96]]), {}, r"must lie in 0\.\.95"),
         (ids, {"epochs": 0}, "epochs must be a positive integer"),
-        (ids, {"rate": 1.0}, "rate between 0 and 1"),
+        (ids, {"batch": 0}, "batch must be a positive integer"),
+        (ids, {"rate": 1.0}, "rate must lie between 0 and 1"),
+        (ids, {"code_rate": 0.0}, "code_rate must lie between 0 and 1"),
     ):
         with pytest.raises(ValueError, match=text):
             distil(model, found, given, progress=False, **options)

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from torch_cpullm.checkpoint import Form
 from torch_cpullm.config import Settings
 from torch_cpullm.folding import apply_fold, find_folds, matrix
-from torch_cpullm.layerwise import Method, calibrate, capture, decoder_layers, look, run_layer
+from torch_cpullm.layerwise import Method, calibrate, capture, decoder_layers, look, quantize, run_layer
 from torch_cpullm.linear import PackedLinear
-from torch_cpullm.packing import dequantize
+from torch_cpullm.packing import dequantize, unpack
 from torch_cpullm.trial import apply, forms_of, twin
 
 BY_NAME = {family.name: family for family in FAMILIES}
@@ -135,6 +135,36 @@ def test_save_and_reload_bit_identical_with_mixed_forms(tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(model, ids), logits(again, ids))
+
+
+def test_linears_of_one_input_are_rounded_together_as_if_apart():
+    """And a layer runs no further than its last input, which leaves its statistics as they are."""
+    model = llama().eval()
+    ids, method, form = tokens(model, 5, 24), Method("gptq", sweeps=1), Form(4, 32, "point", "float16")
+    prefix, layers = decoder_layers(model)
+    names = [name for name, module in layers[0].named_modules() if isinstance(module, torch.nn.Linear)]
+    inputs, calls = capture(model, layers, ids)
+    rows: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    layer = copy.deepcopy(layers[0])
+    hooks = [
+        layer.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: rows[name].append(x[0][0].clone()))
+        for name in names
+    ]
+    for x in inputs:
+        run_layer(layer, x, calls[0])
+    for hook in hooks:
+        hook.remove()
+    seen = look(layer, names, inputs, calls[0], "")
+    assert seen.shared["self_attn.k_proj"] == seen.shared["self_attn.v_proj"] == "self_attn.q_proj"
+    found = calibrate(model, ids, {f"{prefix}.0.{name}": form for name in names}, method, progress=False)
+    for name in names:
+        x, statistics = torch.cat(rows[name]), seen.statistics[seen.shared[name]]
+        torch.testing.assert_close(statistics.second, x.T @ x / len(x))
+        assert statistics.rows == len(x)
+        apart = quantize(matrix(layers[0].get_submodule(name)), statistics, form, method)
+        together = unpack(found.packed[f"{prefix}.0.{name}"])
+        assert (apart.codes == together.codes).float().mean() > 0.999
+        torch.testing.assert_close(apart.scales, together.scales, rtol=2e-3, atol=0)
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, monkeypatch):

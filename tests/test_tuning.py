@@ -9,6 +9,7 @@ from small_models import llama
 from test_layerwise import logits, loss_of, same, snapshot, tokens
 
 import torch_cpullm
+from torch_cpullm import tuning
 from torch_cpullm.checkpoint import Form
 from torch_cpullm.config import Settings
 from torch_cpullm.layerwise import Method
@@ -61,6 +62,15 @@ def test_an_unreachable_target_keeps_the_best_and_says_so(caplog):
     assert "no method met the target" in caplog.text
     assert "MISSED" in str(tuned)
     assert "MISSED" in tuned.markdown()
+
+
+def test_codes_learn_where_there_are_many_sequences(monkeypatch):
+    monkeypatch.setattr(tuning, "LADDER", (Method("rtn"),))
+    for many, names in ((5, ["RTN"]), (4, ["RTN", "AWQ + GPTQ + refined x2 + distilled x2, codes too"])):
+        model = llama()
+        monkeypatch.setattr(tuning, "MANY", many)
+        tuned = torch_cpullm.autotune(model, None, 0.0, measure_against(model), budget_bits=4.75, **FEW)
+        assert [step.name for step in tuned.steps if "mixed" not in step.name] == names
 
 
 def test_the_same_seed_gives_the_same_model():

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .devices import device_of
 from .quality import check_ids, logits_of
 
 SEQUENCES, LENGTH = 128, 512
-_TOGETHER = 16  # sequences that are generated at once
+_TOGETHER, _TOGETHER_ELSEWHERE = 16, 256  # sequences that are generated at once on the CPU, and on other devices
 
 
 def calibration_ids(
@@ -101,21 +102,25 @@ def self_generated(model: nn.Module, sequences: int = SEQUENCES, length: int = L
     """int64 [sequences, length], sampled from ``model`` itself: a random token, then temperature 1.
 
     model: of transformers, with ``generate()``; another one is sampled token by token without a cache, slowly. An end
-    token does not end a sequence, it cannot be drawn. The same seed gives the same tokens on the same machine.
+    token does not end a sequence, it cannot be drawn. The same seed gives the same tokens on the same machine and
+    device, which is the model's.
     """
+    device = device_of(model)
     generator = torch.Generator().manual_seed(seed)
     get: Any = getattr(model, "get_input_embeddings", None)
     size = getattr(get(), "num_embeddings", None) if get is not None else None
     if size is None:
         raise ValueError("model has no get_input_embeddings() and cannot generate its own calibration text; pass one")
     found = []
-    for begin in range(0, sequences, _TOGETHER):
-        count = min(_TOGETHER, sequences - begin)
+    together = _TOGETHER if device.type == "cpu" else _TOGETHER_ELSEWHERE
+    for begin in range(0, sequences, together):
+        count = min(together, sequences - begin)
         first = torch.randint(size, (count, 1), generator=generator)
         if hasattr(model, "generate"):
-            with torch.random.fork_rng(devices=[]):
+            elsewhere = [] if device.type == "cpu" else [device]
+            with torch.random.fork_rng(elsewhere, device_type=device.type if elsewhere else "cuda"):
                 torch.manual_seed(seed + 1 + begin)
-                found.append(_generate(model, first, length))
+                found.append(_generate(model, first.to(device), length).cpu())
         else:
             found.append(torch.stack([_sample(model, row, length, generator) for row in first]))
     return torch.cat(found)
@@ -141,6 +146,6 @@ def _generate(model: Any, first: Tensor, length: int) -> Tensor:
 
 def _sample(model: nn.Module, ids: Tensor, length: int, generator: torch.Generator) -> Tensor:
     while len(ids) < length:
-        chances = logits_of(model, ids)[-1].float().softmax(-1)
+        chances = logits_of(model, ids)[-1].float().softmax(-1).cpu()
         ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)])
     return ids

@@ -133,6 +133,11 @@ CalibrationOption = Annotated[
     Path | None, typer.Option(metavar="TEXT", help="Text to calibrate with. Default: the model's own.")
 ]
 
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Where the float model computes, such as cuda. Default: the CPU."),
+]
+
 
 def autotune_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A float directory or a .gguf file.")],
@@ -143,9 +148,12 @@ def autotune_command(
     budget_bits: Annotated[
         float, typer.Option(min=0.0, metavar="X", help="Most bits per weight of the decoder, scales included.")
     ] = 5.0,
-    sequences: Annotated[int, typer.Option(min=1, metavar="N", help="Calibration sequences.")] = 64,
+    sequences: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Calibration sequences. Default: 64, on a --device 2048.")
+    ] = None,
     length: Annotated[int, typer.Option(min=4, metavar="N", help="Tokens per sequence.")] = 512,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of all that is drawn.")] = 0,
+    device: DeviceOption = None,
     work: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep finished layers here, so that a stopped run can go on.")
     ] = None,
@@ -163,7 +171,7 @@ def autotune_command(
       cpullm autotune ./my-model ./out --target 0.02 --eval held-out.txt --calibration texts.txt --work ./layers
     """  # noqa: D301 (a raw string would lose the mark that keeps these lines apart)
     options: dict[str, Any] = {"budget_bits": budget_bits, "sequences": sequences, "length": length}
-    options |= {"seed": seed, "folder": work, "progress": sys.stderr.isatty()}
+    options |= {"seed": seed, "folder": work, "device": device, "progress": sys.stderr.isatty()}
     typer.echo(tune(model, target, {"compute": compute.value}, loss, eval_text, calibration, **options))
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .cli_options import Compute, ComputeOption, DebugOption, check_group_size, state
-from .cli_quality import CalibrationOption, EvalOption, LossOption, tune
+from .cli_quality import CalibrationOption, DeviceOption, EvalOption, LossOption, tune
 
 _FLOATS = "Float sources only"
 
@@ -51,6 +51,7 @@ def quantize(
     loss: LossOption = 0.01,
     eval_text: EvalOption = None,
     calibration: CalibrationOption = None,
+    device: DeviceOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
     debug: DebugOption = False,
 ) -> None:
@@ -74,8 +75,8 @@ def quantize(
     given["exclude"] = exclude or None
     if not auto:
         runner.check_recipe(path, **given)
-        if (loss, eval_text, calibration) != (0.01, None, None):
-            raise runner.InputError("--target, --eval and --calibration are for --auto")
+        if (loss, eval_text, calibration, device) != (0.01, None, None, None):
+            raise runner.InputError("--target, --eval, --calibration and --device are for --auto")
     recipe = {name: value for name, value in given.items() if value is not None}
     if head_bits is not None:
         if head_bits not in ("8", "4", "none"):
@@ -93,6 +94,7 @@ def quantize(
             eval_text,
             calibration,
             argument="SRC",
+            device=device,
             progress=shown,
         )
         if not quiet:

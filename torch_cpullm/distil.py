@@ -1,10 +1,11 @@
-"""Scales and gains learnt after rounding: the float model teaches the quantised one, codes stay as they are.
+"""Scales, gains and codes learnt after rounding: the float model teaches the quantised one.
 
     loss = KL(float || quantised)        scale = scale_0 (1 + t), Adam on t and on the gains of the norms
+                                         code = round(c), Adam on c; rounding's derivative counts as one
 
 Needs the whole model, the gradients of one linear after another, and about eight times the arithmetic of a forward
-pass per token. Source: Chen et al. 2024, "EfficientQAT" (its second phase); the float model as the teacher: LLM-QAT,
-Liu et al. 2023.
+pass per token; with codes also 16 bytes per weight. Source: Chen et al. 2024, "EfficientQAT" (its second phase); the
+float model as the teacher, and codes: LLM-QAT, Liu et al. 2023.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from tqdm.auto import tqdm
 
 from .calibrated import Calibrated
 from .checkpoint import Form
+from .devices import device_of, model_on
 from .layerwise import Method, calibrate, decoder_layers
 from .packing import QuantizedWeight, dequantize, pack, resolve_group, unpack
 from .quality import check_ids
 from .quant.groups import as_groups
 from .trial import twin
 
-RATE = 0.003
-_TOGETHER = 2  # sequences of a step
+RATE, CODE_RATE = 0.003, 0.02
+ROUNDED = 128  # sequences that rounding looks at, where there are more to learn from
 
 
 def quantize_model(
@@ -38,98 +40,124 @@ def quantize_model(
     method: Method,
     *,
     folder: str | Path | None = None,
+    device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Calibrated:
-    """:func:`torch_cpullm.layerwise.calibrate`, then :func:`distil` for as many epochs as ``method`` says."""
-    found = calibrate(model, ids, forms, method, folder=folder, progress=progress)
-    return distil(model, found, ids, epochs=method.epochs, progress=progress) if method.epochs else found
+    """:func:`torch_cpullm.layerwise.calibrate` on the first ROUNDED of ``ids``, then :func:`distil` on all of them."""
+    found = calibrate(model, ids[:ROUNDED], forms, method, folder=folder, device=device, progress=progress)
+    if not method.epochs:
+        return found
+    return distil(model, found, ids, epochs=method.epochs, codes=method.codes, device=device, progress=progress)
 
 
 def distil(
-    model: nn.Module, found: Calibrated, ids: Tensor, *, epochs: int = 1, rate: float = RATE, progress: bool = True
+    model: nn.Module,
+    found: Calibrated,
+    ids: Tensor,
+    *,
+    epochs: int = 1,
+    rate: float = RATE,
+    codes: bool = False,
+    code_rate: float = CODE_RATE,
+    batch: int | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = True,
 ) -> Calibrated:
     """``found`` with scales of the decoder's linears, and gains of its norms, that lower KL(model || quantised) on ids.
 
     model: float, of transformers; it stays as it is. found: of :func:`torch_cpullm.layerwise.calibrate`, for it. ids:
     int64 [sequences, s], never what will be reported. rate: of Adam, relative to each value; it falls to 0 linearly.
-    Codes, zero points and minima stay, and so does the size; experts are taken as float. The same arguments give the
-    same values on one machine with one number of threads.
+    codes: whether codes learn as well, ``code_rate`` levels a step at first; many tokens are needed, since they can
+    learn these by heart. batch: sequences of a step; None: 2, and up to 16 where there are many. device: where both
+    models compute; None: where the model is. Zero points and minima stay, and so does the size; experts are taken as
+    float. The same arguments give the same values on one machine with one number of threads.
 
-    Raises ValueError: ids no tokens of the model, epochs or rate out of range, a model that is not of transformers, a
-    loss that is no number.
+    Raises ValueError: ids no tokens of the model, epochs, batch or a rate out of range, a model that is not of
+    transformers, a device that is not there, a loss that is no number.
     """
     ids = check_ids(ids, model)
     if ids.dim() != 2:
         raise ValueError(f"ids must be [sequences, tokens], got {list(ids.shape)}")
-    if type(epochs) is not int or epochs < 1 or not 0 < rate < 1:
-        raise ValueError(f"epochs must be a positive integer and rate between 0 and 1, got {epochs!r} and {rate!r}")
+    batch = max(2, min(16, len(ids) // 128)) if batch is None else batch
+    for name, count in (("epochs", epochs), ("batch", batch)):
+        if type(count) is not int or count < 1:
+            raise ValueError(f"{name} must be a positive integer, got {count!r}")
+    for name, number in (("rate", rate), ("code_rate", code_rate)):
+        if not 0 < number < 1:
+            raise ValueError(f"{name} must lie between 0 and 1, got {number!r}")
     if not hasattr(model, "config"):
         raise ValueError(f"distilling needs a model of transformers, got {type(model).__name__}")
     prefix, _ = decoder_layers(model)
+    model = model_on(model, device)
+    place = device_of(model)
     student = twin(model).eval()
     values = dict(student.named_parameters())
     for name, value in found.parameters.items():
-        values[name].data = value.to(values[name].dtype)
+        values[name].data = value.to(place, values[name].dtype)
     learners: dict[str, _Linear] = {}
     for name, packed in found.packed.items():
         module = student.get_submodule(name)
         if name.startswith(prefix + "."):
-            learners[name] = _Linear(unpack(packed), cast("Tensor | None", getattr(module, "bias", None)))
+            bias = cast("Tensor | None", getattr(module, "bias", None))
+            learners[name] = _Linear(unpack(packed).to(place), bias, codes)
             student.set_submodule(name, learners[name])
         else:
             stored = cast("nn.Parameter", module.weight)
-            weight = dequantize(packed).to(stored.dtype)
+            weight = dequantize(packed).to(place, stored.dtype)
             stored.data = weight if isinstance(module, (nn.Linear, nn.Embedding)) else weight.T
     gains = {name: value for name, value in values.items() if value.dim() == 1 and name.endswith(".weight")}
     for value in gains.values():
         value.data = value.detach().clone()
         value.requires_grad_()
-    _learn(model, student, ids, list(learners.values()), list(gains.values()), epochs, rate, progress)
+    groups: list[dict[str, Any]] = [{"params": [learner.change for learner in learners.values()], "lr": rate}]
+    groups += [{"params": [gain], "lr": rate * float(gain.detach().abs().mean())} for gain in gains.values()]
+    if codes:
+        groups.append({"params": [learner.levels for learner in learners.values()], "lr": code_rate})
+    steps = [rows for _ in range(epochs) for rows in ids.split(batch)]
+    _learn(model, student, steps, list(learners.values()), groups, progress)
     result = Calibrated(dict(found.packed), dict(found.parameters))
-    result.packed |= {name: pack(learner.quantized()) for name, learner in learners.items()}
-    result.parameters |= {name: value.detach().float() for name, value in gains.items()}
+    result.packed |= {name: pack(learner.quantized().to("cpu")) for name, learner in learners.items()}
+    result.parameters |= {name: value.detach().float().cpu() for name, value in gains.items()}
     return result
 
 
 def _learn(
     model: Any,
     student: Any,
-    ids: Tensor,
+    steps: Sequence[Tensor],
     learners: Sequence[_Linear],
-    gains: Sequence[Tensor],
-    epochs: int,
-    rate: float,
+    groups: list[dict[str, Any]],
     progress: bool,
 ) -> None:
-    """Adam on what learns; the sequences of a step one after another, so that the logits of one are in memory."""
-    groups: list[dict[str, Any]] = [{"params": [learner.change for learner in learners], "lr": rate}]
-    groups += [{"params": [gain], "lr": rate * float(gain.detach().abs().mean())} for gain in gains]
+    """Adam on what learns; on the CPU the sequences of a step one after another: logits of one are in memory."""
+    place = device_of(model)
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    steps = [rows for _ in range(epochs) for rows in ids.split(_TOGETHER)]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(steps))
     bar = tqdm(steps, desc="distil", unit="step", disable=not progress)
     for rows in bar:
         optimizer.zero_grad()
         total = 0.0
-        for row in rows:
+        for part in rows.to(place).split(1 if place.type == "cpu" else len(rows)):
             with torch.no_grad():
-                wanted = model(row[None], use_cache=False).logits[0].float().log_softmax(-1)
+                wanted = model(part, use_cache=False).logits.flatten(0, 1).float().log_softmax(-1)
             with torch.enable_grad():
-                logits = student(row[None], use_cache=False).logits[0].float()
+                logits = student(part, use_cache=False).logits.flatten(0, 1).float()
                 loss = nn.functional.kl_div(logits.log_softmax(-1), wanted, log_target=True, reduction="batchmean")
-                (loss / len(rows)).backward()
-            total += float(loss.detach()) / len(rows)
+                (loss * (len(part) / len(rows))).backward()
+            total += float(loss.detach()) * len(part) / len(rows)
         if not math.isfinite(total):
             raise ValueError(f"distilling: the loss is {total}; the quantised model or the tokens are damaged")
         bar.set_postfix(kl=f"{total:.4f}")
         optimizer.step()
         schedule.step()
+        for learner in learners:
+            learner.keep_in_range()
 
 
 class _Linear(nn.Module):
-    """A linear with given codes whose scales learn."""
+    """A linear whose scales, and with ``codes`` whose codes, learn. levels: codes without the zero point."""
 
-    def __init__(self, quantized: QuantizedWeight, bias: Tensor | None) -> None:
+    def __init__(self, quantized: QuantizedWeight, bias: Tensor | None, codes: bool = False) -> None:
         super().__init__()
         group = resolve_group(quantized.group_size, quantized.k)
         self.first, self.bias, self.pad = quantized, bias, -quantized.k % group
@@ -139,16 +167,28 @@ class _Linear(nn.Module):
             middle = quantized.zeros.to(torch.int16)[..., None]
         elif quantized.zeros is not None:
             middle, self.base = 0, quantized.zeros.float()
-        self.levels = (as_groups(quantized.codes.to(torch.int16), group) - middle).to(torch.int8)
-        self.change = nn.Parameter(torch.zeros(quantized.scales.shape))
+        self.middle = middle
+        levels = (as_groups(quantized.codes.to(torch.int16), group) - middle).to(torch.int8)
+        self.levels = nn.Parameter(levels.float()) if codes else levels
+        self.change = nn.Parameter(torch.zeros_like(quantized.scales, dtype=torch.float32))
 
     def scale(self) -> Tensor:
         """The scales as they are now, [n, groups]."""
         return self.first.scales.float() * (1 + self.change)
 
     def quantized(self) -> QuantizedWeight:
-        """The weight with these scales."""
-        return replace(self.first, scales=self.scale().detach().to(self.first.scales.dtype))
+        """The weight with these scales and codes."""
+        scales, codes = self.scale().detach().to(self.first.scales.dtype), self.first.codes
+        if isinstance(self.levels, nn.Parameter):
+            found = (self.levels.detach().round() + self.middle).flatten(1)[:, : self.first.k]
+            codes = found.to(torch.uint8).contiguous()
+        return replace(self.first, scales=scales, codes=codes)
+
+    def keep_in_range(self) -> None:
+        """Levels that learn, back to those that have a code."""
+        if isinstance(self.levels, nn.Parameter):
+            with torch.no_grad():
+                self.levels.copy_((self.levels + self.middle).clamp_(0, (1 << self.first.bits) - 1) - self.middle)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., k] -> [.., n]."""
@@ -158,7 +198,7 @@ class _Linear(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """``x W^T``, W = scale * levels + base; of the weight only levels and scales are kept for the gradients."""
+    """``x W^T``, W = scale * round(levels) + base; of the weight only levels and scales are kept for the gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, levels: Tensor, scale: Tensor, base: Tensor | None) -> Tensor:
@@ -166,14 +206,19 @@ class _Product(torch.autograd.Function):
         return x @ _weight(levels, scale, base).to(x.dtype).T
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor, None]:
         x, levels, scale, base = ctx.saved_tensors
         by_x = gradient @ _weight(levels, scale, base).to(gradient.dtype) if ctx.needs_input_grad[0] else None
-        by_weight = (gradient.flatten(0, -2).T @ x.flatten(0, -2)).float()
-        return by_x, None, (as_groups(by_weight, levels.shape[-1]) * levels).sum(-1), None
+        by_weight = as_groups((gradient.flatten(0, -2).T @ x.flatten(0, -2)).float(), levels.shape[-1])
+        by_levels = by_weight * scale[..., None] if ctx.needs_input_grad[1] else None
+        return by_x, by_levels, (by_weight * _rounded(levels)).sum(-1), None
+
+
+def _rounded(levels: Tensor) -> Tensor:
+    return levels.round() if levels.is_floating_point() else levels
 
 
 def _weight(levels: Tensor, scale: Tensor, base: Tensor | None) -> Tensor:
-    """[n, groups * group] of levels int8 [n, groups, group], scale and base [n, groups]."""
-    w = levels * scale[..., None]
+    """[n, groups * group] of levels [n, groups, group], scale and base [n, groups]."""
+    w = _rounded(levels) * scale[..., None]
     return (w if base is None else w + base[..., None]).flatten(1)

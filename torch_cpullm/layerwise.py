@@ -11,6 +11,7 @@ With a folder each finished layer is kept there, and a run that was stopped goes
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ from tqdm.auto import tqdm
 from .calibrated import Calibrated, read_layer, write_layer
 from .checkpoint import Form
 from .config import SCALE_DTYPES
+from .devices import device_of, usable
 from .folding import apply_fold, find_folds, matrix
 from .packing import PackedWeight, QuantizedWeight, dequantize, pack
 from .quality import check_ids
@@ -41,14 +43,16 @@ from .quant import (
 )
 
 SCALES: dict[str, Callable[..., Tensor]] = {"awq": awq_scales, "teq": teq_scales}
+_ROWS = 4096  # of inputs that are summed up at once
 ROUNDING = ("rtn", "hqq", "clip", "gptq", "signround")
 
 
 @dataclass(frozen=True)
 class Method:
     """How weights become codes. rounding: one of ROUNDING; scales: "", "awq" or "teq"; sweeps: how often
-    scales and codes are refined afterwards; epochs: how often the scales then learn from the float model
-    (:mod:`torch_cpullm.distil`). See torch_cpullm.quant. Raises ValueError naming the field that is wrong.
+    scales and codes are refined afterwards; epochs: how often the scales, and with ``codes`` the codes too, then learn
+    from the float model (:mod:`torch_cpullm.distil`). See torch_cpullm.quant. Raises ValueError naming the field that
+    is wrong.
     """
 
     rounding: str = "gptq"
@@ -56,6 +60,7 @@ class Method:
     sweeps: int = 0
     damping: float = 0.01
     epochs: int = 0
+    codes: bool = False
 
     def __post_init__(self) -> None:
         if self.rounding not in ROUNDING:
@@ -76,7 +81,7 @@ class Method:
 
     def __str__(self) -> str:
         parts = [self.scales.upper(), self.rounding.upper(), f"refined x{self.sweeps}" if self.sweeps else ""]
-        parts.append(f"distilled x{self.epochs}" if self.epochs else "")
+        parts.append(f"distilled x{self.epochs}{', codes too' if self.codes else ''}" if self.epochs else "")
         return " + ".join(part for part in parts if part)
 
 
@@ -95,7 +100,7 @@ def quantize(weight: Tensor, statistics: Statistics | None, form: Form, method: 
     else:
         found = quantize_gptq(weight, statistics, *shape, damping=method.damping)
     if method.sweeps and statistics is not None and form.bits == 4:
-        found = refine(weight, found, statistics, method.sweeps, method.damping)
+        found = refine(weight, found.to(weight.device), statistics, method.sweeps, method.damping)
     return found
 
 
@@ -123,11 +128,11 @@ class _Call:
 
 
 class _EnoughError(Exception):
-    """The first layer's input is known: the rest of the model need not run."""
+    """What was to be seen is seen: the rest of the model, or of the layer, need not run."""
 
 
 def capture(model: nn.Module, layers: nn.ModuleList, ids: Tensor) -> tuple[Tensor, list[_Call]]:
-    """(inputs of the first layer [sequences, s, hidden] float32, each layer's other arguments)."""
+    """(inputs of the first layer [sequences, s, hidden] float32, each layer's other arguments), where the model is."""
     calls: dict[int, _Call] = {}
     inputs: list[Tensor] = []
 
@@ -135,7 +140,7 @@ def capture(model: nn.Module, layers: nn.ModuleList, ids: Tensor) -> tuple[Tenso
         def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             rest, x = (arguments[1:], arguments[0]) if arguments else ((), keywords["hidden_states"])
             keywords = {name: value for name, value in keywords.items() if name != "hidden_states"}
-            calls.setdefault(index, _Call(_as_float(rest), _as_float(keywords)))
+            calls.setdefault(index, _Call(*_tensors((rest, keywords), _as_float)))
             if index == 0:
                 inputs.append(x.detach().float())
                 if len(inputs) > 1:
@@ -147,7 +152,7 @@ def capture(model: nn.Module, layers: nn.ModuleList, ids: Tensor) -> tuple[Tenso
     options = {"use_cache": False} if hasattr(model, "config") else {}
     try:
         with torch.no_grad():
-            for row in ids:
+            for row in ids.to(device_of(model)):
                 try:
                     model(row[None], **options)
                 except _EnoughError:
@@ -160,13 +165,22 @@ def capture(model: nn.Module, layers: nn.ModuleList, ids: Tensor) -> tuple[Tenso
     return torch.cat(inputs), [calls[index] for index in range(len(layers))]
 
 
-def _as_float(value: Any) -> Any:
+def _as_float(x: Tensor) -> Tensor:
+    return x.detach().float() if x.is_floating_point() else x.detach()
+
+
+def _moved(call: _Call, device: torch.device) -> _Call:
+    return _Call(*_tensors((call.arguments, call.keywords), lambda x: x.to(device)))
+
+
+def _tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` with every tensor in it changed."""
     if isinstance(value, Tensor):
-        return value.detach().float() if value.is_floating_point() else value.detach()
+        return change(value)
     if isinstance(value, (tuple, list)):
-        return type(value)(_as_float(item) for item in value)
+        return type(value)(_tensors(item, change) for item in value)
     if isinstance(value, dict):
-        return {name: _as_float(item) for name, item in value.items()}
+        return {name: _tensors(item, change) for name, item in value.items()}
     return value
 
 
@@ -194,8 +208,10 @@ class _Seen:
 def look(layer: nn.Module, linears: list[str], inputs: Tensor, call: _Call, where: str) -> _Seen:
     """Statistics of what ``linears`` read while the layer runs on inputs; ValueError, naming the linear, for NaN."""
     seen = _Seen()
+    waiting: dict[str, list[Tensor]] = {}  # rows to come into the statistics together: one large product is faster
     made: dict[int, tuple[str, Tensor]] = {}  # id of a tensor -> who made it; holds it, so that the id stays its own
     read: dict[int, tuple[str, Tensor]] = {}
+    done: set[str] = set()  # linears that have read in this forward
 
     def produced(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, out: Any) -> None:
@@ -212,21 +228,34 @@ def look(layer: nn.Module, linears: list[str], inputs: Tensor, call: _Call, wher
             first = read.setdefault(id(x), (name, x))[0]
             seen.shared[name] = first
             if first == name:
-                try:
-                    before = seen.statistics.get(name) or Statistics.empty(x.shape[-1])
-                    seen.statistics[name] = before.with_rows(x)
-                except ValueError as error:
-                    raise ValueError(f"calibration: {where}{name}: {error}") from error
+                waiting.setdefault(name, []).append(x.detach().flatten(0, -2).clone())
+                if sum(map(len, waiting[name])) >= _ROWS:
+                    gather(name)
+            done.add(name)
+            if len(done) == len(linears):
+                raise _EnoughError
 
         return hook
+
+    def gather(name: str) -> None:
+        x = torch.cat(waiting.pop(name))
+        before = seen.statistics.get(name) or Statistics.empty(x.shape[-1], x.device)
+        try:
+            seen.statistics[name] = before.with_rows(x)
+        except ValueError as error:
+            raise ValueError(f"calibration: {where}{name}: {error}") from error
 
     handles = [layer.get_submodule(name).register_forward_pre_hook(reads(name)) for name in linears]
     handles += [m.register_forward_hook(produced(name)) for name, m in layer.named_modules() if name]
     try:
         for x in inputs:
-            run_layer(layer, x, call)
+            with contextlib.suppress(_EnoughError):
+                run_layer(layer, x, call)
             made.clear()
             read.clear()
+            done.clear()
+        for name in list(waiting):
+            gather(name)
     finally:
         for handle in handles:
             handle.remove()
@@ -247,18 +276,34 @@ def calibrate_layer(
     divided: dict[str, Tensor] = {}
     if method.scales:
         divided = _fold(layer, linears, seen, inputs[0], call, method, found)
-    for name, form in linears.items():
-        statistics = seen.statistics.get(seen.shared.get(name, name))
-        if statistics is not None and name in divided:
-            statistics = statistics.divided(divided[name])
-        module = layer.get_submodule(name)
+    for names in _alike(linears, seen, divided):
+        statistics = seen.statistics.get(seen.shared.get(names[0], names[0]))
+        if statistics is not None and names[0] in divided:
+            statistics = statistics.divided(divided[names[0]])
+        weights = [matrix(layer.get_submodule(name)) for name in names]
         try:
-            quantized = quantize(matrix(module), statistics, form, method)
+            quantized = quantize(torch.cat(weights), statistics, linears[names[0]], method)
         except ValueError as error:
-            raise ValueError(f"calibration: {where}{name}: {error}") from error
-        found.packed[name] = pack(quantized)
-        matrix(module).copy_(dequantize(quantized))
+            raise ValueError(f"calibration: {where}{', '.join(names)}: {error}") from error
+        for name, weight, part in zip(names, weights, _rows(quantized, [len(w) for w in weights]), strict=True):
+            weight.copy_(dequantize(part))
+            found.packed[name] = pack(part.to("cpu"))
     return found
+
+
+def _alike(linears: Mapping[str, Form], seen: _Seen, divided: Mapping[str, Tensor]) -> list[list[str]]:
+    """Names in lists of one input and one form: rows are rounded apart, and what the input costs is paid once."""
+    found: dict[Any, list[str]] = {}
+    for name, form in linears.items():
+        found.setdefault((seen.shared.get(name, name), form, id(divided.get(name))), []).append(name)
+    return list(found.values())
+
+
+def _rows(whole: QuantizedWeight, counts: list[int]) -> list[QuantizedWeight]:
+    """``whole`` cut into weights of so many rows."""
+    codes, scales = whole.codes.split(counts), whole.scales.split(counts)
+    zeros = [None] * len(counts) if whole.zeros is None else whole.zeros.split(counts)
+    return [replace(whole, codes=c, scales=s, zeros=z) for c, s, z in zip(codes, scales, zeros, strict=True)]
 
 
 def _fold(
@@ -278,12 +323,11 @@ def _fold(
         )
         if not apply_fold(layer, fold, scales, lambda: run_layer(layer, x, call), changes):
             continue
-        for name in fold.readers:
-            divided[name] = scales if fold.spread is None else scales[fold.spread]
+        divided |= dict.fromkeys(fold.readers, scales if fold.spread is None else scales[fold.spread])
         source = layer.get_submodule(fold.source)
         for name, parameter in source.named_parameters(recurse=False):
             if fold.source not in linears or name != "weight":
-                found.parameters[f"{fold.source}.{name}"] = parameter.detach().clone()
+                found.parameters[f"{fold.source}.{name}"] = parameter.detach().cpu().clone()
     return divided
 
 
@@ -297,20 +341,23 @@ def calibrate(
     method: Method,
     *,
     folder: str | Path | None = None,
+    device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Calibrated:
     """Quantise the modules named in ``forms`` layer by layer on tokens ids [sequences, s]; ``model`` stays as it is.
 
     forms: full module name -> the form that its weight gets. Modules outside the decoder layers are rounded to nearest.
     folder: where finished layers are kept and looked for. It belongs to one model, method and set of tokens: files of
-    another one are an error.
+    another one are an error. device: where layers are computed, one at a time; None: where the model is.
 
     Raises ValueError: ids no tokens of the model or not [sequences, s], a layer whose activations hold NaN (named), a
-    folder of another run. The same arguments give the same bytes, whether stopped and resumed or not.
+    folder of another run, a device that is not there. The same arguments give the same bytes, whether stopped and
+    resumed or not; another device adds in another order, so a few codes differ.
     """
     ids = check_ids(ids, model)
     if ids.dim() != 2:
         raise ValueError(f"calibration ids must be [sequences, tokens], got {list(ids.shape)}")
+    where_to = device_of(model) if device is None else usable(device)
     prefix, layers = decoder_layers(model)
     key = run_key(model, ids, forms, method)
     found = Calibrated()
@@ -320,26 +367,28 @@ def calibrate(
         weight = matrix(model.get_submodule(name))
         which = weight.data_ptr(), forms[name]
         if which not in tied:
-            tied[which] = pack(quantize(weight, None, forms[name], Method("rtn")))
+            tied[which] = pack(quantize(weight, None, forms[name], Method("rtn")).to("cpu"))
         found.packed[name] = tied[which]
     needs = method.needs_data
     inputs, calls = capture(model, layers, ids) if needs else (torch.empty(0), [_Call((), {})] * len(layers))
+    inputs = inputs.to(where_to)
     with torch.no_grad():
         bar = tqdm(enumerate(layers), total=len(layers), desc=str(method), unit="layer", disable=not progress)
         for index, original in bar:
             where = f"{prefix}.{index}."
             linears = {name.removeprefix(where): form for name, form in forms.items() if name.startswith(where)}
             path = None if folder is None else Path(folder) / f"layer-{index:04d}.safetensors"
-            layer = copy.deepcopy(original).float().requires_grad_(False)
+            layer = copy.deepcopy(original).to(where_to, torch.float32).requires_grad_(False)
+            call = _moved(calls[index], where_to)
             done = read_layer(path, key, layer, linears) if path is not None and path.exists() else None
             if done is None:
-                done = calibrate_layer(layer, linears, inputs, calls[index], method, where)
+                done = calibrate_layer(layer, linears, inputs, call, method, where)
                 if path is not None:
                     write_layer(path, key, done)
             else:
                 put_values(layer, done)
             for k, x in enumerate(inputs if index + 1 < len(layers) else ()):
-                inputs[k] = run_layer(layer, x, calls[index])
+                inputs[k] = run_layer(layer, x, call)
             found.merge(where, done)
     return found
 
@@ -354,9 +403,10 @@ def put_values(layer: nn.Module, done: Calibrated) -> None:
 
 def run_key(model: nn.Module, ids: Tensor, forms: Mapping[str, Form], method: Method) -> str:
     """What a run depends on, in a hash: method but for its epochs, forms, tokens and a sample of every weight."""
-    digest = hashlib.sha256(repr((replace(method, epochs=0), sorted(forms.items(), key=lambda item: item[0]))).encode())
-    digest.update(ids.contiguous().numpy().tobytes())
+    plain = replace(method, epochs=0, codes=False)
+    digest = hashlib.sha256(repr((plain, sorted(forms.items(), key=lambda item: item[0]))).encode())
+    digest.update(ids.cpu().contiguous().numpy().tobytes())
     for name, parameter in model.named_parameters():
-        sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 256)].double()
+        sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 256)].double().cpu()
         digest.update(name.encode() + sample.numpy().tobytes())
     return digest.hexdigest()

@@ -118,6 +118,11 @@ class QuantizedWeight:
         """Inputs."""
         return self.codes.shape[1]
 
+    def to(self, device: str | torch.device) -> QuantizedWeight:
+        """The same on ``device``."""
+        zeros = None if self.zeros is None else self.zeros.to(device)
+        return replace(self, codes=self.codes.to(device), scales=self.scales.to(device), zeros=zeros)
+
     @property
     def groups(self) -> int:
         """Groups per row."""

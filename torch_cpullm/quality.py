@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .devices import device_of
+
 CONVENTIONS = ("plain", "llama", "sliding")
 _ROWS = 256  # positions whose logits are compared at a time
 _Z95 = 1.96  # of a normal distribution
@@ -125,13 +127,13 @@ def evaluate(
 ) -> Quality:
     """Loss and perplexity of ``model`` on a text and, against ``reference``, KL divergence and top-1 agreement.
 
-    model: token ids [1, s] -> an object with ``logits`` [1, s, vocabulary]. ids: int64 [T]. window, convention,
-    stride: see :func:`windows`. bos: token that takes the place of every window's first (llama-perplexity does that
-    where the model asks for one). reference: a model of the same vocabulary, or its :func:`window_logits`.
+    model: token ids [1, s] -> an object with ``logits`` [1, s, vocabulary], on any device. ids: int64 [T]. window,
+    convention, stride: see :func:`windows`. bos: token that takes the place of every window's first (llama-perplexity
+    does that where the model asks for one). reference: a model of the same vocabulary, or its :func:`window_logits`.
 
     Raises ValueError for ids out of range, no whole window, a reference of another vocabulary, and logits with NaN.
     """
-    ids = check_ids(ids, model)
+    ids = check_ids(ids, model).to(device_of(model))
     if ids.dim() != 1:
         raise ValueError(f"evaluate takes the ids of one text, [tokens], got {list(ids.shape)}")
     cuts = windows(len(ids), window, convention, stride)
@@ -141,9 +143,9 @@ def evaluate(
         logits = logits_of(model, part)[first - 1 : -1]
         other = None
         if isinstance(reference, nn.Module):
-            other = logits_of(reference, part)[first - 1 : -1]
+            other = logits_of(reference, part)[first - 1 : -1].to(logits.device)
         elif reference is not None:
-            other = reference[index]
+            other = reference[index].to(logits.device)
         if other is not None and other.shape != logits.shape:
             raise ValueError(f"the reference has logits {list(other.shape)}, the model {list(logits.shape)}")
         for row in range(0, len(logits), _ROWS):
@@ -178,8 +180,8 @@ def _with_bos(ids: Tensor, bos: int | None) -> Tensor:
 
 
 def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
-    """Logits [s, vocabulary] of the model for ids [s]; nothing is cached."""
-    takes_cache = hasattr(model, "config")  # a model of transformers
+    """Logits [s, vocabulary] of the model for ids [s], where the model is; nothing is cached."""
+    takes_cache, ids = hasattr(model, "config"), ids.to(device_of(model))  # a model of transformers
     with torch.inference_mode():
         out = model(ids[None], use_cache=False) if takes_cache else model(ids[None])
     logits = out.logits if hasattr(out, "logits") else out

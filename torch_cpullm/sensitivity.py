@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .checkpoint import Form
+from .devices import device_of, model_on
 from .folding import matrix
 from .layerwise import Method, capture, decoder_layers, look, quantize, run_layer
 from .packing import dequantize, resolve_group
@@ -73,11 +74,11 @@ def gradient_squares(model: nn.Module, names: Sequence[str], ids: Tensor, seed: 
         for parameter in trained:
             parameter.requires_grad_(False)
         with torch.enable_grad():
-            for row in ids:
+            for row in ids.to(device_of(model)):
                 outs.clear()
                 logits = model(row[None], use_cache=False).logits[0].float()
-                drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-                nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
+                drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+                nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
                 for name, out in outs:
                     gradient = cast("Tensor", out.grad).detach().flatten(0, -2).float()
                     sums[name] = sums.get(name, torch.zeros(())) + gradient.square().sum(0)
@@ -90,13 +91,22 @@ def gradient_squares(model: nn.Module, names: Sequence[str], ids: Tensor, seed: 
 
 
 def sensitivities(
-    model: nn.Module, ids: Tensor, names: Sequence[str], forms: Sequence[Form], *, seed: int = 0, progress: bool = True
+    model: nn.Module,
+    ids: Tensor,
+    names: Sequence[str],
+    forms: Sequence[Form],
+    *,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool = True,
 ) -> list[Unit]:
     """What each form costs in KL for every unit among the linears ``names``, on tokens ids [sequences, s].
 
     Linears inside the decoder layers, and the output head if it is named. Weights are rounded with an
-    activation-weighted clip search. Raises ValueError as :func:`torch_cpullm.layerwise.calibrate`.
+    activation-weighted clip search. device: where the float model computes; None: where it is, else a copy there.
+    Raises ValueError as :func:`torch_cpullm.layerwise.calibrate`.
     """
+    model = model_on(model, device)
     squares = gradient_squares(model, names, ids, seed)
     prefix, layers = decoder_layers(model)
     units = []
@@ -121,14 +131,14 @@ def sensitivities(
 
 
 def _head_inputs(model: nn.Module, head: nn.Module, ids: Tensor) -> Statistics:
-    found = [Statistics.empty(matrix(head).shape[1])]
+    found = [Statistics.empty(matrix(head).shape[1], device_of(model))]
 
     def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         found[0] = found[0].with_rows(arguments[0])
 
     handle = head.register_forward_pre_hook(hook)
     try:
-        for row in ids:
+        for row in ids.to(device_of(model)):
             model(row[None], use_cache=False)
     finally:
         handle.remove()
@@ -142,7 +152,8 @@ def _unit(
     for form in forms:
         cost = 0.0
         for name, weight in weights.items():
-            change = dequantize(quantize(weight, statistics, form, Method("clip"))) - weight.float()
+            rounded = quantize(weight, statistics, form, Method("clip")).to(weight.device)
+            change = dequantize(rounded) - weight.float()
             rows = ((change @ statistics.second) * change).sum(1)
             cost += 0.5 * float((squares[name] * rows).sum()) if name in squares else 0.0
         kl.append(cost)

@@ -1,6 +1,6 @@
 """The automatic flow: methods from cheap to dear, each measured, until the loss is within the target.
 
-    RTN -> HQQ -> AWQ + clip -> GPTQ -> AWQ + GPTQ, refined -> distilled -> the same in mixed precision
+    RTN -> HQQ -> AWQ + clip -> GPTQ -> AWQ + GPTQ, refined -> distilled -> codes too -> the same in mixed precision
 
 Source of the flow: Shen et al. 2023, "Efficient LLM Inference on CPUs" (try a recipe, evaluate, tune again).
 """
@@ -22,7 +22,8 @@ from .calibrated import Calibrated
 from .calibration import LENGTH, calibration_ids, self_generated, text_ids
 from .checkpoint import Form
 from .config import Settings
-from .distil import distil
+from .devices import model_on, usable
+from .distil import ROUNDED, distil
 from .folding import matrix
 from .layer_group import member_of
 from .layerwise import Method, calibrate
@@ -42,7 +43,8 @@ LADDER = (
     Method("gptq", "awq", sweeps=2),
     Method("gptq", "awq", sweeps=2, epochs=1),
 )
-SEQUENCES = 64
+LAST = Method("gptq", "awq", sweeps=2, epochs=2, codes=True)  # where there are MANY sequences, for codes to learn from
+SEQUENCES, MANY = 64, 2048  # on the CPU, and on a faster device
 _HELD_OUT = 8  # sequences of the default evaluation
 _WINDOW = 2048
 
@@ -58,12 +60,13 @@ def autotune(
     budget_bits: float = 5.0,
     *,
     config: Settings | None = None,
-    methods: Sequence[Method] = LADDER,
+    methods: Sequence[Method] | None = None,
     higher_is_better: bool = False,
-    sequences: int = SEQUENCES,
+    sequences: int | None = None,
     length: int = LENGTH,
     seed: int = 0,
     folder: str | Path | None = None,
+    device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Tuned:
     """Quantise ``model`` in place by the cheapest method whose loss is at most ``target`` worse than the float model's.
@@ -77,22 +80,31 @@ def autotune(
     ids, or a function model -> number, lower is better unless ``higher_is_better``; None: text that the float model
     has generated itself, with another seed than the calibration's. Never pass what you will report, nor the
     calibration text. calibration: see :func:`torch_cpullm.calibration.calibration_ids`; sequences, length: how much
-    of it. budget_bits: most stored bits per weight of the decoder's linears; forms beyond it are not tried. config:
+    of it, 64 or on another device than the CPU 2,048 sequences. methods: None for LADDER and, from 2,048 sequences on,
+    LAST. budget_bits: most stored bits per weight of the decoder's linears; forms beyond it are not tried. config:
     settings otherwise (bits must be 4). Experts are rounded to nearest by every method, in the form of ``config``; they
     count in the bits, and the report says so. folder: where finished layers are kept, so that a stopped run can go on.
+    device: where the float model computes and is calibrated, such as "cuda", on a copy; quantised models are always
+    packed and measured on the CPU.
 
     Returns :class:`Tuned`: the model, every step with its numbers, and ``save(folder)`` for the report. The same
     arguments and seed give the same result. Raises ValueError for wrong arguments, unusable data, an eval function
-    that returns no finite number; what that function raises is passed on. The float model is untouched by any error.
+    that returns no finite number, a device that is not there; what that function raises is passed on. The float model
+    is untouched by any error.
     """
     settings = config if config is not None else Settings()
+    if sequences is None:
+        sequences = SEQUENCES if device is None or usable(device).type == "cpu" else MANY
+    if methods is None:
+        methods = LADDER if sequences < MANY else (*LADDER, LAST)
     _check_arguments(model, settings, target, budget_bits, methods)
     experts = experts_of(model, settings)
     forms = _base_forms(model, settings, experts, budget_bits)
     inside = _decoder_names(model, forms)
-    measure, what = _measure(eval, model, tokenizer, length, seed)
     model.eval()
-    baseline = _number(measure(model), "the float model")
+    fast = model_on(model, device)  # the float model where it computes
+    measure, what = _measure(eval, fast, tokenizer, length, seed)
+    baseline = _number(measure(model if callable(eval) else fast), "the float model")
     if baseline == 0:
         raise ValueError("the float model's measure is 0: a relative target means nothing; return another measure")
     tuned = Tuned(model, target, what, baseline, seed)
@@ -100,19 +112,23 @@ def autotune(
     best: tuple[float, Calibrated, Settings] | None = None
     made: tuple[Method, Mapping[str, Form], Calibrated] | None = None  # what a distilled step begins with
 
+    def tokens() -> Tensor:
+        nonlocal ids
+        if ids is None:
+            ids = calibration_ids(calibration, tokenizer, fast, sequences=sequences, length=length, seed=seed)
+        return ids
+
     def attempt(method: Method, forms: Mapping[str, Form], kind: str = "") -> bool:
-        nonlocal best, ids, made
+        nonlocal best, made
         plain, name = replace(method, epochs=0), f"{method}{kind}"
         start = time.perf_counter()
-        if ids is None and method.needs_data:
-            ids = calibration_ids(calibration, tokenizer, model, sequences=sequences, length=length, seed=seed)
-        used = ids if ids is not None else torch.zeros(1, 1, dtype=torch.int64)
+        used = tokens() if method.needs_data else torch.zeros(1, 1, dtype=torch.int64)
         if made is None or made[:2] != (plain, forms):
             own = None if folder is None else Path(folder) / f"{plain}{kind}".replace(" ", "").replace(",", "-")
-            made = plain, forms, calibrate(model, used, forms, plain, folder=own, progress=progress)
+            made = plain, forms, calibrate(fast, used[:ROUNDED], forms, plain, folder=own, progress=progress)
         found = made[2]
         if method.epochs:
-            found = distil(model, found, used, epochs=method.epochs, progress=progress)
+            found = distil(fast, found, used, epochs=method.epochs, codes=method.codes, progress=progress)
         seconds = time.perf_counter() - start
         own_settings = settings_of(model, forms, settings)
         value = _number(measure(apply(twin(model), found, own_settings)), name)
@@ -125,16 +141,16 @@ def autotune(
             best = change, found, own_settings
         return change <= target
 
-    usable = [method for method in methods if not method.epochs or hasattr(model, "config")]
-    if len(usable) < len(methods):
+    possible = [method for method in methods if not method.epochs or hasattr(model, "config")]
+    if len(possible) < len(methods):
         log.warning("autotune: distilled methods are left out, they need a model of transformers")
-    met = any(attempt(method, forms) for method in usable)
+    met = any(attempt(method, forms) for method in possible)
     if not met:
-        last = next((method for method in reversed(usable) if method.needs_data), methods[0])
-        mixed = _mixed(
-            model, forms, inside, experts, budget_bits, ids, calibration, tokenizer, sequences, length, seed, progress
-        )
-        if mixed is not None and mixed != forms:
+        last = next((method for method in reversed(possible) if method.needs_data), methods[0])
+        mixed = forms
+        if hasattr(model, "config"):  # others give no gradients
+            mixed = _mixed(fast, forms, inside, experts, budget_bits, tokens(), seed, progress)
+        if mixed != forms:
             met = attempt(last, mixed, ", mixed")
     assert best is not None
     apply(model, best[1], best[2])
@@ -206,19 +222,11 @@ def _mixed(
     inside: Sequence[str],
     experts: Mapping[str, Experts],
     budget_bits: float,
-    ids: Tensor | None,
-    calibration: Any,
-    tokenizer: Any,
-    sequences: int,
-    length: int,
+    ids: Tensor,
     seed: int,
     progress: bool,
-) -> dict[str, Form] | None:
-    """Forms for the budget by sensitivity; None for a model that gives no gradients (not of transformers)."""
-    if not hasattr(model, "config"):
-        return None
-    if ids is None:
-        ids = calibration_ids(calibration, tokenizer, model, sequences=sequences, length=length, seed=seed)
+) -> dict[str, Form]:
+    """Forms for the budget by sensitivity."""
     base = forms[inside[0]]
     zeros = "point" if base.zeros == "none" and base.bits == 8 else base.zeros
     choices = _choices(Settings(sym=zeros == "none", scale_dtype=base.scales))

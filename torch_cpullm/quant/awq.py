@@ -18,7 +18,7 @@ _TEQ_STEPS, _TEQ_RATE = 60, 0.01
 
 def _rounded(weight: Tensor, bits: int, group_size: int, zeros: str, scale_dtype: torch.dtype) -> Tensor:
     """What round-to-nearest makes of ``weight``; minima stand at a zero point's place for the search."""
-    return dequantize(quantize_rtn(weight, bits, group_size, zeros == "none", scale_dtype))
+    return dequantize(quantize_rtn(weight, bits, group_size, zeros == "none", scale_dtype).to(weight.device))
 
 
 def awq_scales(
@@ -39,13 +39,12 @@ def awq_scales(
     for weight in weights:
         check_form(weight, bits, group_size, zeros, scale_dtype)
         check_statistics(statistics, weight.shape[1])
-    index = torch.arange(len(statistics.magnitude)) if spread is None else spread
+    seen = statistics.magnitude
+    index = torch.arange(len(seen), device=seen.device) if spread is None else spread.to(seen.device)
     channels = int(index.max()) + 1
-    magnitude = torch.zeros(channels).index_add(0, index, statistics.magnitude) / torch.bincount(
-        index, minlength=channels
-    )
+    magnitude = seen.new_zeros(channels).index_add(0, index, seen) / torch.bincount(index, minlength=channels)
     magnitude = magnitude.clamp_min(1e-4 * float(magnitude.mean()) + 1e-12)
-    best, found = torch.inf, torch.ones(channels)
+    best, found = torch.inf, seen.new_ones(channels)
     for step in range(_GRID):
         s = magnitude ** (step / _GRID)
         s = s / (s.max() * s.min()).sqrt()
@@ -77,14 +76,14 @@ def teq_scales(
     Source: Cheng et al. 2023, "TEQ: Trainable Equivalent Transformation for Quantization of LLMs".
     """
     start = awq_scales(weights, statistics, bits, group_size, zeros, scale_dtype, spread)
-    index = torch.arange(len(start)) if spread is None else spread
+    index = torch.arange(len(start), device=start.device) if spread is None else spread.to(start.device)
     logarithm = start.log().requires_grad_()
     optimizer = torch.optim.Adam([logarithm], _TEQ_RATE)
     best, found = torch.inf, start
     with torch.enable_grad():
         for _ in range(_TEQ_STEPS):
             full = logarithm.exp()[index]
-            error = torch.zeros(())
+            error = start.new_zeros(())
             for weight in weights:
                 w = weight.detach().float()
                 change = _full_range(w * full, bits, group_size, zeros) / full - w

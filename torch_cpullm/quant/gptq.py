@@ -22,7 +22,7 @@ def inverse_factor(second: Tensor, damping: float) -> Tensor:
     H that stays singular (float32 rounding, inputs that repeat each other) gets ten times the damping until it is not.
     """
     mean = float(second.diagonal().mean())
-    eye = torch.eye(len(second))
+    eye = torch.eye(len(second), device=second.device)
     for attempt in range(6):
         lower, info = torch.linalg.cholesky_ex(second + eye * (mean * damping * 10**attempt + 1e-12))
         if not int(info):
@@ -43,7 +43,8 @@ def order_by_group(diagonal: Tensor, group: int) -> Tensor:
     grouped = as_groups(diagonal + 1e-30, group)  # the filling, zero, sorts last
     inside = grouped.argsort(dim=-1, descending=True, stable=True)
     groups = grouped.amax(-1).argsort(descending=True, stable=True)
-    order = (inside + group * torch.arange(len(grouped))[:, None])[groups].flatten()
+    first = group * torch.arange(len(grouped), device=diagonal.device)[:, None]
+    order = (inside + first)[groups].flatten()
     return order[order < len(diagonal)]
 
 
@@ -76,15 +77,15 @@ def quantize_gptq(
     w = weight.detach().float().T[order].contiguous()  # [k, n]: an input's weights lie together
     factor = inverse_factor(second, damping)
     codes = torch.empty_like(w)
-    scale = torch.empty(-(-k // group), w.shape[1])
+    scale = w.new_empty(-(-k // group), w.shape[1])
     zero = torch.empty_like(scale)
-    ends = _group_ends(order, group)
+    ends, groups = _group_ends(order, group), (order // group).tolist()
     begin = 0
     for end in _block_ends(ends):
-        errors = torch.empty(end - begin, w.shape[1])
+        errors = w.new_empty(end - begin, w.shape[1])
         for j in range(begin, end):
             if j == 0 or j in ends:
-                g, last = int(order[j]) // group, min(e for e in ends if e > j)
+                g, last = groups[j], min(e for e in ends if e > j)
                 importance = factor.diagonal()[j:last].square().reciprocal()
                 scale[g], zero[g] = fit_groups(w[j:last].T, importance, bits, zeros, scale_dtype)
                 base = base_of(scale[g], zero[g], zeros)
@@ -128,7 +129,9 @@ def refine(
     k, bits, n = quantized.k, quantized.bits, quantized.n
     group = resolve_group(quantized.group_size, k)
     zeros = "none" if quantized.zeros is None else "point" if quantized.zeros.dtype == torch.uint8 else "minimum"
-    second = statistics.second + torch.eye(k) * (damping * float(statistics.second.diagonal().mean()) + 1e-12)
+    second = statistics.second + torch.eye(k, device=weight.device) * (
+        damping * float(statistics.second.diagonal().mean()) + 1e-12
+    )
     w, dtype = weight.detach().float(), quantized.scales.dtype
     codes, scale = quantized.codes.float(), quantized.scales.float()
     zero = torch.full_like(scale, 1 << (bits - 1)) if quantized.zeros is None else quantized.zeros.float()
@@ -151,7 +154,7 @@ def refine(
         residual = second @ (now * step + base - w.T)  # half the gradient, [k, n]
         for begin in range(0, k, _BLOCK):
             end = min(begin + _BLOCK, k)
-            own, moved = residual[begin:end].clone(), torch.empty(end - begin, n)
+            own, moved = residual[begin:end].clone(), residual.new_empty(end - begin, n)
             for j in range(begin, end):
                 i = j - begin
                 value = now[j] * step[j] + base[j]
@@ -177,13 +180,14 @@ def _fitted_scales(
     right = as_groups(levels * target, group).sum(-1)
     fitted = torch.empty_like(scale)
     groups = scale.shape[1]
-    rows = max(1, (1 << 24) // (k * groups))
+    rows = max(1, (1 << 24) // max(k, groups * groups))
     for begin in range(0, n, rows):
         part = levels[begin : begin + rows]
-        blocks = torch.stack(
-            [part[:, g * group : (g + 1) * group] @ second[g * group : (g + 1) * group] for g in range(groups)], 1
-        )  # [rows, groups, k]
-        left = as_groups(blocks * part[:, None], group).sum(-1)  # [rows, groups, groups]
+        left = part.new_empty(len(part), groups, groups)
+        for g in range(groups):  # the blocks on and right of the diagonal; those below mirror them
+            own, rest = slice(g * group, (g + 1) * group), slice(g * group, None)
+            left[:, g, g:] = as_groups((part[:, own] @ second[own, rest]) * part[:, rest], group).sum(-1)
+            left[:, g:, g] = left[:, g, g:]
         left.diagonal(dim1=1, dim2=2).add_(1e-6 * left.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-20)
         fitted[begin : begin + rows] = torch.linalg.solve_ex(left, right[begin : begin + rows, :, None])[0][..., 0]
     return fitted

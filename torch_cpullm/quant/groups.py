@@ -31,7 +31,8 @@ def check_form(weight: Tensor, bits: int, group_size: int, zeros: str, scale_dty
 def as_groups(x: Tensor, group: int) -> Tensor:
     """[.., k] -> [.., groups, group], the last group filled with zeros."""
     pad = -x.shape[-1] % group
-    return torch.nn.functional.pad(x, (0, pad)).unflatten(-1, (-1, group))
+    filled = torch.nn.functional.pad(x, (0, pad)) if pad else x  # without the test torch would copy
+    return filled.unflatten(-1, (-1, group))
 
 
 def codes_of(w: Tensor, scale: Tensor, base: Tensor, bits: int) -> Tensor:

@@ -26,7 +26,7 @@ def quantize_hqq(
     """
     check_form(weight, bits, group_size, zeros, scale_dtype)
     w = as_groups(weight.detach().float(), resolve_group(group_size, weight.shape[1]))
-    scale, zero = fit_groups(w, torch.ones(()), bits, zeros, scale_dtype)
+    scale, zero = fit_groups(w, w.new_ones(()), bits, zeros, scale_dtype)
 
     def norm(z: Tensor) -> Tensor:
         base = base_of(scale, z, zeros)[..., None]

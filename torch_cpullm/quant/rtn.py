@@ -24,8 +24,8 @@ def quantize_rtn(
     try clipped ranges (both ends of the range apart) and keep the scale and zero point with the least error, the sum of
     |error|^p with p = 2 for groups of 32, 3 up to 128 and 4 beyond; otherwise the full range of each group.
 
-    Raises ValueError for a wrong argument, for NaN or inf in ``weight``, and for weights whose scale overflows
-    ``scale_dtype``.
+    The result is on the CPU wherever ``weight`` is. Raises ValueError for a wrong argument, for NaN or inf in
+    ``weight``, and for weights whose scale overflows ``scale_dtype``.
     """
     check_bits(bits)
     check_group_size(group_size)
@@ -41,7 +41,9 @@ def quantize_rtn(
         raise ValueError("weight must be finite, but holds NaN or inf")
     symmetric = sym or bits == 8
     group = resolve_group(group_size, weight.shape[1])
-    codes, scales, zeros = ops.quantize_weights(weight.contiguous(), bits, group, symmetric, clip_search, scale_dtype)
+    codes, scales, zeros = ops.quantize_weights(
+        weight.cpu().contiguous(), bits, group, symmetric, clip_search, scale_dtype
+    )
     if not bool(torch.isfinite(scales).all()):
         raise ValueError(f"weight is too large: a group's scale overflows {scale_dtype}")
     return QuantizedWeight(codes, scales, None if symmetric else zeros, bits, group_size)

@@ -19,9 +19,9 @@ class Statistics:
     rows: int
 
     @staticmethod
-    def empty(k: int) -> Statistics:
-        """Of no rows."""
-        return Statistics(torch.zeros(k, k), torch.zeros(k), 0)
+    def empty(k: int, device: torch.device | None = None) -> Statistics:
+        """Of no rows, on the device of the rows to come."""
+        return Statistics(torch.zeros(k, k, device=device), torch.zeros(k, device=device), 0)
 
     def with_rows(self, x: Tensor) -> Statistics:
         """These and the rows of x [.., k]; ValueError for NaN or inf."""
