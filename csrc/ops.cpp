@@ -203,6 +203,7 @@ QuantizedRows quantize(const Kernels& table, const Rows& rows, TileShape shape, 
   q.blocks = (q.k_padded + kActBlock - 1) / kActBlock;
   q.tile = tile;
   q.unit = shape.unit;
+  q.bias = shape.bias;
   q.group = group;
   q.segments = count_segments(0, q.k_padded, group);
   const int64_t tiles = (rows.m + tile - 1) / tile;
@@ -243,7 +244,7 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const 
   if (rows.m == 0) return y;
   const int64_t panels = (n + kPanel - 1) / kPanel;
   const int64_t work = rows.m * w.k_padded * kPanel;
-  const TileShape bf16 = compute == int64_t(Compute::bf16) ? table.tile_bf16(rows.m) : TileShape{0, 0};
+  const TileShape bf16 = compute == int64_t(Compute::bf16) ? table.tile_bf16(rows.m) : TileShape{0, 0, 0};
   const auto scratch = [] { return kernel_scratch.get<char>(kScratchBytes); };
   if (compute == int64_t(Compute::int8)) {
     const QuantizedRows q = quantize(table, rows, table.tile_i8(rows.m, w.group), w.group);

@@ -27,6 +27,7 @@ constexpr int64_t kTileK = 64;  // inputs of a full tile
 constexpr int64_t kFullTileRows = 16, kHalfTileRows = 48;
 
 void (*few_rows)(const Weight&, const QuantizedRows&, const Output&, Range, void*);
+TileShape (*few_rows_tile)(int64_t m, int64_t group);
 
 // The tile intrinsics do not tell the compiler what they read: without this it may drop the stores before them.
 void publish(const void* data) { __asm__ volatile("" : : "r"(data) : "memory"); }
@@ -49,7 +50,7 @@ void configure(int64_t step) {
 
 TileShape tile_rows(int64_t m, int64_t group) {
   const int64_t least = group % kTileK ? kHalfTileRows : kFullTileRows;
-  return m < least ? tile_rows_i8(m, group) : TileShape{kTile, kTileK};
+  return m < least ? few_rows_tile(m, group) : TileShape{kTile, kTileK, 0};
 }
 
 // One segment of inputs of a panel, the same for every row.
@@ -250,7 +251,7 @@ void linear_i8_amx(const Weight& w, const QuantizedRows& x, const Output& out, R
 constexpr int64_t kBf16K = 32;  // inputs of a tile
 constexpr int64_t kBf16Least = 16;  // fewer rows are faster in fp32
 
-TileShape tile_rows_bf16(int64_t m) { return m < kBf16Least ? TileShape{0, 0} : TileShape{kTile, kBf16K}; }
+TileShape tile_rows_bf16(int64_t m) { return m < kBf16Least ? TileShape{} : TileShape{kTile, kBf16K, 0}; }
 
 // 32 rows x 32 columns: sums in tiles 0-3, rows in 4 and 5, pairs of weights in 6 and 7.
 void bf16_two(const uint16_t* a, const uint16_t* b, int64_t a_tile, int64_t k, float* y) {
@@ -340,6 +341,7 @@ int64_t dot_peak_amx(int64_t rounds, int32_t* sink) {
 
 void use_amx(Kernels& k) {
   few_rows = k.linear_i8;
+  few_rows_tile = k.tile_i8;
   k.tile_i8 = tile_rows;
   k.linear_i8 = linear_i8_amx;
   k.tile_bf16 = tile_rows_bf16;

@@ -13,6 +13,7 @@
 #include "lanes-inl.h"
 #include "limits-inl.h"
 #include "linear_i8-inl.h"
+#include "many_i8_avx512.h"
 //
 #include "dot_bf16_avx512.h"
 #include "linear_bf16-inl.h"
@@ -24,7 +25,7 @@ namespace {
 
 constexpr int64_t kBf16Tile = 14, kBf16Least = 8;  // rows of a tile; fewer rows are faster in fp32
 
-TileShape tile_rows_bf16(int64_t m) { return m < kBf16Least ? TileShape{0, 0} : TileShape{even_tile(m, kBf16Tile), 2}; }
+TileShape tile_rows_bf16(int64_t m) { return m < kBf16Least ? TileShape{} : TileShape{even_tile(m, kBf16Tile), 2, 0}; }
 
 void bf16_tile(int64_t rows, const uint16_t* w, const uint16_t* x, int64_t x_step, int64_t pairs, float* y) {
   switch (rows) {
@@ -54,14 +55,23 @@ void linear_bf16(const Weight& w, const Bf16Rows& x, const Output& out, Range pa
                   });
 }
 
+TileShape tile_rows_i8_avx512(int64_t m, int64_t group) {
+  if (m < kManyLeast) return tile_rows_i8(m, group);
+  return {even_tile(m, group % kActBlock ? kManyRows : kWholeRows), kStep, 128};
+}
+
+void linear_i8_avx512(const Weight& w, const QuantizedRows& x, const Output& out, Range panels, void* scratch) {
+  x.bias ? linear_i8_many(w, x, out, panels, scratch) : linear_i8(w, x, out, panels, scratch);
+}
+
 }  // namespace
 
 void use_avx512(Kernels& k) {
-  k.tile_i8 = tile_rows_i8;
+  k.tile_i8 = tile_rows_i8_avx512;
   k.tile_f32 = tile_rows_f32;
   k.quantize_rows = quantize_rows;
   k.load_rows = load_rows;
-  k.linear_i8 = linear_i8;
+  k.linear_i8 = linear_i8_avx512;
   k.linear_f32 = linear_f32;
   if (cpu_has_avx512_bf16()) {
     k.tile_bf16 = tile_rows_bf16;

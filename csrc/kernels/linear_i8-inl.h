@@ -201,7 +201,7 @@ inline void unpack_block(const uint8_t* codes, int64_t k, uint8_t* bytes) {
   for (int64_t s = 0; s < k / kStep; ++s) Simd::unpack4(codes + 64 * s, bytes + 128 * s);
 }
 
-TileShape tile_rows_i8(int64_t m, int64_t) { return {even_tile(m, Simd::kTileRows), kStep}; }
+[[maybe_unused]] TileShape tile_rows_i8(int64_t m, int64_t) { return {even_tile(m, Simd::kTileRows), kStep, 0}; }
 
 // Rows whose activations stay in half of the L2 cache while the panels pass by; at most kBlockRows.
 inline int64_t rows_per_block(const QuantizedRows& x) {

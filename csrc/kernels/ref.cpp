@@ -63,11 +63,11 @@ namespace {
 
 int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
-TileShape plain_rows(int64_t, int64_t) { return {1, kStep}; }
+TileShape plain_rows(int64_t, int64_t) { return {1, kStep, 0}; }
 
 int64_t one_row(int64_t) { return 1; }
 
-TileShape no_tile(int64_t) { return {0, 0}; }
+TileShape no_tile(int64_t) { return {}; }
 
 int code_at(const Weight& w, int64_t col, int64_t j) {
   const int64_t c = col % kPanel;

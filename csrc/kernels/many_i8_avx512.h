@@ -1,0 +1,297 @@
+// Many rows times a panel on the avx512 level: a run of activation blocks of a tile is one piece of assembly, and the
+// fp32 chain of a block never leaves the registers. The same chain as linear_i8-inl.h, bit for bit.
+//
+// The codes of kManyK inputs of the panel are first unpacked to signed bytes, zero points subtracted. Activations come as
+// x + 128 (QuantizedRows::bias), so the int32 sums of every row start from the same -128 * sum of the column's bytes: a
+// copy of a register, which costs nothing, in place of one multiplication per sum and segment.
+// Ranges: |c - z| <= 15 at 4 bits, 128 at 8; 128 inputs: |sum (x + 128) c| <= 128 * 255 * 128 < 2^23.
+// The chain starts from +0 instead of the first product: an output may differ only where that is -0, and sums of outputs
+// start from +0, which takes either.
+// Registers, groups of less than a block: zmm0-13 int32 sums of row i in 2i and 2i + 1, zmm14-27 its chains. Whole blocks:
+// a chain has one link, so zmm0-27 are sums, then chains, of 14 rows. zmm28-29 bytes of 16 columns each, then scales or
+// minima; zmm30 four inputs of a row.
+#pragma once
+
+#include <immintrin.h>
+
+namespace cpullm {
+namespace {
+
+constexpr int kManyRows = 7, kWholeRows = 14;  // most rows of a tile; where segments are whole blocks
+constexpr int64_t kManyLeast = 29;  // rows from which this way is faster
+constexpr int64_t kManyK = 256;  // inputs unpacked at a time
+
+// What the chain needs of one segment of a panel.
+struct alignas(64) ManySegment {
+  int32_t start[kPanel];  // -128 * sum of the column's bytes
+  float scale[kPanel];
+  float minimum[kPanel];  // only the minimum form's
+  int32_t steps;  // inputs / 4, a multiple of 8
+  int32_t ends_block;  // whether it is the last one of its activation block
+};
+
+// A run of segments of one tile, whole activation blocks.
+struct ManyRun {
+  const ManySegment *segments, *end;
+  const int32_t* const* apart;  // [segments]: null or [rows, 32] to add to the sums, 64-byte aligned
+  const float* sums;  // [segments, kWholeRows]: sums of the activations; null but for the minimum form
+  const float* x_scale;  // [blocks, tile]
+  float* y;  // [rows, 32], 64-byte aligned: chain of the output
+};
+
+// clang-format off
+#define CPULLM_EACH(ROW) ROW(0, 0, 1, 14, 15) ROW(1, 2, 3, 16, 17) ROW(2, 4, 5, 18, 19) ROW(3, 6, 7, 20, 21) \
+  ROW(4, 8, 9, 22, 23) ROW(5, 10, 11, 24, 25) ROW(6, 12, 13, 26, 27) \
+  ".if %c[whole]\n" ROW(7, 14, 15, 14, 15) ROW(8, 16, 17, 16, 17) ROW(9, 18, 19, 18, 19) ROW(10, 20, 21, 20, 21) \
+  ROW(11, 22, 23, 22, 23) ROW(12, 24, 25, 24, 25) ROW(13, 26, 27, 26, 27) ".endif\n"
+#define CPULLM_IF(i, ...) ".if %c[rows] > " #i "\n" __VA_ARGS__ ".endif\n"
+#define CPULLM_AHEAD(i, a, b, c, d) CPULLM_IF(i, "prefetcht0 128*" #i "(%[p])\nprefetcht0 128*" #i "+64(%[p])\n")
+#define CPULLM_CLEAR(i, a, b, c, d) \
+  CPULLM_IF(i, "vpxord %%zmm" #c ", %%zmm" #c ", %%zmm" #c "\nvpxord %%zmm" #d ", %%zmm" #d ", %%zmm" #d "\n")
+#define CPULLM_COPY(i, a, b, c, d) CPULLM_IF(i, "vmovdqa64 %%zmm28, %%zmm" #a "\nvmovdqa64 %%zmm29, %%zmm" #b "\n")
+#define CPULLM_APART(i, a, b, c, d) \
+  CPULLM_IF(i, "vpaddd 128*" #i "(%[p]), %%zmm28, %%zmm" #a "\nvpaddd 128*" #i "+64(%[p]), %%zmm29, %%zmm" #b "\n")
+#define CPULLM_DOT(i, a, b, c, d)                                                            \
+  CPULLM_IF(i, "vpbroadcastd 4*" #i "(%[x]), %%zmm30\nvpdpbusd %%zmm28, %%zmm30, %%zmm" #a   \
+               "\nvpdpbusd %%zmm29, %%zmm30, %%zmm" #b "\n")
+#define CPULLM_STEP(s)                                                                                            \
+  "vmovdqa64 128*" #s "(%[codes]), %%zmm28\nvmovdqa64 128*" #s "+64(%[codes]), %%zmm29\n" CPULLM_EACH(CPULLM_DOT) \
+  "add %[x_step], %[x]\n"
+#define CPULLM_CHAIN(i, a, b, c, d)                                                                              \
+  CPULLM_IF(i, "vcvtdq2ps %%zmm" #a ", %%zmm" #a "\nvcvtdq2ps %%zmm" #b ", %%zmm" #b "\n.if %c[whole]\n"         \
+               "vmulps %%zmm28, %%zmm" #a ", %%zmm" #a "\nvmulps %%zmm29, %%zmm" #b ", %%zmm" #b "\n.else\n"     \
+               "vfmadd231ps %%zmm28, %%zmm" #a ", %%zmm" #c "\nvfmadd231ps %%zmm29, %%zmm" #b ", %%zmm" #d "\n.endif\n")
+#define CPULLM_MINIMUM_OF(i, c, d)                                            \
+  "vfmadd231ps 4*" #i "(%[p])%{1to16%}, %%zmm28, %%zmm" #c "\n"               \
+  "vfmadd231ps 4*" #i "(%[p])%{1to16%}, %%zmm29, %%zmm" #d "\n"
+#define CPULLM_MINIMUM(i, a, b, c, d) \
+  CPULLM_IF(i, ".if %c[whole]\n" CPULLM_MINIMUM_OF(i, a, b) ".else\n" CPULLM_MINIMUM_OF(i, c, d) ".endif\n")
+#define CPULLM_OUT_OF(i, c, d)                                          \
+  "vfmadd213ps 128*" #i "(%[p]), %%zmm28, %%zmm" #c "\n"                \
+  "vfmadd213ps 128*" #i "+64(%[p]), %%zmm28, %%zmm" #d "\n"             \
+  "vmovaps %%zmm" #c ", 128*" #i "(%[p])\nvmovaps %%zmm" #d ", 128*" #i "+64(%[p])\n"
+#define CPULLM_OUT(i, a, b, c, d)                                                                        \
+  CPULLM_IF(i, "vbroadcastss 4*" #i "(%[x_scale]), %%zmm28\n.if %c[whole]\n" CPULLM_OUT_OF(i, a, b)      \
+               ".else\n" CPULLM_OUT_OF(i, c, d) ".endif\n")
+
+// R rows x [steps, tile, 4] times the run's bytes [steps, 32, 4].
+template <int R, bool kWhole>
+inline void many_run(const int8_t* codes, const int8_t* x, int64_t tile, const ManyRun& run) {
+  static_assert(R >= 1 && R <= (kWhole ? kWholeRows : kManyRows), "sums and chains fit");
+  static_assert(kChunk % (8 * kStep) == 0, "steps come in eights");
+  const ManySegment* segment = run.segments;
+  const float* x_scale = run.x_scale;
+  const int32_t* const* apart = run.apart;
+  const float* sums = run.sums;
+  const void* p;
+  int64_t steps;
+  __asm__ volatile(
+      "mov %c[y](%[run]), %[p]\n" CPULLM_EACH(CPULLM_AHEAD)
+      "0:\n.if !%c[whole]\n" CPULLM_EACH(CPULLM_CLEAR) ".endif\n"
+      "1:\n"
+      "vmovdqa64 %c[start](%[segment]), %%zmm28\nvmovdqa64 %c[start]+64(%[segment]), %%zmm29\n"
+      "mov (%[apart]), %[p]\n"
+      "add $8, %[apart]\n"
+      "mov %c[steps_at](%[segment]), %k[steps]\n"
+      "test %[p], %[p]\n"
+      "jnz 2f\n" CPULLM_EACH(CPULLM_COPY)
+      "jmp 3f\n"
+      "2:\n" CPULLM_EACH(CPULLM_APART)
+      ".p2align 5\n3:\n"
+      CPULLM_STEP(0) CPULLM_STEP(1) CPULLM_STEP(2) CPULLM_STEP(3)
+      ".if !%c[whole]\n" CPULLM_STEP(4) CPULLM_STEP(5) CPULLM_STEP(6) CPULLM_STEP(7) ".endif\n"
+      "add $%c[bytes], %[codes]\n"
+      "sub $%c[at_once], %k[steps]\n"
+      "jnz 3b\n"
+      "vmovaps %c[scale](%[segment]), %%zmm28\nvmovaps %c[scale]+64(%[segment]), %%zmm29\n" CPULLM_EACH(CPULLM_CHAIN)
+      "mov %[sums], %[p]\n"
+      "test %[p], %[p]\n"
+      "jz 4f\n"
+      "vmovaps %c[minimum](%[segment]), %%zmm28\nvmovaps %c[minimum]+64(%[segment]), %%zmm29\n" CPULLM_EACH(CPULLM_MINIMUM)
+      "add $%c[sums_bytes], %[sums]\n"
+      "4:\n"
+      "cmpl $0, %c[ends_block](%[segment])\n"
+      "lea %c[segment_bytes](%[segment]), %[segment]\n"
+      "je 1b\n"
+      "mov %c[y](%[run]), %[p]\n" CPULLM_EACH(CPULLM_OUT)
+      "add %[x_step], %[x_scale]\n"
+      "cmp %c[end](%[run]), %[segment]\n"
+      "jne 0b\n"
+      : [codes] "+&r"(codes), [x] "+&r"(x), [segment] "+&r"(segment), [x_scale] "+&r"(x_scale), [apart] "+&r"(apart),
+        [sums] "+&r"(sums), [p] "=&r"(p), [steps] "=&r"(steps)
+      : [x_step] "r"(tile * kStep), [run] "r"(&run), [rows] "i"(R), [whole] "i"(int(kWhole)),
+        [at_once] "i"(kWhole ? 4 : 8), [bytes] "i"(kWhole ? 512 : 1024),
+        [start] "i"(__builtin_offsetof(ManySegment, start)), [scale] "i"(__builtin_offsetof(ManySegment, scale)),
+        [minimum] "i"(__builtin_offsetof(ManySegment, minimum)), [steps_at] "i"(__builtin_offsetof(ManySegment, steps)),
+        [segment_bytes] "i"(sizeof(ManySegment)), [ends_block] "i"(__builtin_offsetof(ManySegment, ends_block)),
+        [sums_bytes] "i"(kWholeRows * sizeof(float)), [y] "i"(__builtin_offsetof(ManyRun, y)),
+        [end] "i"(__builtin_offsetof(ManyRun, end))
+      : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12",
+        "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24",
+        "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "memory", "cc");
+}
+#undef CPULLM_EACH
+#undef CPULLM_IF
+#undef CPULLM_AHEAD
+#undef CPULLM_CLEAR
+#undef CPULLM_COPY
+#undef CPULLM_APART
+#undef CPULLM_DOT
+#undef CPULLM_STEP
+#undef CPULLM_CHAIN
+#undef CPULLM_MINIMUM_OF
+#undef CPULLM_MINIMUM
+#undef CPULLM_OUT_OF
+#undef CPULLM_OUT
+// clang-format on
+
+// Panel `panel` of w, inputs [k0, k1): signed bytes [steps, 32, 4] and one ManySegment per segment. Returns their count.
+inline int64_t unpack_many(const Weight& w, int64_t panel, int64_t k0, int64_t k1, int8_t* bytes,
+                           ManySegment* segments) {
+  using S = Simd;
+  const __m512i low = _mm512_set1_epi8(15), top = _mm512_set1_epi8(char(128));
+  const int64_t block_bytes = 16 * w.bits;
+  const uint8_t* codes = w.codes + (panel * (w.k_padded / kStep) + k0 / kStep) * block_bytes;
+  ManySegment* s = segments;
+  for (int64_t k = k0; k < k1; ++s) {
+    const int64_t group = k / w.group, at = (panel * w.groups + group) * kPanel;
+    const int64_t end = min_of(min_of((group + 1) * w.group, (k / kActBlock + 1) * kActBlock), k1);
+    __m512i zero[2] = {_mm512_set1_epi8(8), _mm512_set1_epi8(8)};
+    for (int i = 0; i < 2; ++i) {
+      S::store(s->scale + 16 * i, load_scale(w.scales + at + 16 * i, w.scale_type));
+      if (w.form == Zeros::minimum) {
+        S::store(s->minimum + 16 * i, load_scale(static_cast<const uint16_t*>(w.zeros) + at + 16 * i, w.scale_type));
+        zero[i] = _mm512_setzero_si512();
+      } else if (w.form == Zeros::integer) {
+        const __m512i z = S::load_u8_as_i32(static_cast<const uint8_t*>(w.zeros) + at + 16 * i);
+        zero[i] = _mm512_mullo_epi32(z, _mm512_set1_epi32(0x01010101));
+      }
+    }
+    s->steps = int32_t((end - k) / kStep);
+    s->ends_block = end % kActBlock == 0 || end == k1;
+    __m512i sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    for (; k < end; k += kStep, codes += block_bytes, bytes += 128) {
+      __m512i v[2] = {_mm512_loadu_si512(codes), {}};
+      if (w.bits == 4) {
+        v[1] = _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(v[0], 4), low), zero[1]);
+        v[0] = _mm512_sub_epi8(_mm512_and_si512(v[0], low), zero[0]);
+      } else {
+        v[1] = _mm512_xor_si512(_mm512_loadu_si512(codes + 64), top);
+        v[0] = _mm512_xor_si512(v[0], top);
+      }
+      for (int i = 0; i < 2; ++i) {
+        _mm512_store_si512(bytes + 64 * i, v[i]);
+        sum[i] = _mm512_dpbusd_epi32(sum[i], top, v[i]);
+      }
+    }
+    for (int i = 0; i < 2; ++i) S::store_i32(s->start + 16 * i, _mm512_sub_epi32(_mm512_setzero_si512(), sum[i]));
+  }
+  return s - segments;
+}
+
+// to [rows, 32] = the inputs kept apart times their bytes; rows without one are left alone.
+inline void many_apart(uint32_t rows, const int32_t* apart, const int8_t* bytes, int32_t* to) {
+  for (; rows; rows &= rows - 1) {
+    const int r = __builtin_ctz(rows);
+    const int64_t j = apart[r] & 255;
+    const __m512i value = _mm512_set1_epi32(apart[r] >> 8 & 0xffff);  // int16 beside 0: one product a lane
+    const __m128i up = _mm_cvtsi32_si128(int(24 - 8 * (j % kStep)));
+    for (int i = 0; i < 2; ++i) {
+      const __m512i v = _mm512_load_si512(bytes + j / kStep * 128 + 64 * i);
+      const __m512i code = _mm512_srai_epi32(_mm512_sll_epi32(v, up), 24);
+      _mm512_store_si512(to + r * kPanel + 16 * i, _mm512_madd_epi16(code, value));
+    }
+  }
+}
+
+inline void many_clear(uint32_t rows, int32_t* to) {
+  for (; rows; rows &= rows - 1) memset(to + __builtin_ctz(rows) * kPanel, 0, kPanel * sizeof(int32_t));
+}
+
+template <bool kWhole>
+void many_run(int64_t rows, const int8_t* codes, const int8_t* x, int64_t tile, const ManyRun& run) {
+  switch (rows) {
+    case 1: return many_run<1, kWhole>(codes, x, tile, run);
+    case 2: return many_run<2, kWhole>(codes, x, tile, run);
+    case 3: return many_run<3, kWhole>(codes, x, tile, run);
+    case 4: return many_run<4, kWhole>(codes, x, tile, run);
+    case 5: return many_run<5, kWhole>(codes, x, tile, run);
+    case 6: return many_run<6, kWhole>(codes, x, tile, run);
+    case 7: return many_run<7, kWhole>(codes, x, tile, run);
+    default: break;
+  }
+  if constexpr (kWhole) {
+    switch (rows) {
+      case 8: return many_run<8, kWhole>(codes, x, tile, run);
+      case 9: return many_run<9, kWhole>(codes, x, tile, run);
+      case 10: return many_run<10, kWhole>(codes, x, tile, run);
+      case 11: return many_run<11, kWhole>(codes, x, tile, run);
+      case 12: return many_run<12, kWhole>(codes, x, tile, run);
+      case 13: return many_run<13, kWhole>(codes, x, tile, run);
+      case 14: return many_run<14, kWhole>(codes, x, tile, run);
+      default: break;
+    }
+  }
+  __builtin_trap();  // a tile this level does not make
+}
+
+// linear_i8 for rows with a bias.
+void linear_i8_many(const Weight& w, const QuantizedRows& x, const Output& out, Range panels, void* scratch) {
+  constexpr int64_t kMostSegments = kManyK / kChunk;
+  struct alignas(64) Scratch {
+    int8_t bytes[kManyK * kPanel];
+    ManySegment segments[kMostSegments];
+    int32_t apart[kMostSegments][kWholeRows * kPanel];
+    float partial[kBlockRows * kPanel];
+  };
+  static_assert(sizeof(Scratch) <= kScratchBytes, "scratch memory must hold it");
+  auto& mine = *static_cast<Scratch*>(scratch);
+  const int64_t block_rows = rows_per_block(x);
+  const bool whole = w.group % kActBlock == 0;
+  float sums[kMostSegments * kWholeRows];
+  const int32_t* apart[kMostSegments] = {};
+  memset(mine.apart, 0, sizeof mine.apart);
+  for (int64_t row0 = 0; row0 < x.m; row0 += block_rows) {
+    const int64_t row_end = min_of(row0 + block_rows, x.m);
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+      memset(mine.partial, 0, size_t(row_end - row0) * kPanel * sizeof(float));
+      int64_t first = 0;  // segment
+      for (int64_t k0 = 0; k0 < w.k_padded; k0 += kManyK) {
+        const int64_t count = unpack_many(w, panel, k0, min_of(k0 + kManyK, w.k_padded), mine.bytes, mine.segments);
+        for (int64_t r = row0; r < row_end; r += x.tile) {
+          const int64_t rows = min_of(x.tile, x.m - r), at = r / x.tile * x.segments + first;
+          const uint32_t* apart_rows = x.apart_rows + at;
+          uint32_t any = 0;
+          for (int64_t s = 0; s < count; ++s) any |= apart_rows[s];
+          if (any) {
+            const int8_t* bytes = mine.bytes;
+            for (int64_t s = 0; s < count; bytes += mine.segments[s++].steps * kStep * kPanel) {
+              apart[s] = apart_rows[s] ? mine.apart[s] : nullptr;
+              if (apart_rows[s]) many_apart(apart_rows[s], x.apart + (at + s) * x.tile, bytes, mine.apart[s]);
+            }
+          }
+          if (w.form == Zeros::minimum)
+            for (int64_t s = 0; s < count; ++s)
+              for (int64_t i = 0; i < rows; ++i) sums[s * kWholeRows + i] = -float(x.minus[(at + s) * x.tile + i]);
+          const ManyRun run{mine.segments,
+                            mine.segments + count,
+                            apart,
+                            w.form == Zeros::minimum ? sums : nullptr,
+                            x.scale + r * x.blocks + k0 / kActBlock * x.tile,
+                            mine.partial + (r - row0) * kPanel};
+          const int8_t* q = x.q + r * x.k_padded + k0 * x.tile;
+          whole ? many_run<true>(rows, mine.bytes, q, x.tile, run) : many_run<false>(rows, mine.bytes, q, x.tile, run);
+          for (int64_t s = 0; any && s < count; ++s) {
+            apart[s] = nullptr;
+            many_clear(apart_rows[s], mine.apart[s]);
+          }
+        }
+        first += count;
+      }
+      for (int64_t r = row0; r < row_end; ++r) store_panel(out, w.n, r, panel, mine.partial + (r - row0) * kPanel);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace cpullm
