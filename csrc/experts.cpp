@@ -118,7 +118,7 @@ void ExpertsRun::products(const Weight& all, int64_t n, Input Active::* in, floa
       // The panels that begin inside of the part.
       const auto panel_at = [&](int64_t at) { return (std::max<int64_t>(at - first, 0) + cost(a) - 1) / cost(a); };
       const Range own{panel_at(begin), std::min(panel_at(end), panels)};
-      product(kernels_, {matrix_of(all, a.expert, n), nullptr}, a.*in, out + a.first * n, n, own,
+      product(kernels_, {matrix_of(all, a.expert, n), nullptr, nullptr}, a.*in, out + a.first * n, n, own,
               scratch_ + member.id * kScratchBytes);
       first += panels * cost(a);
     }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
 #include "kernels/kernels.h"
 
@@ -26,6 +27,17 @@ struct Linear {
   const float* bias;  // null or [n]
   const int32_t* order;  // null or [k]: the weight's input j is input order[j] of the rows
 };
+
+// Whether two vectors are the same.
+template <class T>
+bool same(const T* a, const T* b, int64_t count) {
+  return a == b || (a && b && !std::memcmp(a, b, size_t(count) * sizeof(T)));
+}
+
+// Whether products with two weights of one k can read the same Input.
+inline bool read_alike(const Linear& a, const Linear& b) {
+  return a.w.group == b.w.group && same(a.order, b.order, a.w.k);
+}
 
 inline int64_t panels_of(int64_t n) { return (n + kPanel - 1) / kPanel; }
 

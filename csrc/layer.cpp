@@ -346,8 +346,7 @@ struct LayerRun {
 
   // Rows [row0, row0 + rows) of y = x + the sum over ranks of what the members here add to x. False: a rank is lost.
   bool sum_members(int64_t row0, int64_t rows) {
-    const Area area = finish(&LayerProgram::post_mlp_norm, &Part::mlp_out, rows);
-    const Area own = own_columns(rows);
+    const Area area = finish(&LayerProgram::post_mlp_norm, &Part::mlp_out, rows), own = own_columns(rows);
     float* const added = residual + row0 * hidden;  // no MLP reads these rows any more
     for (int64_t row = area.rows.begin; row < area.rows.end; ++row)
       std::fill(added + row * hidden + area.columns.begin, added + row * hidden + area.columns.end, 0.0f);

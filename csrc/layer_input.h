@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 
 #include "input.h"
 #include "layer.h"
@@ -12,20 +11,9 @@ namespace cpullm {
 namespace {
 
 constexpr int64_t kMlpRows = 1024;  // rows of an MLP at a time: bounds its memory
-constexpr int64_t kPrivateInputs =
-    12 * 1024;  // up to here every thread quantises all rows itself: cheaper than a barrier
+constexpr int64_t kPrivateInputs = 12 * 1024;  // up to here every thread quantises all rows: cheaper than a barrier
 
-// Whether two vectors, or two norms, are the same.
-template <class T>
-bool same(const T* a, const T* b, int64_t count) {
-  return a == b || (a && b && !std::memcmp(a, b, size_t(count) * sizeof(T)));
-}
-
-// Whether products with two weights of one k can read the same Input.
-inline bool read_alike(const Linear& a, const Linear& b) {
-  return a.w.group == b.w.group && same(a.order, b.order, a.w.k);
-}
-
+// Whether two norms compute the same.
 inline bool same(const LayerNorm& a, const LayerNorm& b, int64_t width) {
   if (!a.present || !b.present) return a.present == b.present;
   return a.norm.eps == b.norm.eps && a.norm.layer == b.norm.layer && same(a.norm.gain, b.norm.gain, width) &&
@@ -161,19 +149,13 @@ struct Part {
   float *qkv, *attended, *o_out, *source, *up_out, *mlp_out, *partial, *fresh_k, *fresh_v;
   char *input_a, *input_b, *private_a, *private_b;
   Input h, in;  // the layer's input; the input of the step at hand
+
+  Heads heads_of(int64_t start, int64_t heads, int64_t per_group, int64_t group_stride) const {
+    return {qkv + start, qkv_width, heads, per_group, group_stride, p->head_dim, p->head_dim};
+  }
+  Heads queries() const { return heads_of(0, p->heads, p->layout.q_per_group, p->layout.group_stride); }
+  Heads keys(int64_t start) const { return heads_of(start, p->kv_heads, 1, p->layout.kv_stride); }
 };
-
-inline Heads heads_of(const Part& part, int64_t start, int64_t heads, int64_t per_group, int64_t group_stride) {
-  return {part.qkv + start, part.qkv_width, heads, per_group, group_stride, part.p->head_dim, part.p->head_dim};
-}
-
-inline Heads queries(const Part& part) {
-  return heads_of(part, 0, part.p->heads, part.p->layout.q_per_group, part.p->layout.group_stride);
-}
-
-inline Heads keys(const Part& part, int64_t start) {
-  return heads_of(part, start, part.p->kv_heads, 1, part.p->layout.kv_stride);
-}
 
 }  // namespace
 }  // namespace cpullm

@@ -276,7 +276,7 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const 
 std::tuple<Tensor, Tensor> quantize_activations(const Tensor& x) {
   std::optional<Tensor> holder;
   const Rows rows = check_rows("cpullm::quantize_activations", x, holder);
-  const QuantizedRows q = quantize(kernels(), rows, {1, kStep}, kActBlock);  // plain rows, one segment per block
+  const QuantizedRows q = quantize(kernels(), rows, {1, kStep, 0}, kActBlock);  // plain rows, one segment per block
   const int64_t q_size[] = {q.m, q.k_padded}, s_size[] = {q.m, q.blocks};
   Tensor values = empty_cpu(q_size, 2, ScalarType::Int), scale = empty_cpu(s_size, 2, ScalarType::Float);
   auto* to = static_cast<int32_t*>(values.mutable_data_ptr());

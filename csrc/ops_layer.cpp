@@ -2,7 +2,6 @@
 #include "layer.h"
 #include "ops.h"
 
-#include <algorithm>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -80,9 +79,7 @@ struct Reader {
 constexpr int64_t kMost = int64_t(1) << 24;  // of every size: products stay far from overflow
 
 void check_read_alike(const Linear& a, const Linear& b, const char* what) {
-  STD_TORCH_CHECK(a.w.group == b.w.group, kCreate, ": ", what, " must have one group size");
-  const bool alike = a.order == b.order || (a.order && b.order && std::equal(a.order, a.order + a.w.k, b.order));
-  STD_TORCH_CHECK(alike, kCreate, ": ", what, " must have their inputs in one order (desc_act)");
+  STD_TORCH_CHECK(read_alike(a, b), kCreate, ": ", what, " must have their inputs in one order and group size");
 }
 
 void read_attention(Reader& in, LayerProgram& p) {

@@ -1,8 +1,7 @@
 """Runs decoder layers as programs: one operator per layer, inside the model as it is.
 
-``layer.forward`` is overridden on the instance; class, submodules and hooks of the layer stay. Every call looks whether
-the layer is still what was matched and whether the call is one that a program can serve, and goes through the class's
-own forward otherwise, where each packed linear is an operator of its own.
+``layer.forward`` is overridden on the instance; class, submodules and hooks stay. Every call looks whether the layer is
+still what was matched and whether a program can serve the call, and otherwise goes through the class's own forward.
 """
 
 from __future__ import annotations

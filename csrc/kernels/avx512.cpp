@@ -13,7 +13,7 @@
 #include "lanes-inl.h"
 #include "limits-inl.h"
 #include "linear_i8-inl.h"
-#include "many_i8_avx512.h"
+#include "dot_many_avx512.h"
 //
 #include "dot_bf16_avx512.h"
 #include "linear_bf16-inl.h"

@@ -146,7 +146,7 @@ inline void many_run(const int8_t* codes, const int8_t* x, int64_t tile, const M
 // clang-format on
 
 // Panel `panel` of w, inputs [k0, k1): signed bytes [steps, 32, 4] and one ManySegment per segment. Returns their count.
-inline int64_t unpack_many(const Weight& w, int64_t panel, int64_t k0, int64_t k1, int8_t* bytes,
+[[gnu::noinline]] int64_t unpack_many(const Weight& w, int64_t panel, int64_t k0, int64_t k1, int8_t* bytes,
                            ManySegment* segments) {
   using S = Simd;
   const __m512i low = _mm512_set1_epi8(15), top = _mm512_set1_epi8(char(128));
