@@ -370,7 +370,7 @@ struct LayerRun {
       const LayerNorm& other = parallel && !first.mlp_norm.present ? first.input_norm : first.mlp_norm;
       if (parallel && !p.mlp_norm.present && rows == m && c.stage == Stage::whole) {
         part.in = part.h;
-      } else if (&part != parts && (parallel || lp) && read_alike(p.up[0], first.up[0]) && same(norm, other, hidden)) {
+      } else if (&part != parts && (parallel || lp) && read_alike(p.up[0], first.up[0]) && alike(norm, other, hidden)) {
         part.in = parts[0].in;
       } else {
         wait |= input(part.in, part.input_b, part.private_b, norm, source_rows(part, row0, rows), p.up[0]);
@@ -410,8 +410,8 @@ struct LayerRun {
     return true;
   }
 
-  // The group's output from the MLPs', both: and attention's. In the order of the members. Sums between them stay fp32: in
-  // the residual, or where the first MLP's output was.
+  // The group's output from the MLPs', both: and attention's, in the order of the members. Sums between are fp32: in the
+  // residual, or where the first MLP's output was.
   void add_mlp(const Area& area, int64_t row0, bool both) {
     const void* from = parallel ? element_of(c.x, row0 * c.x_stride, c.type) : residual + row0 * hidden;
     Float type = parallel ? c.type : Float::f32;
@@ -437,7 +437,7 @@ struct LayerRun {
     for (Part& part : *this) {
       const LayerProgram& p = *part.p;
       const LayerProgram& first = *parts[0].p;
-      if (&part != parts && read_alike(p.qkv[0], first.qkv[0]) && same(p.input_norm, first.input_norm, hidden)) {
+      if (&part != parts && read_alike(p.qkv[0], first.qkv[0]) && alike(p.input_norm, first.input_norm, hidden)) {
         part.h = parts[0].h;
       } else {
         wait |= input(part.h, part.input_a, part.private_a, p.input_norm, x, p.qkv[0]);

@@ -14,7 +14,7 @@ constexpr int64_t kMlpRows = 1024;  // rows of an MLP at a time: bounds its memo
 constexpr int64_t kPrivateInputs = 12 * 1024;  // up to here every thread quantises all rows: cheaper than a barrier
 
 // Whether two norms compute the same.
-inline bool same(const LayerNorm& a, const LayerNorm& b, int64_t width) {
+inline bool alike(const LayerNorm& a, const LayerNorm& b, int64_t width) {
   if (!a.present || !b.present) return a.present == b.present;
   return a.norm.eps == b.norm.eps && a.norm.layer == b.norm.layer && same(a.norm.gain, b.norm.gain, width) &&
          same(a.norm.bias, b.norm.bias, width);

@@ -147,7 +147,7 @@ inline void many_run(const int8_t* codes, const int8_t* x, int64_t tile, const M
 
 // Panel `panel` of w, inputs [k0, k1): signed bytes [steps, 32, 4] and one ManySegment per segment. Returns their count.
 [[gnu::noinline]] int64_t unpack_many(const Weight& w, int64_t panel, int64_t k0, int64_t k1, int8_t* bytes,
-                           ManySegment* segments) {
+                                      ManySegment* segments) {
   using S = Simd;
   const __m512i low = _mm512_set1_epi8(15), top = _mm512_set1_epi8(char(128));
   const int64_t block_bytes = 16 * w.bits;
