@@ -83,7 +83,7 @@ def test_groups_that_differ_between_attention_and_mlp_of_a_parallel_layer():
     settings = Settings(overrides={"dense_h_to_4h": {"group_size": 64}}, compute="fp32")
     model = torch_cpullm.optimize(model.build(), settings)
     (layer,) = torch_cpullm.report(model).layers
-    assert layer.reason == "products that share an input must have one group size"
+    assert layer.reason == "products that share an input must have their inputs in one order and group size"
     assert torch.allclose(logits(model), logits(torch_cpullm.restore(copy.deepcopy(model))), atol=1e-4)
 
 
