@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from . import rows
 from .shapes import SHAPES
 
 MIB = 1 << 20
@@ -177,6 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="default: what the package chooses")
     parser.add_argument("--decode", type=int, default=16, help="tokens after the first")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="default: all")
+    parser.add_argument("--json", type=Path, help="append rows to this file")
     parser.add_argument("--remove", action="store_true", help="delete the checkpoints at the end, also after an error")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -220,6 +222,8 @@ def report(args: argparse.Namespace, name: str) -> None:
         command += ["--layers", str(args.layers)] if args.layers is not None else []
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         row = json.loads(done.stdout.splitlines()[-1])
+        facts = {"bench": "load", "model": name, "shards": args.shards, "step": step, "threads": args.threads}
+        rows.write(facts | row, args.json)
         print(f"{name:<18}{step:<10}" + "".join(f"{row.get(column, '-'):>13}" for column in columns), flush=True)
 
 
