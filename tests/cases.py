@@ -27,7 +27,7 @@ ROWS = {
     15: "one more: tiles of 8 and 7",
     16: "kMaxTile",
     17: "an odd count over kMaxTile",
-    29: "the first that avx512 takes with a bias; an uneven last tile at every group",
+    29: "the first that avx512 takes in tiles of its own at small groups; an uneven last tile",
     33: "three tiles, the last one short",
 }
 

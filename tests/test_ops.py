@@ -68,6 +68,19 @@ def test_linear(case, compute, isa):
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "an input was written to"
 
 
+@pytest.mark.parametrize(("form", "bits"), [("sym", 4), ("zero", 4), ("minimum", 4), ("sym", 8)])
+@pytest.mark.parametrize("group", [32, 64, 96])
+def test_many_rows_have_the_bits_of_few(form, bits, group, isa):
+    """Prompts go through kernels of their own, rows of every remainder; one input in some blocks outgrows the others."""
+    case = Case("many rows", n=72, k=416, group=group, form=form, bits=bits)
+    weight, x, bias, perm = tensors(case, 134)
+    x[::3, 5] *= 40
+    x[1::5, 200:204] *= -30
+    few = torch.cat([ops.linear(part, weight, bias, perm) for part in x.split(9)])
+    for m in (29, 30, 31, 128, 129, 130, 131, 132, 133, 134):
+        assert torch.equal(ops.linear(x[:m], weight, bias, perm), few[:m]), f"m={m}"
+
+
 def test_the_grid_holds_what_it_promises():
     """All 16 codes in both nibbles at each of the 4 places of a block; each form, dtype and tail at least once."""
     for form in ("sym", "zero", "minimum"):

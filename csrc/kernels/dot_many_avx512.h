@@ -7,9 +7,8 @@
 // Ranges: |c - z| <= 15 at 4 bits, 128 at 8; 128 inputs: |sum (x + 128) c| <= 128 * 255 * 128 < 2^23.
 // The chain starts from +0 instead of the first product: an output may differ only where that is -0, and sums of outputs
 // start from +0, which takes either.
-// Registers, groups of less than a block: zmm0-13 int32 sums of row i in 2i and 2i + 1, zmm14-27 its chains. Whole blocks:
-// a chain has one link, so zmm0-27 are sums, then chains, of 14 rows. zmm28-29 bytes of 16 columns each, then scales or
-// minima; zmm30 four inputs of a row.
+// Registers: zmm0-13 int32 sums of row i in 2i and 2i + 1; zmm14-27 its chains; zmm28-29 bytes of 16 columns each, then
+// scales or minima; zmm30 four inputs of a row.
 #pragma once
 
 #include <immintrin.h>
@@ -17,8 +16,7 @@
 namespace cpullm {
 namespace {
 
-constexpr int kManyRows = 7, kWholeRows = 14;  // most rows of a tile; where segments are whole blocks
-constexpr int64_t kManyLeast = 29;  // rows from which this way is faster
+constexpr int kManyRows = 7;  // most rows of a tile
 constexpr int64_t kManyK = 256;  // inputs unpacked at a time
 
 // What the chain needs of one segment of a panel.
@@ -34,16 +32,14 @@ struct alignas(64) ManySegment {
 struct ManyRun {
   const ManySegment *segments, *end;
   const int32_t* const* apart;  // [segments]: null or [rows, 32] to add to the sums, 64-byte aligned
-  const float* sums;  // [segments, kWholeRows]: sums of the activations; null but for the minimum form
+  const float* sums;  // [segments, kManyRows]: sums of the activations; null but for the minimum form
   const float* x_scale;  // [blocks, tile]
   float* y;  // [rows, 32], 64-byte aligned: chain of the output
 };
 
 // clang-format off
 #define CPULLM_EACH(ROW) ROW(0, 0, 1, 14, 15) ROW(1, 2, 3, 16, 17) ROW(2, 4, 5, 18, 19) ROW(3, 6, 7, 20, 21) \
-  ROW(4, 8, 9, 22, 23) ROW(5, 10, 11, 24, 25) ROW(6, 12, 13, 26, 27) \
-  ".if %c[whole]\n" ROW(7, 14, 15, 14, 15) ROW(8, 16, 17, 16, 17) ROW(9, 18, 19, 18, 19) ROW(10, 20, 21, 20, 21) \
-  ROW(11, 22, 23, 22, 23) ROW(12, 24, 25, 24, 25) ROW(13, 26, 27, 26, 27) ".endif\n"
+  ROW(4, 8, 9, 22, 23) ROW(5, 10, 11, 24, 25) ROW(6, 12, 13, 26, 27)
 #define CPULLM_IF(i, ...) ".if %c[rows] > " #i "\n" __VA_ARGS__ ".endif\n"
 #define CPULLM_AHEAD(i, a, b, c, d) CPULLM_IF(i, "prefetcht0 128*" #i "(%[p])\nprefetcht0 128*" #i "+64(%[p])\n")
 #define CPULLM_CLEAR(i, a, b, c, d) \
@@ -57,28 +53,22 @@ struct ManyRun {
 #define CPULLM_STEP(s)                                                                                            \
   "vmovdqa64 128*" #s "(%[codes]), %%zmm28\nvmovdqa64 128*" #s "+64(%[codes]), %%zmm29\n" CPULLM_EACH(CPULLM_DOT) \
   "add %[x_step], %[x]\n"
-#define CPULLM_CHAIN(i, a, b, c, d)                                                                              \
-  CPULLM_IF(i, "vcvtdq2ps %%zmm" #a ", %%zmm" #a "\nvcvtdq2ps %%zmm" #b ", %%zmm" #b "\n.if %c[whole]\n"         \
-               "vmulps %%zmm28, %%zmm" #a ", %%zmm" #a "\nvmulps %%zmm29, %%zmm" #b ", %%zmm" #b "\n.else\n"     \
-               "vfmadd231ps %%zmm28, %%zmm" #a ", %%zmm" #c "\nvfmadd231ps %%zmm29, %%zmm" #b ", %%zmm" #d "\n.endif\n")
-#define CPULLM_MINIMUM_OF(i, c, d)                                            \
-  "vfmadd231ps 4*" #i "(%[p])%{1to16%}, %%zmm28, %%zmm" #c "\n"               \
-  "vfmadd231ps 4*" #i "(%[p])%{1to16%}, %%zmm29, %%zmm" #d "\n"
-#define CPULLM_MINIMUM(i, a, b, c, d) \
-  CPULLM_IF(i, ".if %c[whole]\n" CPULLM_MINIMUM_OF(i, a, b) ".else\n" CPULLM_MINIMUM_OF(i, c, d) ".endif\n")
-#define CPULLM_OUT_OF(i, c, d)                                          \
-  "vfmadd213ps 128*" #i "(%[p]), %%zmm28, %%zmm" #c "\n"                \
-  "vfmadd213ps 128*" #i "+64(%[p]), %%zmm28, %%zmm" #d "\n"             \
-  "vmovaps %%zmm" #c ", 128*" #i "(%[p])\nvmovaps %%zmm" #d ", 128*" #i "+64(%[p])\n"
-#define CPULLM_OUT(i, a, b, c, d)                                                                        \
-  CPULLM_IF(i, "vbroadcastss 4*" #i "(%[x_scale]), %%zmm28\n.if %c[whole]\n" CPULLM_OUT_OF(i, a, b)      \
-               ".else\n" CPULLM_OUT_OF(i, c, d) ".endif\n")
+#define CPULLM_CHAIN(i, a, b, c, d)                                                                        \
+  CPULLM_IF(i, "vcvtdq2ps %%zmm" #a ", %%zmm" #a "\nvcvtdq2ps %%zmm" #b ", %%zmm" #b "\n"                  \
+               "vfmadd231ps %%zmm28, %%zmm" #a ", %%zmm" #c "\nvfmadd231ps %%zmm29, %%zmm" #b ", %%zmm" #d "\n")
+#define CPULLM_MINIMUM(i, a, b, c, d)                                           \
+  CPULLM_IF(i, "vfmadd231ps 4*" #i "(%[p])%{1to16%}, %%zmm28, %%zmm" #c "\n"    \
+               "vfmadd231ps 4*" #i "(%[p])%{1to16%}, %%zmm29, %%zmm" #d "\n")
+#define CPULLM_OUT(i, a, b, c, d)                                                                  \
+  CPULLM_IF(i, "vbroadcastss 4*" #i "(%[x_scale]), %%zmm28\n"                                      \
+               "vfmadd213ps 128*" #i "(%[p]), %%zmm28, %%zmm" #c "\n"                              \
+               "vfmadd213ps 128*" #i "+64(%[p]), %%zmm28, %%zmm" #d "\n"                           \
+               "vmovaps %%zmm" #c ", 128*" #i "(%[p])\nvmovaps %%zmm" #d ", 128*" #i "+64(%[p])\n")
 
 // R rows x [steps, tile, 4] times the run's bytes [steps, 32, 4].
-template <int R, bool kWhole>
+template <int R>
 inline void many_run(const int8_t* codes, const int8_t* x, int64_t tile, const ManyRun& run) {
-  static_assert(R >= 1 && R <= (kWhole ? kWholeRows : kManyRows), "sums and chains fit");
-  static_assert(kChunk % (8 * kStep) == 0, "steps come in eights");
+  static_assert(R >= 1 && R <= kManyRows && kChunk % (8 * kStep) == 0, "sums and chains fit, steps come in eights");
   const ManySegment* segment = run.segments;
   const float* x_scale = run.x_scale;
   const int32_t* const* apart = run.apart;
@@ -87,7 +77,7 @@ inline void many_run(const int8_t* codes, const int8_t* x, int64_t tile, const M
   int64_t steps;
   __asm__ volatile(
       "mov %c[y](%[run]), %[p]\n" CPULLM_EACH(CPULLM_AHEAD)
-      "0:\n.if !%c[whole]\n" CPULLM_EACH(CPULLM_CLEAR) ".endif\n"
+      "0:\n" CPULLM_EACH(CPULLM_CLEAR)
       "1:\n"
       "vmovdqa64 %c[start](%[segment]), %%zmm28\nvmovdqa64 %c[start]+64(%[segment]), %%zmm29\n"
       "mov (%[apart]), %[p]\n"
@@ -99,9 +89,9 @@ inline void many_run(const int8_t* codes, const int8_t* x, int64_t tile, const M
       "2:\n" CPULLM_EACH(CPULLM_APART)
       ".p2align 5\n3:\n"
       CPULLM_STEP(0) CPULLM_STEP(1) CPULLM_STEP(2) CPULLM_STEP(3)
-      ".if !%c[whole]\n" CPULLM_STEP(4) CPULLM_STEP(5) CPULLM_STEP(6) CPULLM_STEP(7) ".endif\n"
-      "add $%c[bytes], %[codes]\n"
-      "sub $%c[at_once], %k[steps]\n"
+      CPULLM_STEP(4) CPULLM_STEP(5) CPULLM_STEP(6) CPULLM_STEP(7)
+      "add $1024, %[codes]\n"
+      "sub $8, %k[steps]\n"
       "jnz 3b\n"
       "vmovaps %c[scale](%[segment]), %%zmm28\nvmovaps %c[scale]+64(%[segment]), %%zmm29\n" CPULLM_EACH(CPULLM_CHAIN)
       "mov %[sums], %[p]\n"
@@ -119,12 +109,11 @@ inline void many_run(const int8_t* codes, const int8_t* x, int64_t tile, const M
       "jne 0b\n"
       : [codes] "+&r"(codes), [x] "+&r"(x), [segment] "+&r"(segment), [x_scale] "+&r"(x_scale), [apart] "+&r"(apart),
         [sums] "+&r"(sums), [p] "=&r"(p), [steps] "=&r"(steps)
-      : [x_step] "r"(tile * kStep), [run] "r"(&run), [rows] "i"(R), [whole] "i"(int(kWhole)),
-        [at_once] "i"(kWhole ? 4 : 8), [bytes] "i"(kWhole ? 512 : 1024),
+      : [x_step] "r"(tile * kStep), [run] "r"(&run), [rows] "i"(R),
         [start] "i"(__builtin_offsetof(ManySegment, start)), [scale] "i"(__builtin_offsetof(ManySegment, scale)),
         [minimum] "i"(__builtin_offsetof(ManySegment, minimum)), [steps_at] "i"(__builtin_offsetof(ManySegment, steps)),
         [segment_bytes] "i"(sizeof(ManySegment)), [ends_block] "i"(__builtin_offsetof(ManySegment, ends_block)),
-        [sums_bytes] "i"(kWholeRows * sizeof(float)), [y] "i"(__builtin_offsetof(ManyRun, y)),
+        [sums_bytes] "i"(kManyRows * sizeof(float)), [y] "i"(__builtin_offsetof(ManyRun, y)),
         [end] "i"(__builtin_offsetof(ManyRun, end))
       : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12",
         "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24",
@@ -139,9 +128,7 @@ inline void many_run(const int8_t* codes, const int8_t* x, int64_t tile, const M
 #undef CPULLM_DOT
 #undef CPULLM_STEP
 #undef CPULLM_CHAIN
-#undef CPULLM_MINIMUM_OF
 #undef CPULLM_MINIMUM
-#undef CPULLM_OUT_OF
 #undef CPULLM_OUT
 // clang-format on
 
@@ -208,31 +195,17 @@ inline void many_clear(uint32_t rows, int32_t* to) {
   for (; rows; rows &= rows - 1) memset(to + __builtin_ctz(rows) * kPanel, 0, kPanel * sizeof(int32_t));
 }
 
-template <bool kWhole>
 void many_run(int64_t rows, const int8_t* codes, const int8_t* x, int64_t tile, const ManyRun& run) {
   switch (rows) {
-    case 1: return many_run<1, kWhole>(codes, x, tile, run);
-    case 2: return many_run<2, kWhole>(codes, x, tile, run);
-    case 3: return many_run<3, kWhole>(codes, x, tile, run);
-    case 4: return many_run<4, kWhole>(codes, x, tile, run);
-    case 5: return many_run<5, kWhole>(codes, x, tile, run);
-    case 6: return many_run<6, kWhole>(codes, x, tile, run);
-    case 7: return many_run<7, kWhole>(codes, x, tile, run);
-    default: break;
+    case 1: return many_run<1>(codes, x, tile, run);
+    case 2: return many_run<2>(codes, x, tile, run);
+    case 3: return many_run<3>(codes, x, tile, run);
+    case 4: return many_run<4>(codes, x, tile, run);
+    case 5: return many_run<5>(codes, x, tile, run);
+    case 6: return many_run<6>(codes, x, tile, run);
+    case 7: return many_run<7>(codes, x, tile, run);
+    default: __builtin_trap();  // a tile this level does not make
   }
-  if constexpr (kWhole) {
-    switch (rows) {
-      case 8: return many_run<8, kWhole>(codes, x, tile, run);
-      case 9: return many_run<9, kWhole>(codes, x, tile, run);
-      case 10: return many_run<10, kWhole>(codes, x, tile, run);
-      case 11: return many_run<11, kWhole>(codes, x, tile, run);
-      case 12: return many_run<12, kWhole>(codes, x, tile, run);
-      case 13: return many_run<13, kWhole>(codes, x, tile, run);
-      case 14: return many_run<14, kWhole>(codes, x, tile, run);
-      default: break;
-    }
-  }
-  __builtin_trap();  // a tile this level does not make
 }
 
 // linear_i8 for rows with a bias.
@@ -241,14 +214,13 @@ void linear_i8_many(const Weight& w, const QuantizedRows& x, const Output& out, 
   struct alignas(64) Scratch {
     int8_t bytes[kManyK * kPanel];
     ManySegment segments[kMostSegments];
-    int32_t apart[kMostSegments][kWholeRows * kPanel];
+    int32_t apart[kMostSegments][kManyRows * kPanel];
     float partial[kBlockRows * kPanel];
   };
   static_assert(sizeof(Scratch) <= kScratchBytes, "scratch memory must hold it");
   auto& mine = *static_cast<Scratch*>(scratch);
   const int64_t block_rows = rows_per_block(x);
-  const bool whole = w.group % kActBlock == 0;
-  float sums[kMostSegments * kWholeRows];
+  float sums[kMostSegments * kManyRows];
   const int32_t* apart[kMostSegments] = {};
   memset(mine.apart, 0, sizeof mine.apart);
   for (int64_t row0 = 0; row0 < x.m; row0 += block_rows) {
@@ -272,7 +244,7 @@ void linear_i8_many(const Weight& w, const QuantizedRows& x, const Output& out, 
           }
           if (w.form == Zeros::minimum)
             for (int64_t s = 0; s < count; ++s)
-              for (int64_t i = 0; i < rows; ++i) sums[s * kWholeRows + i] = -float(x.minus[(at + s) * x.tile + i]);
+              for (int64_t i = 0; i < rows; ++i) sums[s * kManyRows + i] = -float(x.minus[(at + s) * x.tile + i]);
           const ManyRun run{mine.segments,
                             mine.segments + count,
                             apart,
@@ -280,7 +252,7 @@ void linear_i8_many(const Weight& w, const QuantizedRows& x, const Output& out, 
                             x.scale + r * x.blocks + k0 / kActBlock * x.tile,
                             mine.partial + (r - row0) * kPanel};
           const int8_t* q = x.q + r * x.k_padded + k0 * x.tile;
-          whole ? many_run<true>(rows, mine.bytes, q, x.tile, run) : many_run<false>(rows, mine.bytes, q, x.tile, run);
+          many_run(rows, mine.bytes, q, x.tile, run);
           for (int64_t s = 0; any && s < count; ++s) {
             apart[s] = nullptr;
             many_clear(apart_rows[s], mine.apart[s]);
