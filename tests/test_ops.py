@@ -71,7 +71,7 @@ def test_linear(case, compute, isa):
 @pytest.mark.parametrize(("form", "bits"), [("sym", 4), ("zero", 4), ("minimum", 4), ("sym", 8)])
 @pytest.mark.parametrize("group", [32, 64, 96])
 def test_many_rows_have_the_bits_of_few(form, bits, group, isa):
-    """Prompts go through kernels of their own, rows of every remainder; one input in some blocks outgrows the others."""
+    """Prompts have kernels of their own: rows of every remainder, blocks where one input outgrows the others."""
     case = Case("many rows", n=72, k=416, group=group, form=form, bits=bits)
     weight, x, bias, perm = tensors(case, 134)
     x[::3, 5] *= 40
