@@ -98,8 +98,9 @@ struct LayerGroup {
 int64_t layer_workspace(const LayerGroup& group, const Kernels& kernels, int64_t threads);
 
 // One thread's part; all threads of the team call it with the same arguments but their own `member` and `ranks`. Returns
-// how many barriers it passed, which for a group are no more than for its layers each, and one more per sum over ranks.
-// ranks: null where nothing is summed; once `ranks->gone()` the rest is left out. slices: see divide().
+// how many barriers it passed, which for a group are no more than for its layers each, and one more per sum over ranks
+// (of many rows: per part). ranks: null where nothing is summed; once `ranks->gone()` the rest is left out. slices: see
+// divide().
 int64_t run_layers(const LayerGroup& group, const Kernels& kernels, Member member, int64_t threads, Barrier& barrier,
                    Slices* slices, char* workspace, RankSum* ranks);
 

@@ -20,7 +20,7 @@ inline bool alike(const LayerNorm& a, const LayerNorm& b, int64_t width) {
          same(a.norm.bias, b.norm.bias, width);
 }
 
-// Where a thread adds: its columns of products with `hidden` outputs, or after norms of whole rows, its rows.
+// Where a thread adds: columns of products with `hidden` outputs that it has made, or after norms of whole rows, its rows.
 struct Area {
   Range rows, columns;
   int64_t hidden;

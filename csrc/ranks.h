@@ -100,8 +100,10 @@ class RankSum {
         return barriers + 1;
       }
       // What any thread of this rank knew of lost ranks before the barrier, all know after it.
-      if (member.id == 0 && !shared_.lost->any.load(std::memory_order_relaxed))
-        shared_.counter(shared_.rank).store(round_, std::memory_order_release);
+      // In place of the last round alone: another thread may say at this moment that the rank is gone.
+      int64_t last = round_ - 1;
+      if (member.id == 0)
+        shared_.counter(shared_.rank).compare_exchange_strong(last, round_, std::memory_order_release);
       shared_.wait(round_);
       for (int64_t row = row0; row < end && bytes; ++row) {
         float* const to = x + row * width;

@@ -54,8 +54,9 @@ class Barrier {
 // a member that has none left takes slices from the ends of the others' ranges, also of one that has not begun.
 struct alignas(64) Slices {
   static constexpr uint64_t kSlices = 16;
-  std::atomic<uint64_t> word{
-      0};  // step << 16 | first slice left << 8 | end of those left; of an older step: all are left
+  // step << 16 | first slice left << 8 | end of those left. Of an older step: all are left. Of a newer one: none, since its
+  // owner has seen before that nobody has any left. So a word never goes back, and steps need no barrier between them.
+  std::atomic<uint64_t> word{0};
   uint64_t step = 0;  // of this member; read and written by it alone
 
   struct Taken {
@@ -64,13 +65,13 @@ struct alignas(64) Slices {
 
   bool none_left(uint64_t now) const {
     const uint64_t seen = word.load(std::memory_order_relaxed);
-    return seen >> 16 == now && (seen >> 8 & 255) == (seen & 255);
+    return seen >> 16 > now || (seen >> 16 == now && (seen >> 8 & 255) == (seen & 255));
   }
 
   // Slices of `all` that nobody else gets; none left: begin == end. own: called by the member whose range it is.
   Taken take(uint64_t now, uint64_t all, bool own) {
     uint64_t seen = word.load(std::memory_order_relaxed);
-    for (;;) {
+    while (seen >> 16 <= now) {
       const bool begun = seen >> 16 == now;
       const uint64_t begin = begun ? seen >> 8 & 255 : 0, end = begun ? seen & 255 : all, left = end - begin;
       if (!left) return {0, 0};
@@ -79,6 +80,7 @@ struct alignas(64) Slices {
       const uint64_t next = now << 16 | (own ? taken.end : begin) << 8 | (own ? end : taken.begin);
       if (word.compare_exchange_weak(seen, next, std::memory_order_relaxed)) return taken;
     }
+    return {0, 0};
   }
 };
 

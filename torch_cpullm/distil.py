@@ -33,6 +33,12 @@ RATE, CODE_RATE = 0.003, 0.02
 ROUNDED = 128  # sequences that rounding looks at, where there are more to learn from
 
 
+def some_of(ids: Tensor, count: int) -> Tensor:
+    """``count`` rows of ids [sequences, s], evenly spaced; all of fewer."""
+    count = min(count, len(ids))
+    return ids[torch.arange(count) * len(ids) // count] if count else ids
+
+
 def quantize_model(
     model: nn.Module,
     ids: Tensor,
@@ -43,8 +49,8 @@ def quantize_model(
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> Calibrated:
-    """:func:`torch_cpullm.layerwise.calibrate` on the first ROUNDED of ``ids``, then :func:`distil` on all of them."""
-    found = calibrate(model, ids[:ROUNDED], forms, method, folder=folder, device=device, progress=progress)
+    """:func:`torch_cpullm.layerwise.calibrate` on ROUNDED of ``ids``, then :func:`distil` on all of them."""
+    found = calibrate(model, some_of(ids, ROUNDED), forms, method, folder=folder, device=device, progress=progress)
     if not method.epochs:
         return found
     return distil(model, found, ids, epochs=method.epochs, codes=method.codes, device=device, progress=progress)

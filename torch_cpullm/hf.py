@@ -113,7 +113,8 @@ class CpuLlmQuantizer(HfQuantizer):
         places = set(places.values()) if isinstance(places, dict) else {places}
         wrong = [place for place in places if not _is_cpu(place)]
         if wrong:
-            raise ValueError(f"torch_cpullm computes on the CPU: device_map must not name {wrong[0]}")
+            hint = " (ranks: hide GPUs, CUDA_VISIBLE_DEVICES=)" if torch.distributed.is_initialized() else ""
+            raise ValueError(f"torch_cpullm computes on the CPU: device_map must not name {wrong[0]}{hint}")
         if self.pre_quantized:
             check_version(getattr(self.quantization_config, "format_version", None))
 

@@ -136,7 +136,7 @@ class _Writer:
             self.tensor(tensor)
         self.ints.append(packed.group)
         self.vector(linear.bias)
-        self.tensor(linear.order)
+        self.tensor(None if linear.order is None else linear.order.clone())  # checked once: nobody else's
 
     def norm(self, norm: Norm | None) -> None:
         self.ints.append(norm is not None)

@@ -245,7 +245,7 @@ class PackedLinear(PackedMatrix, nn.Linear):  # type: ignore[override]  # weight
                 errors.append(f"{prefix.rstrip('.')}: {ORDER} is {'missing' if order is None else 'not expected'}")
         else:
             try:
-                self.order.copy_(check_order(order, self.in_features))
+                self.order = check_order(order, self.in_features).clone()  # another tensor: layer programs look at it
             except ValueError as error:
                 errors.append(f"{prefix.rstrip('.')}: {error}")
         rest = {key: value for key, value in state_dict.items() if key != name}

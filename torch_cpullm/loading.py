@@ -49,6 +49,7 @@ def load(
             raise TypeError(f"a GGUF file takes no option {min(options)!r}")
         return load_gguf(path, dtype=dtype or torch.float32, compute=compute, config=config)
     model = load_directory(path, config=config, compute=compute, dtype=dtype, **options)
+    options.pop("distributed_config", None)  # the model's alone
     return model, _tokenizer(path, {"trust_remote_code": False, **options})
 
 

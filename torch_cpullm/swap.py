@@ -119,9 +119,11 @@ def restore(model: nn.Module) -> nn.Module:
     """Undo :func:`optimize` in place: the original modules with the dequantised weights, in each module's dtype.
 
     The original float values are gone; the model computes with what INT4 made of them. Returns ``model``; a model that
-    was never optimised is returned as it is.
+    was never optimised is returned as it is. Raises RuntimeError for a rank's share: it is no model of its own.
     """
     whole, model = model, optimised(model)
+    if "_cpullm_ranks" in model.__dict__:
+        raise RuntimeError("this rank holds a share of the model: load it whole to have its float weights back")
     remove_programs(model)
     weights: dict[tuple[int, int, torch.dtype], nn.Parameter] = {}
     originals: dict[nn.Module, nn.Module] = {}

@@ -23,7 +23,7 @@ from .calibration import LENGTH, calibration_ids, self_generated, text_ids
 from .checkpoint import Form
 from .config import Settings
 from .devices import model_on, usable
-from .distil import ROUNDED, distil
+from .distil import ROUNDED, distil, some_of
 from .folding import matrix
 from .layer_group import member_of
 from .layerwise import Method, calibrate
@@ -95,6 +95,7 @@ def autotune(
     settings = config if config is not None else Settings()
     if sequences is None:
         sequences = SEQUENCES if device is None or usable(device).type == "cpu" else MANY
+    own_ladder = methods is None
     if methods is None:
         methods = LADDER if sequences < MANY else (*LADDER, LAST)
     _check_arguments(model, settings, target, budget_bits, methods)
@@ -120,12 +121,12 @@ def autotune(
 
     def attempt(method: Method, forms: Mapping[str, Form], kind: str = "") -> bool:
         nonlocal best, made
-        plain, name = replace(method, epochs=0), f"{method}{kind}"
+        plain, name = replace(method, epochs=0, codes=False), f"{method}{kind}"
         start = time.perf_counter()
         used = tokens() if method.needs_data else torch.zeros(1, 1, dtype=torch.int64)
         if made is None or made[:2] != (plain, forms):
             own = None if folder is None else Path(folder) / f"{plain}{kind}".replace(" ", "").replace(",", "-")
-            made = plain, forms, calibrate(fast, used[:ROUNDED], forms, plain, folder=own, progress=progress)
+            made = plain, forms, calibrate(fast, some_of(used, ROUNDED), forms, plain, folder=own, progress=progress)
         found = made[2]
         if method.epochs:
             found = distil(fast, found, used, epochs=method.epochs, codes=method.codes, progress=progress)
@@ -144,9 +145,13 @@ def autotune(
     possible = [method for method in methods if not method.epochs or hasattr(model, "config")]
     if len(possible) < len(methods):
         log.warning("autotune: distilled methods are left out, they need a model of transformers")
-    met = any(attempt(method, forms) for method in possible)
+    def enough(method: Method) -> bool:
+        """A text may be shorter than asked for: too short for codes to learn from."""
+        return not (own_ladder and method.codes) or len(tokens()) >= MANY
+
+    met = any(attempt(method, forms) for method in possible if enough(method))
     if not met:
-        last = next((method for method in reversed(possible) if method.needs_data), methods[0])
+        last = next((method for method in reversed(possible) if method.needs_data and enough(method)), methods[0])
         mixed = forms
         if hasattr(model, "config"):  # others give no gradients
             mixed = _mixed(fast, forms, inside, experts, budget_bits, tokens(), seed, progress)
@@ -230,7 +235,7 @@ def _mixed(
     base = forms[inside[0]]
     zeros = "point" if base.zeros == "none" and base.bits == 8 else base.zeros
     choices = _choices(Settings(sym=zeros == "none", scale_dtype=base.scales))
-    units = sensitivities(model, ids[:_HELD_OUT], list(inside), choices, seed=seed, progress=progress)
+    units = sensitivities(model, some_of(ids, _HELD_OUT), list(inside), choices, seed=seed, progress=progress)
     stored, weights = _stored(model, {}, experts)
     own = sum(unit.weights for unit in units)
     return {**forms, **allocate(units, choices, (budget_bits * (own + weights) - stored) / own)}

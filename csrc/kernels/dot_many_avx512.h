@@ -1,10 +1,11 @@
 // Many rows times a panel on the avx512 level: a run of activation blocks of a tile is one piece of assembly, and the
-// fp32 chain of a block never leaves the registers. The same chain as linear_i8-inl.h, bit for bit.
+// fp32 chain of a block never leaves the registers. The same chain as linear_i8-inl.h, bit for bit in what comes out.
 //
 // The codes of kManyK inputs of the panel are first unpacked to signed bytes, zero points subtracted. Activations come as
 // x + 128 (QuantizedRows::bias), so the int32 sums of every row start from the same -128 * sum of the column's bytes: a
 // copy of a register, which costs nothing, in place of one multiplication per sum and segment.
-// Ranges: |c - z| <= 15 at 4 bits, 128 at 8; 128 inputs: |sum (x + 128) c| <= 128 * 255 * 128 < 2^23.
+// Ranges: zero points are codes, z <= 15, so |c - z| <= 15 at 4 bits, 128 at 8; of 128 inputs
+// |sum (x + 128) c| <= 128 * 255 * 128 < 2^23.
 // The chain starts from +0 instead of the first product: an output may differ only where that is -0, and sums of outputs
 // start from +0, which takes either.
 // Registers: zmm0-13 int32 sums of row i in 2i and 2i + 1; zmm14-27 its chains; zmm28-29 bytes of 16 columns each, then
