@@ -145,6 +145,7 @@ def autotune(
     possible = [method for method in methods if not method.epochs or hasattr(model, "config")]
     if len(possible) < len(methods):
         log.warning("autotune: distilled methods are left out, they need a model of transformers")
+
     def enough(method: Method) -> bool:
         """A text may be shorter than asked for: too short for codes to learn from."""
         return not (own_ladder and method.codes) or len(tokens()) >= MANY
