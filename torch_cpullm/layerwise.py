@@ -351,8 +351,8 @@ def calibrate(
     another one are an error. device: where layers are computed, one at a time; None: where the model is.
 
     Raises ValueError: ids no tokens of the model or not [sequences, s], a layer whose activations hold NaN (named), a
-    folder of another run, a device that is not there. On the CPU the same arguments give the same bytes, also stopped and
-    resumed; another device adds in another order, a GPU not always in the same, so a few codes differ.
+    folder of another run, a device that is not there. On the CPU the same arguments give the same bytes, also if
+    stopped and resumed; another device adds in another order, a GPU not always in the same, so a few codes differ.
     """
     ids = check_ids(ids, model)
     if ids.dim() != 2:
