@@ -1,10 +1,15 @@
 """What every test shares: the kernel levels this machine reaches, two threads, no network."""
 
 import os
+import signal
 
 # Before transformers is imported: a test that needs the network fails at once instead of waiting for it.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# A shell's background processes ignore SIGINT, and so would the programs that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
