@@ -172,13 +172,12 @@ def ungrouped(model: nn.Module) -> Iterator[None]:
 def _taken_apart(model: nn.Module, decoder: Decoder) -> Iterator[list[LayerGroup]]:
     """Inside no layer is grouped and none is a program. Yields the groups that come back, for the caller to change."""
     members = [member for layer in decoder.layers if (member := member_of(layer)) is not None]
-    if any(member.group.ranks is not None for member in members):
+    groups = [member.group for member in members if member.index == 0]
+    if any(group.ranks is not None for group in groups):
         raise ValueError("the model's groups are spread over ranks, for good: load it again")
     programs = "_cpullm_layers" in model.__dict__
     if programs:
         remove_programs(model)
-    members = [member for layer in decoder.layers if (member := member_of(layer)) is not None]
-    groups = [member.group for member in members if member.index == 0]
     remove_groups(decoder.layers)
     try:
         yield groups
