@@ -258,7 +258,7 @@ print(*(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choice
     chosen = ["--force-model", str(path)] if VERSION < (5, 1) else [str(path)]
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(
-            [*command, *chosen, "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)],
+            [*command, *chosen, "--host", "127.0.0.1", "--port", str(port)],
             env=fresh.environment(installed),
             stdout=log,
             stderr=log,
