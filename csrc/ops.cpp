@@ -125,17 +125,17 @@ Weight check_weight(const char* op, const Tensor& codes, const Tensor& scales, c
   w.bits = codes.size(2) == 64 ? 4 : 8;
   check_packed(codes, op, "codes", panels, w.k_padded / kStep, 16 * w.bits);
   check_packed(scales, op, "scales", panels, w.groups, kPanel);
-  const ScalarType scale_type = scales.scalar_type();
-  STD_TORCH_CHECK(scale_type == ScalarType::Half || scale_type == ScalarType::BFloat16, op,
+  const int32_t scale_type = dtype_of(scales);
+  STD_TORCH_CHECK(scale_type == aoti_torch_dtype_float16() || scale_type == aoti_torch_dtype_bfloat16(), op,
                   ": scales must be float16 or bfloat16");
-  w.scale_type = scale_type == ScalarType::Half ? Float::f16 : Float::bf16;
+  w.scale_type = scale_type == aoti_torch_dtype_float16() ? Float::f16 : Float::bf16;
   w.form = Zeros::symmetric;
   w.zeros = nullptr;
   if (zeros) {
     STD_TORCH_CHECK(w.bits == 4, op, ": zeros are supported for 4-bit codes only");
     check_packed(*zeros, op, "zeros", panels, w.groups, kPanel);
     const bool integer = zeros->scalar_type() == ScalarType::Byte;
-    STD_TORCH_CHECK(integer || zeros->scalar_type() == scale_type, op,
+    STD_TORCH_CHECK(integer || dtype_of(*zeros) == scale_type, op,
                     ": zeros must be uint8 (zero points) or of the scales' type (minima)");
     w.form = integer ? Zeros::integer : Zeros::minimum;
     w.zeros = zeros->const_data_ptr();
@@ -222,14 +222,14 @@ QuantizedRows quantize(const Kernels& table, const Rows& rows, TileShape shape, 
   return q;
 }
 
-Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros,
-              const OptionalTensor& bias, const OptionalTensor& perm, int64_t n, int64_t k, int64_t group_size,
-              int64_t compute) {
-  constexpr const char* op = "cpullm::linear";
+}  // namespace
+
+Tensor linear_of(const char* op, const Tensor& x, const Weight& w, const OptionalTensor& bias,
+                 const OptionalTensor& perm, int64_t compute) {
+  const int64_t n = w.n, k = w.k;
   std::optional<Tensor> holder;
   Rows rows = check_rows(op, x, holder);
   STD_TORCH_CHECK(rows.k == k, op, ": the last dimension of x must be k = ", k, ", got ", shape_of(x));
-  const Weight w = check_weight(op, codes, scales, zeros, n, k, group_size);
   rows.order = check_order(op, perm, k);
   STD_TORCH_CHECK(compute >= int64_t(Compute::int8) && compute <= int64_t(Compute::bf16), op,
                   ": compute must be 0 (int8), 1 (fp32) or 2 (bf16), got ", compute);
@@ -238,7 +238,7 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const 
   STD_TORCH_CHECK(dims <= 64, op, ": x has too many dimensions: ", dims);
   for (int64_t i = 0; i + 1 < dims; ++i) sizes[i] = x.size(i);
   sizes[dims - 1] = n;
-  Tensor y = empty_cpu(sizes, dims, x.scalar_type());
+  Tensor y = empty_cpu(sizes, dims, dtype_of(x));
   const Kernels& table = kernels();
   const Output out{y.mutable_data_ptr(), n, rows.type, check_bias(op, bias, n)};
   if (rows.m == 0) return y;
@@ -271,6 +271,15 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const 
                [&](int64_t begin, int64_t end) { table.linear_f32(w, f, out, {begin, end}, scratch()); });
   }
   return y;
+}
+
+namespace {
+
+Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros,
+              const OptionalTensor& bias, const OptionalTensor& perm, int64_t n, int64_t k, int64_t group_size,
+              int64_t compute) {
+  constexpr const char* op = "cpullm::linear";
+  return linear_of(op, x, check_weight(op, codes, scales, zeros, n, k, group_size), bias, perm, compute);
 }
 
 std::tuple<Tensor, Tensor> quantize_activations(const Tensor& x) {

@@ -48,7 +48,7 @@ class Buffer {
   size_t bytes_ = 0;
 };
 
-inline Tensor empty_cpu(const int64_t* sizes, int64_t dims, ScalarType type) {
+inline Tensor empty_cpu(const int64_t* sizes, int64_t dims, int32_t dtype) {
   int64_t strides[64];
   STD_TORCH_CHECK(dims <= 64, "torch_cpullm: at most 64 dimensions are supported, got ", dims);
   int64_t stride = 1;
@@ -57,10 +57,13 @@ inline Tensor empty_cpu(const int64_t* sizes, int64_t dims, ScalarType type) {
     stride *= sizes[i] > 1 ? sizes[i] : 1;
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dims, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
+}
+
+inline Tensor empty_cpu(const int64_t* sizes, int64_t dims, ScalarType type) {
+  return empty_cpu(sizes, dims, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)));
 }
 
 inline std::string shape_of(const Tensor& t) {
@@ -69,11 +72,20 @@ inline std::string shape_of(const Tensor& t) {
   return s + "]";
 }
 
+// torch's number of t's type; Tensor::scalar_type() asks for one type after the other, up to 13 calls.
+inline int32_t dtype_of(const Tensor& t) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
+
 inline Float float_type(const Tensor& t, const char* op, const char* name) {
-  const ScalarType type = t.scalar_type();
-  if (type == ScalarType::Float) return Float::f32;
-  if (type == ScalarType::BFloat16) return Float::bf16;
-  STD_TORCH_CHECK(type == ScalarType::Half, op, ": ", name, " must be float32, bfloat16 or float16");
+  static const int32_t f32 = aoti_torch_dtype_float32(), bf16 = aoti_torch_dtype_bfloat16(),
+                       f16 = aoti_torch_dtype_float16();
+  const int32_t type = dtype_of(t);
+  if (type == f32) return Float::f32;
+  if (type == bf16) return Float::bf16;
+  STD_TORCH_CHECK(type == f16, op, ": ", name, " must be float32, bfloat16 or float16");
   return Float::f16;
 }
 
@@ -85,6 +97,10 @@ Weight check_weight(const char* op, const Tensor& codes, const Tensor& scales, c
 
 // perm int32 [k], whose entries lie in [0, k), or null; anything else is an error that names `op`.
 const int32_t* check_order(const char* op, const OptionalTensor& perm, int64_t k);
+
+// y = x W^T + bias, the product of cpullm::linear, in which every error names `op`.
+Tensor linear_of(const char* op, const Tensor& x, const Weight& w, const OptionalTensor& bias,
+                 const OptionalTensor& perm, int64_t compute);
 
 // The activation of this name; anything else is an error that names `op`.
 Act act_of(const char* op, const std::string& name);

@@ -194,6 +194,7 @@ def test_random_weights_are_weights(group, form, bits):
     assert len(copies) * copies[0].codes.nbytes >= 1 << 14
     assert len({weight.codes.data_ptr() for weight in copies}) == len(copies)
     assert copies[0].bits_per_weight >= bits
+    assert len(pool.weights(k, n, group, form, bits, most=1)) == 1
     x = torch.randn(3, k)
     for weight in (copies[0], copies[-1]):
         wanted = x @ dequantize(weight).T

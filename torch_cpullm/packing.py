@@ -9,7 +9,7 @@ import contextlib
 import math
 import mmap
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -145,6 +145,10 @@ class PackedWeight:
     k: int
     bits: int
     group_size: int
+
+    def __getstate__(self) -> dict[str, object]:
+        """What a copy takes over: the fields, and not the number that ``ops`` has given to this object."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def group(self) -> int:

@@ -112,14 +112,14 @@ struct Range {
   int64_t begin, end;
 };
 
-// Segments of the inputs [begin, end).
-static inline int64_t count_segments(int64_t begin, int64_t end, int64_t group) {
-  int64_t count = 0;
-  for (int64_t k = begin; k < end; ++count) {
-    const int64_t group_end = (k / group + 1) * group, block_end = (k / kActBlock + 1) * kActBlock;
-    k = group_end < block_end ? group_end : block_end;
-  }
-  return count;
+// Segments of the inputs [begin, end): one more than multiples of a group or a block between them. group: a multiple of
+// kChunk, so that a block and a group have a power of two in common. Not inlined: its divisions would take registers from
+// the loops around its callers.
+[[maybe_unused]] __attribute__((noinline)) static int64_t count_segments(int64_t begin, int64_t end, int64_t group) {
+  if (begin >= end) return 0;
+  const int64_t power = group & -group, both = power < kActBlock ? group / power * kActBlock : group;
+  const auto between = [=](int64_t step) { return (end - 1) / step - begin / step; };
+  return 1 + between(group) + between(kActBlock) - between(both);
 }
 
 struct Kernels {

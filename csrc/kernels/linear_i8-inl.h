@@ -92,9 +92,14 @@ inline void group_params(const TileArgs& a, int64_t group, int h, float* out) {
 template <Codes kCodes>
 inline void block_params(const TileArgs& a, float* out) {
   constexpr int H = Simd::kHalves, L = Simd::kLanes;
+  int64_t group = a.k_begin / a.group, group_end = (group + 1) * a.group;
   for (int64_t k = a.k_begin; k < a.k_end; out += H * 4 * L) {
-    for (int h = 0; h < H; ++h) group_params<kCodes>(a, k / a.group, h, out + h * 4 * L);
-    k = min_of((k / a.group + 1) * a.group, min_of((k / kActBlock + 1) * kActBlock, a.k_end));
+    for (int h = 0; h < H; ++h) group_params<kCodes>(a, group, h, out + h * 4 * L);
+    k = min_of(group_end, min_of((k / kActBlock + 1) * kActBlock, a.k_end));
+    if (k == group_end) {
+      ++group;
+      group_end += a.group;
+    }
   }
 }
 

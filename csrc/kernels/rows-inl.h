@@ -89,6 +89,7 @@ static inline BlockParams block_params(const float* v, int64_t width) {
     int8_t* row_q = out.q + (tile * units * out.tile + lane) * out.unit;
     float* row_scale = out.scale + tile * out.blocks * out.tile + lane;
     int64_t segment = tile * out.segments;
+    int64_t group_end = out.group;
     if (lane == 0) memset(out.apart_rows + segment, 0, size_t(out.segments) * sizeof(uint32_t));
     for (int64_t j0 = 0; j0 < out.k_padded; j0 += kInputs) {
       const int64_t width = min_of(kInputs, out.k_padded - j0);
@@ -105,7 +106,8 @@ static inline BlockParams block_params(const float* v, int64_t width) {
       for (int64_t j = 0; j < width; ++segment) {
         const BlockParams& p = params[j / kActBlock];
         const int64_t begin = j, block = j / kActBlock * kActBlock;
-        const int64_t end = min_of(((j0 + j) / out.group + 1) * out.group - j0, min_of(block + kActBlock, width));
+        const int64_t end = min_of(group_end - j0, min_of(block + kActBlock, width));
+        if (j0 + end == group_end) group_end += out.group;
         if (p.inverse == 0.0f) {  // inf, nan or all but zero
           memset(q + j, 0, size_t(end - j));
           j = end;
