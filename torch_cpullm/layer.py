@@ -16,13 +16,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .layer_cut import CutProgram, added_by
 from .layer_decoder import DecoderStep
 from .layer_execute import Run
 from .layer_graph import decoder_layer, number_layer
 from .layer_group import Call, Elsewhere, GroupMember, member_of
 from .layer_match import Decoder, Match, decoders, match_layer
 from .layer_parts import ALIBI, biased_mask, rotary_from_table
-from .layer_program import MOST_MEMBERS, Program, run_group
+from .layer_program import MOST_MEMBERS, Program, run_group, sums_of
 from .layer_spec import IGNORED
 from .layer_stack import LayerStack
 from .layer_watch import Watch
@@ -96,17 +97,17 @@ def _stack_up(decoder: Decoder) -> None:
     if not all(each._together for each in programs) or len({group.bypass for group in groups}) > 1:
         return
     runs = [cast("Program", each._run) for each in programs]
-    spread = [group.ranks for group in groups if group.ranks is not None]
-    gloo = any(ranks.transport != "shared memory" for ranks in spread)
+    gloo = any(group.ranks is not None and not group.ranks.inside for group in groups)
     if gloo or any(each.operators > 1 for each in programs):  # sums between them that no operator makes
         return
     runs_of = [None if each.member is None else each.member.group for each in all_ if each.begins]
     sizes = [1 if group is None else len(group.here) for group in runs_of]
-    summed = [2 if group is not None and group.ranks is not None else 0 for group in runs_of] if spread else []
     layers, owner = list(decoder.layers), decoder.owner
     bypass = groups[0].bypass if groups else 0
-    ranks = spread[0] if spread else None
-    stack = LayerStack(owner, layers, runs, sizes, bypass, len(set(windows)) == 1, places, ranks, summed)
+    left = iter(runs)
+    spread = [None if group is None else group.ranks for group in runs_of]
+    sums = sums_of([[next(left) for _ in range(size)] for size in sizes], spread)
+    stack = LayerStack(owner, layers, runs, sizes, bypass, len(set(windows)) == 1, places, sums)
     for each in all_:
         each._stack = stack
     first = all_[0]
@@ -144,7 +145,7 @@ def layer_levels(model: nn.Module) -> Iterator[tuple[str, str, str]]:
         elif not reason:
             reason = "its forward was replaced"
         whole = ONE_OP if not isinstance(program, LayerProgram) or program.operators == 1 else TWO_OPS
-        yield name, PER_LINEAR if reason else whole if member is None else GROUP_OP, reason
+        yield name, PER_LINEAR if reason else whole if member is None or whole == TWO_OPS else GROUP_OP, reason
 
 
 def all_in_programs(model: nn.Module) -> bool:
@@ -243,7 +244,9 @@ class LayerProgram:
             ready = [each._ready((x,), kwargs) for each, (x, kwargs) in zip(programs, own, strict=True)]
             if None not in ready and len({each._kind for each in programs}) == 1:
                 runs = [cast("Program", each._run) for each in programs]
-                inside = None if group.ranks is None or group.ranks.transport == "gloo" else group.ranks
+                inside = group.ranks if group.ranks is not None and group.ranks.inside else None
+                if group.is_cut and inside is None:
+                    return group.summed(own[0][0], added_by(cast("list[CutProgram]", runs), cast("list[tuple]", ready)))
                 y = run_group(runs, group.bypass, cast("list[tuple]", ready), inside)
                 if y is not None:
                     return y if inside is not None else group.joined(own[0][0], y)
@@ -271,6 +274,8 @@ class LayerProgram:
     @property
     def operators(self) -> int:
         """Of a call that the program serves: 2 of a layer that is cut among ranks of several hosts."""
+        if self.member is not None and self.member.group.is_cut:
+            return 1 if self.member.group.ranks.inside else 2
         return getattr(self._run, "operators", 1)
 
     @property
