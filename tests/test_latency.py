@@ -94,7 +94,8 @@ def test_cqil_reads_a_share_of_the_groups_and_meets_once_per_group():
     uneven = latency.cqil_ranks(EIGHT, [(1, 3)], 2)
     assert (uneven.read[INT4], uneven.layers, uneven.all_reduces) == (7e6, 7, 1)
     both = latency.cqil_of_tensor_parallel(EIGHT, pairs, 2, 2)
-    assert (both.read[INT4], both.all_reduces, both.ranks) == (4e6 / 4 + 2e6 / 2, 2 * 4 + 2 * 2, 4)
+    assert (both.read[INT4], both.all_reduces, both.ranks) == (4e6 / 4 + 2e6 / 2, 2 * 4 + 2, 4)
+    assert (both.team_sums, both.team) == (2, 2), "of attention: one per group, whose members are on a team each"
     assert latency.cqil_ranks(EIGHT, pairs, 1).read == latency.one_process(EIGHT).read
 
 
