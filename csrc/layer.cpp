@@ -14,8 +14,7 @@ struct LayerRun {
   Compute compute;
   const LayerCall& c;  // what all members share
   bool spread;  // members on several ranks
-  RankSum *parts_sum,
-      *members_sum;  // of what Wo and the MLP of a cut layer give; of what the members of a spread group add
+  RankSum *parts_sum, *members_sum;  // of a cut layer, of a spread group; null where the group has none
   float* residual = nullptr;  // x + sum a, then of a spread group what its members here add to x
 
   LayerRun(const LayerGroup& group, const Kernels& kernels, Member who, int64_t threads, Barrier& barrier,
@@ -24,9 +23,7 @@ struct LayerRun {
         team{kernels, who, barrier, slices},
         c(group.layers[0].call),
         spread(is_spread(group.summed)),
-        parts_sum(group.summed == Summed::parts ? sums.all
-                  : in_team(group.summed)       ? sums.team
-                                                : nullptr),
+        parts_sum(sums.of_parts(group.summed)),
         members_sum(spread ? sums.all : nullptr) {
     const LayerProgram& first = *g.layers[0].program;
     m = c.batch * c.tokens;
@@ -49,11 +46,6 @@ struct LayerRun {
   Part* begin() { return parts; }
   Part* end() { return parts + g.count; }
 
-  // Never where the MLP takes its rows in parts: the last part may be small, and there is no room for it.
-  bool is_private(int64_t rows, int64_t k) const {
-    return team.member.count > 1 && m <= kMlpRows && rows * k <= kPrivateInputs;
-  }
-
   // Everything the run needs, in the same order whether memory is counted or handed out.
   void carve(Arena& arena, int64_t threads) {
     const int64_t rows = std::min(m, kMlpRows);
@@ -71,8 +63,8 @@ struct LayerRun {
       const int64_t fresh = part.c->k_cache ? 0 : c.batch * p.kv_heads * c.tokens * p.head_dim;
       part.fresh_k = arena.take<float>(fresh);
       part.fresh_v = arena.take<float>(fresh);
-      part.input_a = arena.take<char>(a_bytes(part));
-      part.input_b = arena.take<char>(b_bytes(part));
+      part.input_a = arena.take<char>(team.a_bytes(*part.p, m));
+      part.input_b = arena.take<char>(team.b_bytes(*part.p, m));
       scratch = std::max(scratch, part.plan.scratch);
     }
     const int64_t begin = arena.used;
@@ -80,8 +72,8 @@ struct LayerRun {
     const auto cut = [&](Arena& mine) {
       for (Part& part : *this) {
         const int64_t narrowest = std::min({hidden, part.p->heads * part.p->head_dim, part.p->intermediate});
-        part.private_a = mine.take<char>(is_private(m, hidden) ? a_bytes(part) : 0);
-        part.private_b = mine.take<char>(is_private(m, narrowest) ? b_bytes(part) : 0);
+        part.private_a = mine.take<char>(team.is_private(m, m, hidden) ? team.a_bytes(*part.p, m) : 0);
+        part.private_b = mine.take<char>(team.is_private(m, m, narrowest) ? team.b_bytes(*part.p, m) : 0);
       }
       team.normed = mine.take<float>(kMaxTile * hidden);
       team.attention_scratch = mine.take<float>(scratch);
@@ -94,22 +86,12 @@ struct LayerRun {
     arena.used = begin + threads * count.used;
   }
 
-  // The largest input of each slot: a holds the layer's input, b whatever comes later.
-  int64_t a_bytes(const Part& part) const { return team.input_bytes(compute, m, hidden, part.p->qkv[0].w.group); }
-  int64_t b_bytes(const Part& part) const {
-    const LayerProgram& p = *part.p;
-    const int64_t rows = std::min(m, kMlpRows);
-    return std::max({team.input_bytes(compute, m, p.heads * p.head_dim, p.o.w.group),
-                     team.input_bytes(compute, rows, hidden, p.up[0].w.group),
-                     team.input_bytes(compute, rows, p.intermediate, p.down.w.group)});
-  }
-
   // norm(rows) as the input of products with `reader`, in one of the part's slots. Returns whether the others must be
   // waited for.
   bool input(Input& in, char* shared, char* own, const LayerNorm& norm, Rows rows, const Linear& reader) {
     const int64_t group = reader.w.group;
     rows.order = reader.order;
-    const bool mine = is_private(rows.m, rows.k), alone = team.member.count == 1 || mine;
+    const bool mine = team.is_private(m, rows.m, rows.k), alone = team.member.count == 1 || mine;
     Arena arena{mine ? own : shared};
     in = make_input(arena, team.kernels, compute, rows.m, rows.k, group);
     team.fill(in, alone, norm, rows, group);

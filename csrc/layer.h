@@ -94,6 +94,9 @@ constexpr bool in_team(Summed what) { return what == Summed::team_parts || what 
 // A thread's sums over all ranks, and over the team of this one; null where there are none.
 struct RankSums {
   RankSum *all = nullptr, *team = nullptr;
+
+  RankSum* of_parts(Summed what) const { return what == Summed::parts ? all : in_team(what) ? team : nullptr; }
+  bool gone() const { return (all && all->gone()) || (team && team->gone()); }
 };
 
 // Layers of one hidden size, compute and `parallel` that read one x; their calls share x, y, type, batch, tokens and

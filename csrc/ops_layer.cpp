@@ -1,5 +1,5 @@
 // Operators of the layer program: building one, running it on a token or a prompt, freeing it.
-#include "layer.h"
+#include "layer_steps.h"
 #include "ops.h"
 
 #include <algorithm>
@@ -13,11 +13,6 @@ namespace cpullm {
 namespace {
 
 // ---- programs -------------------------------------------------------------------------------------------------------
-
-struct Program {
-  LayerProgram layer;
-  std::vector<Tensor> tensors;  // keeps the memory alive that the program points to
-};
 
 std::mutex programs_mutex;
 // Never destroyed: tensors must not be freed after torch is gone.
@@ -180,8 +175,6 @@ void layer_free(int64_t program) {
 
 // ---- runs -----------------------------------------------------------------------------------------------------------
 
-constexpr const char* kForward = "cpullm::layer_forward";
-
 // cos or sin [1|b, s, >= rotary_dim] into `call`.
 const void* check_rope(const OptionalTensor& t, const char* name, const LayerProgram& p, LayerCall& c) {
   STD_TORCH_CHECK(t && t->is_cpu() && t->dim() == 3 && (t->size(0) == 1 || t->size(0) == c.batch) &&
@@ -295,48 +288,6 @@ LayerCall check_call(const LayerProgram& p, const Tensor& x, const OptionalTenso
   return c;
 }
 
-// Layers that run one after the other: each its call, in groups that read one input.
-struct Steps {
-  std::vector<std::shared_ptr<const Program>> programs;  // kept alive while they run
-  std::vector<Layer> layers;
-  std::vector<LayerGroup> groups;
-
-  // Cuts the layers into groups of these sizes. bypass: see LayerGroup. summed: of each group, as Summed has it; empty:
-  // nothing.
-  void group(const std::vector<int64_t>& sizes, int64_t bypass, const std::vector<int64_t>& summed) {
-    STD_TORCH_CHECK(summed.empty() || summed.size() == sizes.size(), kForward,
-                    ": summed must be none or one for each of ", sizes.size(), " groups, got ", summed.size());
-    STD_TORCH_CHECK(bypass >= kAllMembers && bypass <= kMostMembers, kForward, ": bypass must lie in [-1, ",
-                    kMostMembers, "], got ", bypass);
-    int64_t first = 0;
-    const auto cut = [&](int64_t size) {
-      STD_TORCH_CHECK(size >= 1 && size <= kMostMembers && first + size <= int64_t(layers.size()), kForward,
-                      ": groups must hold 1 to ", kMostMembers, " layers each, ", layers.size(), " in all, got ", size);
-      const LayerProgram& p = *layers[size_t(first)].program;
-      for (int64_t i = first; i < first + size; ++i) {
-        const LayerProgram& other = *layers[size_t(i)].program;
-        STD_TORCH_CHECK(other.hidden == p.hidden && other.compute == p.compute && other.parallel == p.parallel,
-                        kForward,
-                        ": layers of a group must have one hidden size, one compute and one kind of residual");
-      }
-      STD_TORCH_CHECK(size == 1 || !p.parallel || bypass == 0, kForward,
-                      ": layers whose MLP reads no attention have no bypass, got ", bypass);
-      const int64_t what = summed.empty() ? 0 : summed[groups.size()];
-      STD_TORCH_CHECK(what >= 0 && what <= 4, kForward, ": summed must lie in [0, 4], got ", what);
-      const bool spread = is_spread(Summed(what));
-      STD_TORCH_CHECK(what == 0 || spread || size == 1, kForward,
-                      ": layers that are cut among ranks are in no groups, unless these are spread");
-      STD_TORCH_CHECK(!spread || bypass == 0, kForward, ": groups that are spread over ranks have no bypass, got ",
-                      bypass);
-      groups.push_back({&layers[size_t(first)], size, bypass, Summed(what)});
-      first += size;
-    };
-    for (const int64_t size : sizes) cut(size);
-    STD_TORCH_CHECK(first == int64_t(layers.size()), kForward, ": groups must hold all ", layers.size(),
-                    " layers, got ", first);
-  }
-};
-
 // All groups in one parallel region, each from the output of the one before; x [b, s, hidden] -> y, of x's type or of a
 // part of a layer fp32. ranks, rank_team: null where nothing is summed over all ranks, or over this one's team.
 Tensor run_steps(Steps& steps, const Tensor& x, const RankMemory* ranks = nullptr,
@@ -375,7 +326,7 @@ Tensor run_steps(Steps& steps, const Tensor& x, const RankMemory* ranks = nullpt
       if (i) barrier.wait(member.count);
       passed += run_layers(steps.groups[i], table, member, threads, barrier, slices, memory, sums);
       passed += i ? 1 : 0;
-      if ((all && all->gone()) || (team && team->gone())) break;  // on all threads alike
+      if (sums.gone()) break;  // on all threads alike
     }
     if (member.id == 0) barriers = passed;
   };

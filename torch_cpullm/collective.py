@@ -27,12 +27,34 @@ TIMEOUT_S = 8.0
 TRANSPORTS = ("auto", "gloo", "shared memory")
 
 _SHARED_BYTES = 256 << 10  # of a buffer: a decode step's sum at once, a prompt's in parts that stay in the caches
+_MESSAGE_BYTES = 1024
 _MOST_RANKS = 64  # that the operators sum over
 _NO_ANSWER = "no answer in shared memory"
 
 
 class LostRankError(RuntimeError):
     """A rank is dead or hangs: the model cannot go on."""
+
+
+def meet(group: dist.ProcessGroup | None, failed: str = "") -> None:
+    """Wait for all ranks of the caller's group, as long as its timeout allows. LostRankError where one has failed.
+
+    failed: why this rank has; it does not wait long for the others, which get to know.
+    """
+    own = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8, device="cpu")  # transformers builds models on meta
+    data = failed.encode()[:_MESSAGE_BYTES]
+    own[: len(data)] = torch.tensor(list(data), dtype=torch.uint8, device="cpu")
+    found = [torch.zeros_like(own) for _ in range(dist.get_world_size(group))]
+    try:
+        work = dist.all_gather(found, own, group=group, async_op=True)
+        work.wait(timedelta(seconds=TIMEOUT_S)) if failed else work.wait()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise LostRankError(f"another rank has ended, or is late, before all had the model ({reason})") from error
+    for rank, text in enumerate(found):
+        if bool(text.any()) and not failed:
+            said = bytes(text.tolist()).rstrip(b"\0").decode(errors="replace")
+            raise LostRankError(f"rank {rank} of {len(found)} could not load the model: {said}")
 
 
 class Ranks:
@@ -53,7 +75,7 @@ class Ranks:
             raise ValueError("a process group of one rank has nothing to share: start several, as torchrun does")
         if not 0 < timeout_s < math.inf:
             raise ValueError(f"timeout_s must be positive, got {timeout_s}")
-        dist.barrier(group)  # ranks load at their own pace: so far the caller's timeout holds
+        meet(group)  # ranks load at their own pace: so far the caller's timeout holds
         self.rank, self.size, self.timeout_s = members.index(dist.get_rank()), len(members), timeout_s
         self.all_reduces = self.bytes = 0
         self._shared: Tensor | None = None

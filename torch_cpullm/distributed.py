@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import __version__
-from .collective import TIMEOUT_S, TRANSPORTS, Ranks
+from .collective import TIMEOUT_S, TRANSPORTS, LostRankError, Ranks, meet
 from .layer import install_programs, remove_programs
 from .layer_group import Elsewhere, LayerGroup, install_groups, member_of, remove_groups
 from .layer_match import Decoder, Match, decoders, match_layer, match_layers
@@ -27,6 +28,9 @@ from .layer_spec import LayerSpec
 from .linear import PackedLinear
 from .share import Cut, Linear, Share, cut_layer, share_heads, summed_linears
 
+logger = logging.getLogger("torch_cpullm")
+
+_TOLD = "_cpullm_told"  # attribute of an error that the other ranks know
 _RANKS = "_cpullm_ranks"  # attribute of a model: its Ranks
 _LEADER = "_cpullm_leader"  # attribute of a model on rank 0: what sends its calls to the others
 
@@ -190,8 +194,7 @@ def _spread(
     install_groups(spread)
     if programs:
         install_programs(model)
-    model.__dict__[_RANKS] = ranks
-    model.__dict__["save_pretrained"] = _refuse_to_save
+    _mark(model, ranks)
     return model
 
 
@@ -210,6 +213,29 @@ def _cuts_of_teams(
             raise ValueError(f"{match.name} cannot be cut among {tp_size} ranks: {reasons[tp_size]}")
         found.append((cast("LayerSpec", match.spec), size))
     return found
+
+
+def _mark(model: nn.Module, ranks: Ranks) -> None:
+    """Let everybody see that a model has only this rank's share."""
+    model.__dict__[_RANKS] = ranks
+    model.__dict__["save_pretrained"] = _refuse_to_save
+    for decoder in decoders(model):
+        decoder.owner.register_forward_pre_hook(_check_cache, with_kwargs=True)
+
+
+def _check_cache(decoder: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
+    """ValueError for a cache that was made for all heads of a model whose layers are cut."""
+    held = getattr(kwargs.get("past_key_values"), "layers", None) or ()
+    if not held or hasattr(held[0], "reserve"):  # none, or a CpuLlmCache
+        return
+    keys = next((each.keys for each in held if isinstance(getattr(each, "keys", None), Tensor)), None)
+    summed, config = next(iter(summed_linears(decoder)), None), cast("Any", decoder.config)
+    heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    if summed is not None and keys is not None and keys.shape[1] == heads:
+        raise ValueError(
+            f"{type(kwargs['past_key_values']).__name__} has room for {heads} heads of keys, and this rank has a share "
+            "of them: leave the cache to the model (no past_key_values, no cache_implementation)"
+        )
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:
@@ -281,8 +307,7 @@ def shard_tensors(
         for match in matches:
             _cut_layer(model.get_submodule(match.name), cast("LayerSpec", match.spec), ranks)
         install_programs(model)
-        model.__dict__[_RANKS] = ranks
-        model.__dict__["save_pretrained"] = _refuse_to_save
+        _mark(model, ranks)
     return model
 
 
@@ -388,6 +413,30 @@ def expected_share(model_config: Any, *, grouped: bool, supported: bool) -> Shar
     return Share(dist.get_rank(), config.tp_size)
 
 
+def asks_for_shares(config: Any) -> bool:
+    """Whether a ``distributed_config`` of transformers asks all ranks of torch.distributed to load shares."""
+    size = getattr(config, "tp_size", None) or 1
+    return size > 1 and dist.is_available() and dist.is_initialized() and dist.get_world_size() == size
+
+
+@contextmanager
+def failing_together(share: bool) -> Iterator[None]:
+    """An error inside also ends the other ranks, which load their shares. share: whether there are any."""
+    try:
+        yield
+    except Exception as error:
+        causes = [error]
+        while causes[-1].__cause__ is not None:
+            causes.append(cast("Exception", causes[-1].__cause__))
+        if share and not any(_TOLD in vars(each) or isinstance(each, LostRankError) for each in causes):
+            vars(error)[_TOLD] = True
+            try:
+                meet(None, f"{type(error).__name__}: {error}")
+            except LostRankError as late:
+                logger.warning("%s", late)
+        raise
+
+
 def join_shares(model: nn.Module, *, timeout_s: float = TIMEOUT_S, transport: str = "auto") -> None:
     """Let a model of which every rank has loaded its share make its sums, before its programs are installed.
 
@@ -396,8 +445,7 @@ def join_shares(model: nn.Module, *, timeout_s: float = TIMEOUT_S, transport: st
     ranks = _join(model, None, timeout_s, transport, whole=False)
     for summed in summed_linears(model):
         summed.ranks = ranks
-    model.__dict__[_RANKS] = ranks
-    model.__dict__["save_pretrained"] = _refuse_to_save
+    _mark(model, ranks)
 
 
 def check_shares(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ Where the ranks share memory the operator of a whole layer, or of all layers, ma
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +82,9 @@ class CutProgram(Program):
         return torch.add(x, y, alpha=self._scale)
 
 
-def added_by(programs: Sequence[CutProgram], calls: Sequence[tuple]) -> Tensor:
-    """This rank's summand of ``sum_l (a_l + m_l)`` of layers that read one x and are cut among a team; float32."""
+def added_by(programs: Sequence[Any], calls: Sequence[Any]) -> Tensor:
+    """This rank's summand of ``sum_l (a_l + m_l)`` of layers that read one x and are cut among a team; float32.
+
+    programs: a CutProgram each; calls: their arguments.
+    """
     return torch.stack([program.added(*call) for program, call in zip(programs, calls, strict=True)]).sum(0)

@@ -230,6 +230,11 @@ class LayerGroup:
         self._traced: list[Call] = []  # while Dynamo traces, which is one thread at a time
 
     @property
+    def inside(self) -> Any:
+        """The ranks, where operators make their sums; None where the group is not spread, or sums go through gloo."""
+        return self.ranks if self.ranks is not None and self.ranks.inside else None
+
+    @property
     def is_cut(self) -> bool:
         """Whether this rank has a share of each member here."""
         return self.ranks is not None and self.ranks.team is not None

@@ -56,9 +56,9 @@ class _Step(threading.local):
 
 
 class LayerStack:
-    """The layers of one decoder. programs: of those that this process computes, ``places`` in the list of layers.
+    """The layers of one decoder, of which this process computes those at ``places``.
 
-    groups: sizes of runs of programs that read one input. bypass: see :func:`layer_group.combine`. alike: whether the
+    programs: their runs that read one input. bypass: see :func:`layer_group.combine`. alike: whether the
     layers may be called with one mask and the same position embeddings; those of others are known to
     :class:`layer_decoder.DecoderStep` alone. sums: over ranks, if any.
     """
@@ -67,17 +67,16 @@ class LayerStack:
         self,
         owner: nn.Module,
         layers: list[nn.Module],
-        programs: list[Program],
-        groups: list[int],
+        programs: list[list[Program]],
         bypass: int,
         alike: bool,
         places: list[int],
         sums: Sums | None = None,
     ) -> None:
         self._waiting = [each for layer in layers for each in (layer._forward_hooks, layer._forward_pre_hooks)]
-        self._programs = programs  # their handles are good as long as they live
-        self._handles = [program.handle for program in programs]
-        self._groups, self._bypass, self._alike = groups, bypass, alike
+        self._programs = [each for run in programs for each in run]  # their handles are good as long as they live
+        self._handles = [program.handle for program in self._programs]
+        self._groups, self._bypass, self._alike = [len(run) for run in programs], bypass, alike
         self._places, self._sums = places, sums
         self._last = len(layers) - 1
         self._code = inspect.unwrap(type(owner).forward).__code__
