@@ -116,6 +116,28 @@ def test_predictions_by_sockets():
     assert none["CQIL"] is None, "two layers have no middle"
 
 
+def test_measured_stacks_are_as_large_as_the_model_up_to_what_no_cache_holds(monkeypatch):
+    sizes = []
+
+    def layer_time(sizes_, share, form, compute, size, meet, ranks=None):
+        sizes.append(size)
+        return latency_constants.LayerTime(1e-3, 1000), None
+
+    monkeypatch.setattr(latency, "layer_time", layer_time)
+    monkeypatch.setattr(latency, "memory_gbps", lambda size, meet: 1.0)
+    monkeypatch.setattr(latency, "token_cost", lambda *_: 1e-3)
+    for layer, cache, asked, size in (
+        (10e6, 1 << 20, None, 80_000_000),
+        (10e6, 1 << 20, 30e6, 30_000_000),
+        (1e9, 1 << 20, None, 256 << 20),
+        (1e9, 320 << 20, None, 1280 << 20),
+    ):
+        monkeypatch.setattr(latency, "cache_bytes", lambda cache=cache: cache)
+        latency.measure(Footprint(({INT4: layer},) * 8, {}, 64), read_bytes=asked)
+        assert sizes == [size, size]
+        sizes.clear()
+
+
 def test_constants_are_measured():
     torch.set_num_threads(1)
     of = latency.footprint(llama())

@@ -26,7 +26,7 @@ from .layer_group import Elsewhere, LayerGroup, install_groups, member_of, remov
 from .layer_match import Decoder, Match, decoders, match_layer, match_layers
 from .layer_spec import LayerSpec
 from .linear import PackedLinear
-from .share import Cut, Linear, Share, cut_layer, share_heads, summed_linears
+from .share import Cut, Linear, Share, SummedLinear, cut_layer, share_heads, summed_linears
 
 logger = logging.getLogger("torch_cpullm")
 
@@ -188,9 +188,11 @@ def _spread(
     for group in spread:
         for index in set(range(group.size)) - set(group.here):
             layers[group.first + index] = Elsewhere(layers[group.first + index])
-    for layer, (spec, size) in zip(layers, cuts or (), strict=cuts is not None):
-        if not isinstance(layer, Elsewhere):
-            _cut_layer(layer, spec, ranks if size == ranks.size else cast("Ranks", ranks.team))
+    members = {group.first + i for group in spread for i in group.here}
+    for index, (spec, size) in enumerate(cuts or ()):
+        if not isinstance(layers[index], Elsewhere):
+            among = ranks if size == ranks.size and index not in members else cast("Ranks", ranks.team)
+            _cut_layer(layers[index], spec, among, member=index in members)
     install_groups(spread)
     if programs:
         install_programs(model)
@@ -363,18 +365,19 @@ def _cuts(spec: LayerSpec, share: Share) -> dict[str, Cut]:
     return cut_layer(linears, spec.heads, spec.kv_heads, share)
 
 
-def _cut_layer(layer: nn.Module, spec: LayerSpec, ranks: Ranks) -> None:
-    """Keep this rank's share of a layer, in place."""
+def _cut_layer(layer: nn.Module, spec: LayerSpec, ranks: Ranks, *, member: bool = False) -> None:
+    """Keep this rank's share of a layer, in place. member: of a group, whose sum has what nobody reads before."""
     share, linears = Share(ranks.rank, ranks.size), _by_role(spec)
     places = {module: path for path, module in layer.named_modules()}
     for role, cut in _cuts(spec, share).items():
         linear = linears[role]
         new = cut.kind(cut.of(linear.packed), cut.bias(linear.bias), dtype=linear.dtype, compute=linear.compute)
         new.train(linear.training)
+        if isinstance(new, SummedLinear):
+            new.ranks = ranks
+            new.partial = member and (spec.parallel if role == "o" else spec.post_mlp_norm is None)
         path, _, name = places[linear].rpartition(".")
         setattr(layer.get_submodule(path), name, new)
-    for summed in summed_linears(layer):
-        summed.ranks = ranks
     share_heads(layer, spec.heads, spec.kv_heads, share)
 
 

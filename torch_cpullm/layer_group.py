@@ -282,14 +282,17 @@ class LayerGroup:
         attended = [
             half.attend(layer, x, calls[i][1]) for i, layer, half in zip(self.here, layers, halves, strict=True)
         ]
-        return self.joined(x, combine(layers, halves, x, attended, self.bypass))
+        y = combine(layers, halves, x, attended, self.bypass)
+        if not self.is_cut or self.ranks.team.rank == 0 or halves[0].parallel:
+            return self.joined(x, y)
+        # The first rank adds what the whole team has: attention, and an MLP's output that a norm has read.
+        normed = any(role == "post_mlp" for half in halves for role, _ in half.norms)
+        whole = y if normed else torch.stack([x, *attended]).float().sum(0)
+        return self.summed(x, y.float() - whole.float())
 
     def joined(self, x: Tensor, y: Tensor) -> Tensor:
-        """``x + sum over ranks of (y - x)``, y: what the members here make of x, the same on all ranks of a team."""
-        if self.ranks is None:
-            return y
-        added = y.float() - x.float()
-        return self.summed(x, torch.zeros_like(added) if self.is_cut and self.ranks.team.rank else added)
+        """``x + sum over ranks of (y - x)``, y: what the members here make of x."""
+        return y if self.ranks is None else self.summed(x, y.float() - x.float())
 
     def summed(self, x: Tensor, added: Tensor) -> Tensor:
         """``x + sum over ranks of added``, float32: this rank's summand."""
