@@ -126,6 +126,8 @@ def test_measured_stacks_are_as_large_as_the_model_up_to_what_no_cache_holds(mon
     monkeypatch.setattr(latency, "layer_time", layer_time)
     monkeypatch.setattr(latency, "memory_gbps", lambda size, meet: 1.0)
     monkeypatch.setattr(latency, "token_cost", lambda *_: 1e-3)
+    monkeypatch.setattr(latency, "barrier_cost", lambda: latency_constants.Barriers(1e-6, 6, 1e-5))
+    monkeypatch.setattr(latency, "dispatch_cost", lambda: 1e-5)
     for layer, cache, asked, size in (
         (10e6, 1 << 20, None, 80_000_000),
         (10e6, 1 << 20, 30e6, 30_000_000),
