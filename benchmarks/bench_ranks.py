@@ -184,7 +184,8 @@ def loaded(index: int, count: int, folder: str, checkpoint: str, quantise: bool)
 
     torch.set_num_threads(1)
     meet(index, count, folder)
-    options: dict[str, Any] = {"quantization_config": torch_cpullm.CpuLlmConfig()} if quantise else {}
+    settings = torch_cpullm.CpuLlmConfig()  # which also makes cpullm known to transformers, whatever is installed
+    options: dict[str, Any] = {"quantization_config": settings} if quantise else {}
     if count > 1:
         options["distributed_config"] = DistributedConfig(tp_size=count)
     watch = bench_load.Peak()

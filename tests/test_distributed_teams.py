@@ -114,6 +114,7 @@ def test_two_teams_of_two_equal_one_process(tmp_path):
 def hooked(rank):
     """Layers that run linear by linear on one rank of a team, and as operators on the other."""
     differences = []
+    torch.set_num_threads(2)
     for name in ("llama", "gemma2"):
         one, mine = grouped(name), spread(grouped(name), transport=MEMORY)
         if rank == 2:

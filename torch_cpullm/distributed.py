@@ -1,4 +1,4 @@
-"""One model on several ranks of torch.distributed: members of CQIL groups on a rank each, or every layer cut.
+"""One model on several ranks of torch.distributed: members of CQIL groups on a rank each, every layer cut, or both.
 
     cpullm run --nproc 2 tutorials/ranks.py ./model
 
