@@ -2,13 +2,15 @@
 
     python -m benchmarks.bench_ranks --json benchmarks/results/ranks_epyc.jsonl
     python -m benchmarks.bench_ranks --splits 2x8 4x4 2x4 --model llama-2-7b
+    python -m benchmarks.bench_ranks --splits 4x4 --ways "one process" "tensor parallel" 2x2
     python -m benchmarks.bench_ranks --sums --splits 2x1 4x1                    one all-reduce, by transport
     python -m benchmarks.bench_ranks --simulate --json benchmarks/results/sockets.jsonl     16 to 64 sockets
     python -m benchmarks.bench_ranks --load /a/folder --splits 2x1 4x1           memory of ranks that load their shares
 
 A split PxC is P ranks of C cores each. Every round runs one process, tensor parallel and CQIL one after the other, all
 on the same P x C cores; a row has the median of the rounds, and the median of the ratios to the one process of the same
-round. CQIL groups are of P layers in the middle of the model (latency.default_groups); the one process runs the model
+round. CQIL groups are of P layers in the middle of the model (latency.default_groups); ``--ways 2x2``, of 4 ranks, has
+pairs of layers, each member cut among two ranks, and the other layers cut among all. The one process runs the model
 without groups. Named shapes have random codes, which cost no time to make.
 
 "predicted ms" is the latency model: its micro-benchmarks run in the same processes just before the model, on all ranks
@@ -45,7 +47,7 @@ from . import bench_load, machine, shapes
 from .bench_cqil import timed, write
 
 WIDTHS = (576, 2048, 4096, 8192)
-WAYS = ("one process", "tensor parallel", "CQIL")
+WAYS = ("one process", "tensor parallel", "CQIL", "2x2")
 SOCKETS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -92,14 +94,17 @@ def rank(index: int, way: str, count: int, cores: list[int], folder: str, args: 
     of = latency.footprint(on_meta(args.model), settings_of(args.group)) if cut else None
     model = load(args.model, args.group, Share(index, count), **sums) if cut else load(args.model, args.group)
     of = of or latency.footprint(model)
-    groups = latency.default_groups(len(of.layers), count)
+    tp_size = 2 if way == "2x2" else 1
+    groups = latency.default_groups(len(of.layers), count // tp_size)
     net, work = (0.0, ""), latency.one_process(of)
     if count > 1:
-        if way == "CQIL":
+        if way in WAYS[2:]:
             cqil.apply(model, cqil.Plan.of(model, groups))
-            distributed.shard_groups(model, **sums)
-            inside = distributed.transport(model) == "shared memory"
+            distributed.shard_groups(model, tp_size=tp_size, **sums)
+            inside = distributed.ranks_of(model).inside
             work = latency.cqil_ranks(of, groups, count, inside=inside)
+            if tp_size > 1:
+                work = latency.cqil_of_tensor_parallel(of, groups, count // tp_size, tp_size, inside=inside)
         else:
             if not cut:
                 distributed.shard_tensors(model, **sums)
@@ -109,7 +114,8 @@ def rank(index: int, way: str, count: int, cores: list[int], folder: str, args: 
         work = replace(work, ranks=2)  # the all-reduce that was measured is that of all ranks
         dist.barrier()
     ways = {"ranks": distributed.ranks_of(model), "meet": dist.barrier} if count > 1 else {}
-    constants = latency.measure(of, net, share=max(2, count), **ways)
+    read = sum(work.read.values()) - sum(of.rest.values())
+    constants = latency.measure(of, net, share=max(2, count), read_bytes=read, **ways)
     predicted = latency.seconds(work, constants)
     if index == 0:
         print(f"{way}: {constants}", file=sys.stderr, flush=True)
@@ -178,7 +184,8 @@ def loaded(index: int, count: int, folder: str, checkpoint: str, quantise: bool)
 
     torch.set_num_threads(1)
     meet(index, count, folder)
-    options: dict[str, Any] = {"quantization_config": torch_cpullm.CpuLlmConfig()} if quantise else {}
+    settings = torch_cpullm.CpuLlmConfig()  # which also makes cpullm known to transformers, whatever is installed
+    options: dict[str, Any] = {"quantization_config": settings} if quantise else {}
     if count > 1:
         options["distributed_config"] = DistributedConfig(tp_size=count)
     watch = bench_load.Peak()
@@ -298,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--reps", type=int, default=3, help="prompts per round and way")
     parser.add_argument("--group", type=int, default=32, help="weights that share a scale")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS[:3])
     parser.add_argument("--transport", choices=collective.TRANSPORTS, default="auto")
     parser.add_argument("--sums", action="store_true", help="only compare the transports of sums, ranks of one core")
     parser.add_argument("--simulate", action="store_true", help="only predict: 1 to 64 sockets like this machine")
@@ -314,6 +321,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     usable = sorted(os.sched_getaffinity(0))
     for ranks, cores in args.splits:
         needed = ranks * (1 if args.sums else cores)
+        if "2x2" in args.ways and ranks != 4:
+            raise SystemExit(f"2x2 is a layout of 4 ranks, not of {ranks}")
         if len(usable) < needed:
             raise SystemExit(f"{ranks}x{cores} needs {needed} cores, {len(usable)} are usable")
         if not args.sums:

@@ -37,19 +37,7 @@ def machine_name(root: str | Path = "/") -> str:
 
 def l3_bytes(root: str | Path = "/") -> int:
     """Size of all last-level caches that the usable CPUs reach; 64 MiB where the system does not say."""
-    caches: dict[str, int] = {}
-    for cpu in launch.cpu_affinity():
-        levels = {}
-        for index in Path(root, f"sys/devices/system/cpu/cpu{cpu}/cache").glob("index*"):
-            size = re.fullmatch(r"(\d+)([KMG]?)", _read(index / "size"))
-            level = _read(index / "level")
-            if size and level.isdecimal() and _read(index / "type") != "Instruction":
-                unit = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}[size[2]]
-                levels[int(level)] = (_read(index / "shared_cpu_list") or str(cpu), int(size[1]) * unit)
-        if levels:
-            shared, size_bytes = levels[max(levels)]
-            caches[shared] = size_bytes
-    return sum(caches.values()) or UNKNOWN_L3_BYTES
+    return launch.cache_bytes(root=root) or UNKNOWN_L3_BYTES
 
 
 def available_bytes(root: str | Path = "/") -> int:

@@ -13,17 +13,18 @@ struct LayerRun {
   bool parallel, lp;
   Compute compute;
   const LayerCall& c;  // what all members share
-  RankSum* ranks;
   bool spread;  // members on several ranks
+  RankSum *parts_sum, *members_sum;  // of a cut layer, of a spread group; null where the group has none
   float* residual = nullptr;  // x + sum a, then of a spread group what its members here add to x
 
   LayerRun(const LayerGroup& group, const Kernels& kernels, Member who, int64_t threads, Barrier& barrier,
-           Slices* slices, Arena& arena, RankSum* sums)
+           Slices* slices, Arena& arena, RankSums sums)
       : g(group),
         team{kernels, who, barrier, slices},
         c(group.layers[0].call),
-        ranks(group.summed == Summed::nothing ? nullptr : sums),
-        spread(group.summed == Summed::members) {
+        spread(is_spread(group.summed)),
+        parts_sum(sums.of_parts(group.summed)),
+        members_sum(spread ? sums.all : nullptr) {
     const LayerProgram& first = *g.layers[0].program;
     m = c.batch * c.tokens;
     hidden = first.hidden;
@@ -45,11 +46,6 @@ struct LayerRun {
   Part* begin() { return parts; }
   Part* end() { return parts + g.count; }
 
-  // Never where the MLP takes its rows in parts: the last part may be small, and there is no room for it.
-  bool is_private(int64_t rows, int64_t k) const {
-    return team.member.count > 1 && m <= kMlpRows && rows * k <= kPrivateInputs;
-  }
-
   // Everything the run needs, in the same order whether memory is counted or handed out.
   void carve(Arena& arena, int64_t threads) {
     const int64_t rows = std::min(m, kMlpRows);
@@ -67,8 +63,8 @@ struct LayerRun {
       const int64_t fresh = part.c->k_cache ? 0 : c.batch * p.kv_heads * c.tokens * p.head_dim;
       part.fresh_k = arena.take<float>(fresh);
       part.fresh_v = arena.take<float>(fresh);
-      part.input_a = arena.take<char>(a_bytes(part));
-      part.input_b = arena.take<char>(b_bytes(part));
+      part.input_a = arena.take<char>(team.a_bytes(*part.p, m));
+      part.input_b = arena.take<char>(team.b_bytes(*part.p, m));
       scratch = std::max(scratch, part.plan.scratch);
     }
     const int64_t begin = arena.used;
@@ -76,8 +72,8 @@ struct LayerRun {
     const auto cut = [&](Arena& mine) {
       for (Part& part : *this) {
         const int64_t narrowest = std::min({hidden, part.p->heads * part.p->head_dim, part.p->intermediate});
-        part.private_a = mine.take<char>(is_private(m, hidden) ? a_bytes(part) : 0);
-        part.private_b = mine.take<char>(is_private(m, narrowest) ? b_bytes(part) : 0);
+        part.private_a = mine.take<char>(team.is_private(m, m, hidden) ? team.a_bytes(*part.p, m) : 0);
+        part.private_b = mine.take<char>(team.is_private(m, m, narrowest) ? team.b_bytes(*part.p, m) : 0);
       }
       team.normed = mine.take<float>(kMaxTile * hidden);
       team.attention_scratch = mine.take<float>(scratch);
@@ -90,22 +86,12 @@ struct LayerRun {
     arena.used = begin + threads * count.used;
   }
 
-  // The largest input of each slot: a holds the layer's input, b whatever comes later.
-  int64_t a_bytes(const Part& part) const { return team.input_bytes(compute, m, hidden, part.p->qkv[0].w.group); }
-  int64_t b_bytes(const Part& part) const {
-    const LayerProgram& p = *part.p;
-    const int64_t rows = std::min(m, kMlpRows);
-    return std::max({team.input_bytes(compute, m, p.heads * p.head_dim, p.o.w.group),
-                     team.input_bytes(compute, rows, hidden, p.up[0].w.group),
-                     team.input_bytes(compute, rows, p.intermediate, p.down.w.group)});
-  }
-
   // norm(rows) as the input of products with `reader`, in one of the part's slots. Returns whether the others must be
   // waited for.
   bool input(Input& in, char* shared, char* own, const LayerNorm& norm, Rows rows, const Linear& reader) {
     const int64_t group = reader.w.group;
     rows.order = reader.order;
-    const bool mine = is_private(rows.m, rows.k), alone = team.member.count == 1 || mine;
+    const bool mine = team.is_private(m, rows.m, rows.k), alone = team.member.count == 1 || mine;
     Arena arena{mine ? own : shared};
     in = make_input(arena, team.kernels, compute, rows.m, rows.k, group);
     team.fill(in, alone, norm, rows, group);
@@ -253,7 +239,7 @@ struct LayerRun {
   template <class F>
   void hidden_panels(int64_t k, int64_t rows, const F& f) const {
     const int64_t panels = panels_of(hidden);
-    ranks ? f(team.mine(panels)) : team.each(panels, g.count * k, rows, f);
+    parts_sum || spread ? f(team.mine(panels)) : team.each(panels, g.count * k, rows, f);
   }
 
   bool any_has(LayerNorm LayerProgram::* norm) const {
@@ -261,11 +247,16 @@ struct LayerRun {
   }
 
   // x [rows, hidden] <- its sum over ranks; every thread has its own columns, before and after. False: a rank is lost.
-  bool sum_ranks(float* x, int64_t rows) {
-    if (!ranks) return true;
+  bool sum_ranks(RankSum* sum, float* x, int64_t rows) {
+    if (!sum) return true;
     const Range own = own_columns(rows).columns;
-    team.barriers += ranks->sum(x, rows, hidden, own.begin, own.end, team.member, team.barrier);
-    return !ranks->gone();
+    team.barriers += sum->sum(x, rows, hidden, own.begin, own.end, team.member, team.barrier);
+    return !sum->gone();
+  }
+
+  // `out` of each part <- its sum over the ranks that cut the layers.
+  bool sum_parts(float* Part::* out, int64_t rows) {
+    return std::all_of(parts, parts + g.count, [&](const Part& part) { return sum_ranks(parts_sum, part.*out, rows); });
   }
 
   // The area for adding what each part left in `out`, after a norm in place of those that have one.
@@ -346,15 +337,22 @@ struct LayerRun {
 
   // Rows [row0, row0 + rows) of y = x + the sum over ranks of what the members here add to x. False: a rank is lost.
   bool sum_members(int64_t row0, int64_t rows) {
+    const bool normed = any_has(&LayerProgram::post_mlp_norm), first = !parts_sum || parts_sum->rank() == 0;
+    if (normed && !sum_parts(&Part::mlp_out, rows)) return false;
     const Area area = finish(&LayerProgram::post_mlp_norm, &Part::mlp_out, rows), own = own_columns(rows);
     float* const added = residual + row0 * hidden;  // no MLP reads these rows any more
     for (int64_t row = area.rows.begin; row < area.rows.end; ++row)
       std::fill(added + row * hidden + area.columns.begin, added + row * hidden + area.columns.end, 0.0f);
-    for (const Part& part : *this)
-      team.add(area, part.p->residual_scale, added, Float::f32, hidden, part.o_out + row0 * hidden, part.mlp_out, added,
-               Float::f32);
-    if (any_has(&LayerProgram::post_mlp_norm)) team.sync();
-    if (!sum_ranks(added, rows)) return false;
+    for (const Part& part : *this) {
+      // What all ranks of a team have whole by now, the first one adds.
+      const float* const a = first || parallel ? part.o_out + row0 * hidden : nullptr;
+      const float* const mlp = first || !normed ? part.mlp_out : nullptr;
+      if (a || mlp)
+        team.add(area, part.p->residual_scale, added, Float::f32, hidden, a ? a : mlp, a ? mlp : nullptr, added,
+                 Float::f32);
+    }
+    if (normed) team.sync();
+    if (!sum_ranks(members_sum, added, rows)) return false;
     team.add(own, 1.0f, element_of(c.x, row0 * c.x_stride, c.type), c.type, c.x_stride, added, nullptr,
              const_cast<void*>(element_of(c.y, row0 * hidden, c.type)), c.type);
     return true;
@@ -392,20 +390,20 @@ struct LayerRun {
       hidden_panels(width, rows, [&](Range some) { team.product(parts[0].p->down, parts[0].in, to, hidden, some); });
       return true;
     }
-    const bool at_once = !ranks && !any_has(&LayerProgram::post_mlp_norm);
+    const bool at_once = !parts_sum && !spread && !any_has(&LayerProgram::post_mlp_norm);
     hidden_panels(width, rows, [&](Range some) {
       for (Part& part : *this) team.product(part.p->down, part.in, part.mlp_out, hidden, some);
       if (at_once) add_mlp(columns_of(some, rows), row0, parallel);
     });
     if (at_once) return true;
     if (spread) return sum_members(row0, rows);
-    const bool added = parallel && ranks;  // a and m of a parallel layer are one sum over ranks
+    const bool added = parallel && parts_sum;  // a and m of a parallel layer are one sum over ranks
     if (added) {
       float* const own = parts[0].mlp_out;
       team.add(own_columns(rows), 1.0f, own, Float::f32, hidden, parts[0].o_out + row0 * hidden, nullptr, own,
                Float::f32);
     }
-    if (!sum_ranks(parts[0].mlp_out, rows)) return false;
+    if (!sum_parts(&Part::mlp_out, rows)) return false;
     add_mlp(finish(&LayerProgram::post_mlp_norm, &Part::mlp_out, rows), row0, parallel && !added);
     return true;
   }
@@ -455,7 +453,7 @@ struct LayerRun {
     }
     if (wait) team.sync();
     const bool add = c.stage == Stage::whole && !parallel;
-    const bool at_once = add && !ranks && !any_has(&LayerProgram::post_attention_norm);
+    const bool at_once = add && !parts_sum && !spread && !any_has(&LayerProgram::post_attention_norm);
     hidden_panels(parts[0].p->heads * parts[0].p->head_dim, m, [&](Range some) {
       for (Part& part : *this) {
         float* const to = c.stage == Stage::attention ? static_cast<float*>(c.y) : part.o_out;
@@ -464,7 +462,7 @@ struct LayerRun {
       if (at_once) add_attention(columns_of(some, m));
     });
     if (!add || at_once) return true;
-    if (!spread && !sum_ranks(parts[0].o_out, m)) return false;
+    if (!sum_parts(&Part::o_out, m)) return false;
     add_attention(finish(&LayerProgram::post_attention_norm, &Part::o_out, m));
     return true;
   }
@@ -485,14 +483,14 @@ struct LayerRun {
 int64_t layer_workspace(const LayerGroup& group, const Kernels& kernels, int64_t threads) {
   Barrier barrier;
   Arena arena{nullptr};
-  LayerRun(group, kernels, {0, threads}, threads, barrier, nullptr, arena, nullptr);
+  LayerRun(group, kernels, {0, threads}, threads, barrier, nullptr, arena, {});
   return arena.used;
 }
 
 int64_t run_layers(const LayerGroup& group, const Kernels& kernels, Member member, int64_t threads, Barrier& barrier,
-                   Slices* slices, char* workspace, RankSum* ranks) {
+                   Slices* slices, char* workspace, RankSums sums) {
   Arena arena{workspace};
-  LayerRun run(group, kernels, member, threads, barrier, slices, arena, ranks);
+  LayerRun run(group, kernels, member, threads, barrier, slices, arena, sums);
   run.run();
   return run.team.barriers;
 }

@@ -9,7 +9,8 @@
 // apart: one phase, in which a thread has the same columns of all of them and adds in the order of the members.
 // A layer that is cut among ranks has a share of the heads and of the MLP: a Wo and the MLP are sums over ranks. They go
 // through memory that the ranks share, or the layer is run in two parts, with the caller's sum after each. Of a group
-// that is spread over ranks, each has some members, and sum a_l + sum MLP_l is one sum over ranks.
+// that is spread over ranks, each has some members, and sum a_l + sum MLP_l is one sum over ranks; or a team of ranks has
+// them, each cut among the team: then each a_l is a sum over the team, since MLP_l reads it.
 // b batch, s tokens of this call, m = b s rows.
 #pragma once
 
@@ -83,8 +84,20 @@ constexpr int64_t kMostMembers = 8;  // of a group
 constexpr int64_t kAllMembers = -1;
 
 // What of a group is summed over ranks: nothing, it is whole on every rank; what Wo and the MLP of its one layer give; or
-// what its members add to x.
-enum class Summed { nothing, parts, members };
+// what its members add to x. Over all ranks, or for the parts over a team of them: a rank of another one has other
+// members, or the same layer. Of cut members both: Wo over the team, what all ranks' members add over all.
+enum class Summed { nothing, parts, members, team_parts, cut_members };
+
+constexpr bool is_spread(Summed what) { return what == Summed::members || what == Summed::cut_members; }
+constexpr bool in_team(Summed what) { return what == Summed::team_parts || what == Summed::cut_members; }
+
+// A thread's sums over all ranks, and over the team of this one; null where there are none.
+struct RankSums {
+  RankSum *all = nullptr, *team = nullptr;
+
+  RankSum* of_parts(Summed what) const { return what == Summed::parts ? all : in_team(what) ? team : nullptr; }
+  bool gone() const { return (all && all->gone()) || (team && team->gone()); }
+};
 
 // Layers of one hidden size, compute and `parallel` that read one x; their calls share x, y, type, batch, tokens and
 // length. One layer is a group of one. bypass: members before one whose attention its MLP reads as well, or kAllMembers.
@@ -97,11 +110,10 @@ struct LayerGroup {
 // Bytes of 64-byte aligned memory that a run by at most `threads` threads needs.
 int64_t layer_workspace(const LayerGroup& group, const Kernels& kernels, int64_t threads);
 
-// One thread's part; all threads of the team call it with the same arguments but their own `member` and `ranks`. Returns
+// One thread's part; all threads of the team call it with the same arguments but their own `member` and `sums`. Returns
 // how many barriers it passed, which for a group are no more than for its layers each, and one more per sum over ranks
-// (of many rows: per part). ranks: null where nothing is summed; once `ranks->gone()` the rest is left out. slices: see
-// divide().
+// (of many rows: per part). Once one of `sums` is gone() the rest is left out. slices: see divide().
 int64_t run_layers(const LayerGroup& group, const Kernels& kernels, Member member, int64_t threads, Barrier& barrier,
-                   Slices* slices, char* workspace, RankSum* ranks);
+                   Slices* slices, char* workspace, RankSums sums);
 
 }  // namespace cpullm

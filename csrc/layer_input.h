@@ -59,6 +59,23 @@ struct Team {
     return arena.used;
   }
 
+  // Whether every thread makes an input [rows, k] of a layer with m rows for itself. Never where the MLP takes its rows in
+  // parts: the last part may be small, and there is no room for it.
+  bool is_private(int64_t m, int64_t rows, int64_t k) const {
+    return member.count > 1 && m <= kMlpRows && rows * k <= kPrivateInputs;
+  }
+
+  // The largest input of each slot of a layer with m rows: a holds the layer's input, b whatever comes later.
+  int64_t a_bytes(const LayerProgram& p, int64_t m) const {
+    return input_bytes(p.compute, m, p.hidden, p.qkv[0].w.group);
+  }
+  int64_t b_bytes(const LayerProgram& p, int64_t m) const {
+    const int64_t rows = std::min(m, kMlpRows);
+    return std::max({input_bytes(p.compute, m, p.heads * p.head_dim, p.o.w.group),
+                     input_bytes(p.compute, rows, p.hidden, p.up[0].w.group),
+                     input_bytes(p.compute, rows, p.intermediate, p.down.w.group)});
+  }
+
   // Inputs that can be quantised on their own: whole blocks and whole groups.
   static int64_t quantize_unit(int64_t k_padded, int64_t group) {
     if (group >= k_padded || kActBlock % group == 0) return kActBlock;

@@ -1,7 +1,8 @@
 // Operators of the layer program: building one, running it on a token or a prompt, freeing it.
-#include "layer.h"
+#include "layer_steps.h"
 #include "ops.h"
 
+#include <algorithm>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -12,11 +13,6 @@ namespace cpullm {
 namespace {
 
 // ---- programs -------------------------------------------------------------------------------------------------------
-
-struct Program {
-  LayerProgram layer;
-  std::vector<Tensor> tensors;  // keeps the memory alive that the program points to
-};
 
 std::mutex programs_mutex;
 // Never destroyed: tensors must not be freed after torch is gone.
@@ -179,8 +175,6 @@ void layer_free(int64_t program) {
 
 // ---- runs -----------------------------------------------------------------------------------------------------------
 
-constexpr const char* kForward = "cpullm::layer_forward";
-
 // cos or sin [1|b, s, >= rotary_dim] into `call`.
 const void* check_rope(const OptionalTensor& t, const char* name, const LayerProgram& p, LayerCall& c) {
   STD_TORCH_CHECK(t && t->is_cpu() && t->dim() == 3 && (t->size(0) == 1 || t->size(0) == c.batch) &&
@@ -294,49 +288,10 @@ LayerCall check_call(const LayerProgram& p, const Tensor& x, const OptionalTenso
   return c;
 }
 
-// Layers that run one after the other: each its call, in groups that read one input.
-struct Steps {
-  std::vector<std::shared_ptr<const Program>> programs;  // kept alive while they run
-  std::vector<Layer> layers;
-  std::vector<LayerGroup> groups;
-
-  // Cuts the layers into groups of these sizes. bypass: see LayerGroup. summed: of each group, as Summed has it; empty:
-  // nothing.
-  void group(const std::vector<int64_t>& sizes, int64_t bypass, const std::vector<int64_t>& summed) {
-    STD_TORCH_CHECK(summed.empty() || summed.size() == sizes.size(), kForward,
-                    ": summed must be none or one for each of ", sizes.size(), " groups, got ", summed.size());
-    STD_TORCH_CHECK(bypass >= kAllMembers && bypass <= kMostMembers, kForward, ": bypass must lie in [-1, ",
-                    kMostMembers, "], got ", bypass);
-    int64_t first = 0;
-    const auto cut = [&](int64_t size) {
-      STD_TORCH_CHECK(size >= 1 && size <= kMostMembers && first + size <= int64_t(layers.size()), kForward,
-                      ": groups must hold 1 to ", kMostMembers, " layers each, ", layers.size(), " in all, got ", size);
-      const LayerProgram& p = *layers[size_t(first)].program;
-      for (int64_t i = first; i < first + size; ++i) {
-        const LayerProgram& other = *layers[size_t(i)].program;
-        STD_TORCH_CHECK(other.hidden == p.hidden && other.compute == p.compute && other.parallel == p.parallel,
-                        kForward,
-                        ": layers of a group must have one hidden size, one compute and one kind of residual");
-      }
-      STD_TORCH_CHECK(size == 1 || !p.parallel || bypass == 0, kForward,
-                      ": layers whose MLP reads no attention have no bypass, got ", bypass);
-      const int64_t what = summed.empty() ? 0 : summed[groups.size()];
-      STD_TORCH_CHECK(what >= 0 && what <= 2, kForward, ": summed must be 0, 1 or 2, got ", what);
-      STD_TORCH_CHECK(what != 1 || size == 1, kForward, ": layers that are cut among ranks are in no groups");
-      STD_TORCH_CHECK(what != 2 || bypass == 0, kForward, ": groups that are spread over ranks have no bypass, got ",
-                      bypass);
-      groups.push_back({&layers[size_t(first)], size, bypass, Summed(what)});
-      first += size;
-    };
-    for (const int64_t size : sizes) cut(size);
-    STD_TORCH_CHECK(first == int64_t(layers.size()), kForward, ": groups must hold all ", layers.size(),
-                    " layers, got ", first);
-  }
-};
-
 // All groups in one parallel region, each from the output of the one before; x [b, s, hidden] -> y, of x's type or of a
-// part of a layer fp32. ranks: null where the layers are whole.
-Tensor run_steps(Steps& steps, const Tensor& x, const RankMemory* ranks = nullptr) {
+// part of a layer fp32. ranks, rank_team: null where nothing is summed over all ranks, or over this one's team.
+Tensor run_steps(Steps& steps, const Tensor& x, const RankMemory* ranks = nullptr,
+                 const RankMemory* rank_team = nullptr) {
   const Tensor source = x.is_contiguous() ? x : torch::stable::contiguous(x);
   const int64_t sizes[] = {x.size(0), x.size(1), x.size(2)};
   const bool whole = steps.layers[0].call.stage == Stage::whole;
@@ -360,15 +315,18 @@ Tensor run_steps(Steps& steps, const Tensor& x, const RankMemory* ranks = nullpt
   Barrier barrier;
   Slices* const slices = fresh_slices(threads);
   std::atomic<int64_t> barriers{0};
-  const std::optional<RankSum> first = ranks ? std::optional<RankSum>(*ranks) : std::nullopt;
+  using MaybeSum = std::optional<RankSum>;
+  const MaybeSum all_sums = ranks ? MaybeSum(*ranks) : std::nullopt;
+  const MaybeSum team_sums = rank_team ? MaybeSum(*rank_team) : std::nullopt;
   const auto part = [&](const Member& member) {
     int64_t passed = 0;
-    std::optional<RankSum> sums = first;
+    MaybeSum all = all_sums, team = team_sums;
+    const RankSums sums{all ? &*all : nullptr, team ? &*team : nullptr};
     for (size_t i = 0; i < count; ++i) {
       if (i) barrier.wait(member.count);
-      passed += run_layers(steps.groups[i], table, member, threads, barrier, slices, memory, sums ? &*sums : nullptr);
+      passed += run_layers(steps.groups[i], table, member, threads, barrier, slices, memory, sums);
       passed += i ? 1 : 0;
-      if (sums && sums->gone()) break;  // on all threads alike
+      if (sums.gone()) break;  // on all threads alike
     }
     if (member.id == 0) barriers = passed;
   };
@@ -422,7 +380,8 @@ OptionalTensor pick(const std::vector<Tensor>& list, int64_t index, const char* 
 Tensor layers_forward(std::vector<int64_t> handles, const Tensor& x, std::vector<Tensor> tensors,
                       std::vector<int64_t> rotary, std::vector<int64_t> masks, std::vector<Tensor> caches,
                       int64_t length, std::vector<int64_t> groups, int64_t bypass, std::vector<int64_t> summed,
-                      const OptionalTensor& shared, int64_t rank, int64_t ranks, double timeout_s) {
+                      const OptionalTensor& shared, int64_t rank, int64_t ranks, double timeout_s,
+                      const OptionalTensor& team_shared, int64_t team_rank, int64_t team_ranks) {
   const size_t count = handles.size();
   STD_TORCH_CHECK(count > 0 && rotary.size() == 2 * count && masks.size() == count,
                   "cpullm::layers_forward: rotary must be 2 indices and masks 1 for each of the ", count, " programs");
@@ -441,11 +400,22 @@ Tensor layers_forward(std::vector<int64_t> handles, const Tensor& x, std::vector
   }
   steps.group(groups, bypass, summed);
   STD_TORCH_CHECK(bool(shared) == !summed.empty(), "cpullm::layers_forward: summed and shared come together");
+  const bool teams = std::any_of(summed.begin(), summed.end(), [](int64_t what) { return in_team(Summed(what)); });
+  STD_TORCH_CHECK(bool(team_shared) || !teams, "cpullm::layers_forward: sums over a team need its memory");
   if (!shared) return run_steps(steps, x);
   LostRanks lost;
   const int64_t hidden = steps.programs[0]->layer.hidden;
-  const RankMemory memory = check_ranks("cpullm::layers_forward", *shared, rank, ranks, hidden, timeout_s, lost);
-  Tensor y = run_steps(steps, x, &memory);
+  const RankMemory all = check_ranks("cpullm::layers_forward", *shared, rank, ranks, hidden, timeout_s, lost);
+  std::optional<RankMemory> team;
+  if (teams) {
+    team = check_ranks("cpullm::layers_forward", *team_shared, team_rank, team_ranks, hidden, timeout_s, lost);
+    team->which = 1;
+  }
+  Tensor y = run_steps(steps, x, &all, team ? &*team : nullptr);
+  if (lost.any.load()) {  // the others need not find out by waiting
+    all.give_up();
+    if (team) team->give_up();
+  }
   STD_TORCH_CHECK(!lost.any.load(), "cpullm::layers_forward: no answer in shared memory");
   return y;
 }
@@ -476,13 +446,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cpullm, m) {
   // of the one before; bypass: members of a group before one whose attention its MLP reads as well, -1: all. rotary: cos
   // and sin of every layer, masks: its mask, as indices into `tensors`, -1 for none. caches: none, or k and v of every
   // layer, or k, v and their scales; all hold `length` tokens. summed: what of each group is summed over the ranks of one
-  // host: 0 nothing, 1 attention's output and the MLP's of a layer that is cut, 2 what the group's members here add to x;
-  // shared, rank, ranks, timeout_s: as of shared_sum, an error where a rank did not come in time.
+  // host: 0 nothing, 1 attention's output and the MLP's of a layer that is cut, 2 what the group's members here add to x,
+  // 3 as 1 over a team of the ranks, 4 as 2 of members that are cut among a team, over which attention's output is summed;
+  // shared, rank, ranks, timeout_s: as of shared_sum, an error where a rank did not come in time; team: of the team.
   m.def(
       "layers_forward(int[] programs, Tensor x, Tensor[] tensors, int[] rotary, int[] masks, Tensor(a!)[] caches, int "
       "length, int[] groups, int bypass, int[] summed=[], Tensor(b!)? shared=None, int rank=0, int ranks=1, float "
-      "timeout_s=0.) -> "
-      "Tensor");
+      "timeout_s=0., Tensor(c!)? team_shared=None, int team_rank=0, int team_ranks=1) -> Tensor");
   m.def("layer_barriers() -> int");
 }
 

@@ -11,10 +11,11 @@
 
 namespace cpullm {
 
-// What a rank's team knows of lost ranks. any: set when one did not come in time: nobody waits any more, and results are
-// worthless. stop: used in turn, whether the team leaves before a round.
+// What the threads of a rank know of lost ranks, in all the memories that it sums in. any: set when one did not come in
+// time: nobody waits any more, and results are worthless. stop: of each memory, two used in turn, whether the threads
+// leave before a round.
 struct LostRanks {
-  std::atomic<bool> any{false}, stop[2]{false, false};
+  std::atomic<bool> any{false}, stop[2][2]{};
 };
 
 // Memory that all ranks map: a counter of 64 bytes each, then two buffers each, used in turn: a rank writes one again
@@ -29,6 +30,7 @@ struct RankMemory {
   int64_t room;  // bytes of a buffer, the same on all ranks
   double timeout_s;
   LostRanks* lost;
+  int which = 0;  // of the memories that this rank sums in
 
   std::atomic<int64_t>& counter(int64_t r) const {
     return *reinterpret_cast<std::atomic<int64_t>*>(memory + r * kLine);
@@ -92,7 +94,7 @@ class RankSum {
         std::memcpy(own + (row - row0) * width + c0, x + row * width + c0, bytes);
       // All threads of a rank go on or leave together: one of them says which before the barrier, and writes that place
       // again only behind the next one, which all have then read it before.
-      std::atomic<bool>& stop = shared_.lost->stop[round_ & 1];
+      std::atomic<bool>& stop = shared_.lost->stop[shared_.which][round_ & 1];
       if (member.id == 0) stop.store(shared_.lost->any.load(std::memory_order_relaxed), std::memory_order_relaxed);
       barrier.wait(member.count);
       if (stop.load(std::memory_order_relaxed)) {
@@ -117,6 +119,8 @@ class RankSum {
     }
     return barriers;
   }
+
+  int64_t rank() const { return shared_.rank; }
 
   // Whether a rank is lost, the same on all threads of the team: nothing more needs to be computed.
   bool gone() const { return gone_; }

@@ -266,7 +266,8 @@ def test_a_rank_that_comes_late_takes_no_old_numbers():
 def test_one_thread_at_a_time_and_none_after_a_loss():
     ranks = collective.Ranks.__new__(collective.Ranks)
     ranks.rank, ranks.size, ranks.timeout_s, ranks.all_reduces, ranks.bytes = 0, 2, 0.1, 0, 0
-    ranks._shared, ranks._dead, ranks._lock = torch.zeros(4096, dtype=torch.uint8), None, threading.Lock()
+    ranks._shared, ranks._dead, ranks._lock = torch.zeros(4096, dtype=torch.uint8), [], threading.Lock()
+    ranks._name = "rank 0 of 2"
     with ranks._lock, pytest.raises(RuntimeError, match="two threads call a model at once"):
         ranks.sum(torch.ones(4))
     for _ in range(2):

@@ -5,6 +5,7 @@ import torch
 from families import LLAMA_LIKE, Family
 from layer_models import ALL
 from ranks import Operators, run
+from transformers import DynamicCache, StaticCache
 
 import torch_cpullm
 from torch_cpullm import cqil, distributed
@@ -163,3 +164,26 @@ def test_what_cannot_be_cut_is_refused_on_every_rank(tmp_path):
         assert found.keys() == REFUSED.keys(), found
         for name, text in REFUSED.items():
             assert text in found[name], name
+
+
+def static(_):
+    """What a cut model does with transformers' caches: those that see its keys first fit, one made for all does not."""
+    model = distributed.shard_tensors(built("llama"))
+    whole = StaticCache(model.config, max_cache_len=32)
+    whole.early_initialization(2, 4, 16, torch.float32, torch.device("cpu"))
+    caches = [None, StaticCache(model.config, max_cache_len=32), DynamicCache(config=model.config), whole]
+    found = []
+    for cache in caches:
+        try:
+            out = model.generate(IDS, max_new_tokens=4, do_sample=False, past_key_values=cache)
+        except ValueError as error:
+            found.append(str(error))
+        else:
+            found.append(out.tolist())
+    return found
+
+
+def test_a_cache_for_all_heads_is_refused(tmp_path):
+    for found in run(static, tmp_path):
+        assert found[0] == found[1] == found[2]
+        assert "StaticCache has room for 4 heads of keys, and this rank has a share of them" in found[3]

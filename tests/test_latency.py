@@ -94,7 +94,8 @@ def test_cqil_reads_a_share_of_the_groups_and_meets_once_per_group():
     uneven = latency.cqil_ranks(EIGHT, [(1, 3)], 2)
     assert (uneven.read[INT4], uneven.layers, uneven.all_reduces) == (7e6, 7, 1)
     both = latency.cqil_of_tensor_parallel(EIGHT, pairs, 2, 2)
-    assert (both.read[INT4], both.all_reduces, both.ranks) == (4e6 / 4 + 2e6 / 2, 2 * 4 + 2 * 2, 4)
+    assert (both.read[INT4], both.all_reduces, both.ranks) == (4e6 / 4 + 2e6 / 2, 2 * 4 + 2, 4)
+    assert (both.team_sums, both.team) == (2, 2), "of attention: one per group, whose members are on a team each"
     assert latency.cqil_ranks(EIGHT, pairs, 1).read == latency.one_process(EIGHT).read
 
 
@@ -113,6 +114,30 @@ def test_predictions_by_sockets():
     assert four["CQIL of TP groups"] < four["one process"]
     none = latency.predict(Footprint(EIGHT.layers[:2], {}, 64), CONSTANTS, [2])[0]
     assert none["CQIL"] is None, "two layers have no middle"
+
+
+def test_measured_stacks_are_as_large_as_the_model_up_to_what_no_cache_holds(monkeypatch):
+    sizes = []
+
+    def layer_time(sizes_, share, form, compute, size, meet, ranks=None):
+        sizes.append(size)
+        return latency_constants.LayerTime(1e-3, 1000), None
+
+    monkeypatch.setattr(latency, "layer_time", layer_time)
+    monkeypatch.setattr(latency, "memory_gbps", lambda size, meet: 1.0)
+    monkeypatch.setattr(latency, "token_cost", lambda *_: 1e-3)
+    monkeypatch.setattr(latency, "barrier_cost", lambda: latency_constants.Barriers(1e-6, 6, 1e-5))
+    monkeypatch.setattr(latency, "dispatch_cost", lambda: 1e-5)
+    for layer, cache, asked, size in (
+        (10e6, 1 << 20, None, 80_000_000),
+        (10e6, 1 << 20, 30e6, 30_000_000),
+        (1e9, 1 << 20, None, 256 << 20),
+        (1e9, 320 << 20, None, 1280 << 20),
+    ):
+        monkeypatch.setattr(latency, "cache_bytes", lambda cache=cache: cache)
+        latency.measure(Footprint(({INT4: layer},) * 8, {}, 64), read_bytes=asked)
+        assert sizes == [size, size]
+        sizes.clear()
 
 
 def test_constants_are_measured():

@@ -150,7 +150,10 @@ def test_what_does_not_fit_is_an_error():
     for groups, bypass, summed, text in (
         ([2], 0, [1], "cut among ranks are in no groups"),
         ([2], 1, [2], "spread over ranks have no bypass, got 1"),
-        ([1, 1], 0, [1, 3], "summed must be 0, 1 or 2, got 3"),
+        ([2], 0, [3], "cut among ranks are in no groups"),
+        ([2], 1, [4], "spread over ranks have no bypass, got 1"),
+        ([1, 1], 0, [1, 5], "summed must lie in [0, 4], got 5"),
+        ([1, 1], 0, [1, 3], "sums over a team need its memory"),
         ([1, 1], 0, [1], "one for each of 2 groups, got 1"),
         ([1, 1], 0, [], "summed and shared come together"),
     ):

@@ -1,5 +1,7 @@
 """Ranks that load only their share of a checkpoint, by transformers' own argument, and what cannot be cut."""
 
+import shutil
+import time
 from itertools import pairwise
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from families import LLAMA_LIKE, Family
 from layer_models import ALL
 from ranks import run
+from safetensors.torch import load_file, save_file
 from test_distributed_tensors import FAMILIES, IDS, SIZES, _bytes, built
 
 import torch_cpullm
@@ -118,6 +121,44 @@ def test_what_cannot_be_loaded_in_shares_is_refused(folder, tmp_path):
         assert found.keys() == REFUSED.keys(), found
         for name, text in REFUSED.items():
             assert text in found[name], name
+
+
+# ---- a rank that fails ----------------------------------------------------------------------------------------------
+
+
+def failing(rank, folder, how):
+    """Load shares, of which rank 1 finds a damaged checkpoint, or none."""
+    path = folder / "llama-saved"
+    load = from_pretrained if how == "ends" else torch_cpullm.load
+    if rank == 1 and how == "damaged":
+        path, load = folder / "damaged-saved", from_pretrained
+    elif rank == 1:
+        path = folder / "nowhere-saved"
+    start = time.monotonic()
+    try:
+        load(path, distributed_config=asked())
+    except (OSError, RuntimeError, ValueError) as error:
+        if rank == 1 and how != "ends":
+            time.sleep(1)  # the others do not learn it from its end
+        return {"text": f"{type(error).__name__}: {error}", "seconds": time.monotonic() - start}
+
+
+@pytest.mark.parametrize("how", ["damaged", "missing", "ends"])
+def test_a_rank_whose_load_fails_ends_the_others(how, folder, tmp_path):
+    damaged = tmp_path / "damaged-saved"
+    shutil.copytree(folder / "llama-saved", tmp_path / "llama-saved")
+    shutil.copytree(folder / "llama-saved", damaged)
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight_scales"][0] = float("nan")
+    save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
+    found = run(failing, tmp_path / "ranks", tmp_path, how)
+    assert max(each["seconds"] for each in found) < 10
+    own, other = found[1]["text"], found[0]["text"]
+    assert ("damaged" if how == "damaged" else "nowhere") in own, own
+    if how == "ends":  # in transformers' own code, which tells nobody: the end of its process does
+        assert "LostRankError: another rank has ended" in other, other
+    else:
+        assert "rank 1 of 2 could not load the model: " + own[:60] in other, other
 
 
 def test_a_process_that_is_alone_gets_no_share(folder):

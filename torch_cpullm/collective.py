@@ -27,6 +27,7 @@ TIMEOUT_S = 8.0
 TRANSPORTS = ("auto", "gloo", "shared memory")
 
 _SHARED_BYTES = 256 << 10  # of a buffer: a decode step's sum at once, a prompt's in parts that stay in the caches
+_MESSAGE_BYTES = 1024
 _MOST_RANKS = 64  # that the operators sum over
 _NO_ANSWER = "no answer in shared memory"
 
@@ -35,8 +36,34 @@ class LostRankError(RuntimeError):
     """A rank is dead or hangs: the model cannot go on."""
 
 
+def meet(group: dist.ProcessGroup | None, failed: str = "") -> None:
+    """Wait for all ranks of the caller's group, as long as its timeout allows. LostRankError where one has failed.
+
+    failed: why this rank has; it does not wait long for the others, which get to know.
+    """
+    own = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8, device="cpu")  # transformers builds models on meta
+    data = failed.encode()[:_MESSAGE_BYTES]
+    own[: len(data)] = torch.tensor(list(data), dtype=torch.uint8, device="cpu")
+    found = [torch.zeros_like(own) for _ in range(dist.get_world_size(group))]
+    try:
+        work = dist.all_gather(found, own, group=group, async_op=True)
+        work.wait(timedelta(seconds=TIMEOUT_S)) if failed else work.wait()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise LostRankError(f"another rank has ended, or is late, before all had the model ({reason})") from error
+    for rank, text in enumerate(found):
+        if bool(text.any()) and not failed:
+            said = bytes(text.tolist()).rstrip(b"\0").decode(errors="replace")
+            raise LostRankError(f"rank {rank} of {len(found)} could not load the model: {said}")
+
+
 class Ranks:
-    """The ranks that share a model. all_reduces, bytes: counts of what this rank has put into sums so far."""
+    """The ranks that share a model. all_reduces, bytes: counts of what this rank has put into sums so far.
+
+    team: those of them that cut a layer with this one, where a layer is not cut among all: see :meth:`divide`.
+    """
+
+    team: Ranks | None = None
 
     def __init__(self, group: dist.ProcessGroup | None, timeout_s: float) -> None:
         if not dist.is_available() or not dist.is_initialized():
@@ -48,11 +75,12 @@ class Ranks:
             raise ValueError("a process group of one rank has nothing to share: start several, as torchrun does")
         if not 0 < timeout_s < math.inf:
             raise ValueError(f"timeout_s must be positive, got {timeout_s}")
-        dist.barrier(group)  # ranks load at their own pace: so far the caller's timeout holds
+        meet(group)  # ranks load at their own pace: so far the caller's timeout holds
         self.rank, self.size, self.timeout_s = members.index(dist.get_rank()), len(members), timeout_s
         self.all_reduces = self.bytes = 0
         self._shared: Tensor | None = None
-        self._dead: LostRankError | None = None
+        self._dead: list[LostRankError] = []  # also the team's: one that is lost to it is lost to all
+        self._name = f"rank {self.rank} of {self.size}"
         self._lock = threading.Lock()
         # Of its own, so that no rank waits longer than this whatever the timeout of the caller's group; and one for
         # messages of following.py, made here where all ranks are together.
@@ -65,11 +93,20 @@ class Ranks:
         except RuntimeError as error:
             raise self.lost(str(error)) from error
 
+    def divide(self, size: int) -> Ranks:
+        """The team of this rank: of the first ``size`` ranks, of the next ``size``, ...; called on all of them."""
+        members = dist.get_process_group_ranks(self.group)
+        first = self.rank // size * size
+        team = Ranks(self._new_group(members[first : first + size]), self.timeout_s)
+        team._dead, team._name = self._dead, self._name
+        self.team = team
+        return team
+
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """One thread's sums at a time: the others' ranks would take one call's numbers for another's."""
-        if self._dead is not None:
-            raise self._dead
+        if self._dead:
+            raise self._dead[0]
         if not self._lock.acquire(blocking=False):
             raise RuntimeError("two threads call a model at once that several ranks share")
         try:
@@ -81,6 +118,11 @@ class Ranks:
     def transport(self) -> str:
         """What sums go through."""
         return "gloo" if self._shared is None else "shared memory"
+
+    @property
+    def inside(self) -> bool:
+        """Whether operators make all sums, the team's too."""
+        return all(each is None or each._shared is not None for each in (self, self.team))
 
     def use(self, transport: str, width: int) -> None:
         """Choose how to sum, one of TRANSPORTS; auto: what is faster for float32 [width], tried out.
@@ -146,15 +188,21 @@ class Ranks:
                 raise self.lost(str(error)) from error
             return x
 
-    def run(self, operator: Callable[..., Tensor], arguments: tuple[Any, ...], x: Tensor, sums: int) -> Tensor:
+    def run(
+        self, operator: Callable[..., Tensor], arguments: tuple[Any, ...], x: Tensor, sums: int, team_sums: int = 0
+    ) -> Tensor:
         """``operator(*arguments, ..)``, which sums ``sums`` times as many floats as x has in shared memory itself.
 
-        LostRankError where a rank is dead or hangs.
+        team_sums: and so often over the team. LostRankError where a rank is dead or hangs.
         """
+        memory: tuple[Any, ...] = self._shared, self.rank, self.size, self.timeout_s
         with self._alone():
             self._count(sums, x)
+            if self.team is not None and team_sums:
+                self.team._count(team_sums, x)
+                memory += self.team._shared, self.team.rank, self.team.size
             try:
-                return operator(*arguments, self._shared, self.rank, self.size, self.timeout_s)
+                return operator(*arguments, *memory)
             except RuntimeError as error:
                 if _NO_ANSWER not in str(error):
                     raise
@@ -187,11 +235,13 @@ class Ranks:
 
     def lost(self, why: str) -> LostRankError:
         """What to raise where another rank does not answer, now and in every call to come."""
-        self._dead = LostRankError(
-            f"rank {self.rank} of {self.size}: another rank has ended, or has not answered for {self.timeout_s:g} s; "
-            f"this model cannot go on ({why.splitlines()[0]})"
-        )
-        return self._dead
+        self._dead[:] = [
+            LostRankError(
+                f"{self._name}: another rank has ended, or has not answered for {self.timeout_s:g} s; "
+                f"this model cannot go on ({why.splitlines()[0]})"
+            )
+        ]
+        return self._dead[0]
 
 
 def _new_file(size: int) -> Path | None:

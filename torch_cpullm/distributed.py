@@ -1,4 +1,4 @@
-"""One model on several ranks of torch.distributed: members of CQIL groups on a rank each, or every layer cut.
+"""One model on several ranks of torch.distributed: members of CQIL groups on a rank each, every layer cut, or both.
 
     cpullm run --nproc 2 tutorials/ranks.py ./model
 
@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -17,14 +20,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import __version__
-from .collective import TIMEOUT_S, TRANSPORTS, Ranks
+from .collective import TIMEOUT_S, TRANSPORTS, LostRankError, Ranks, meet
 from .layer import install_programs, remove_programs
 from .layer_group import Elsewhere, LayerGroup, install_groups, member_of, remove_groups
-from .layer_match import Decoder, Match, decoders, match_layers
+from .layer_match import Decoder, Match, decoders, match_layer, match_layers
 from .layer_spec import LayerSpec
 from .linear import PackedLinear
-from .share import Cut, Linear, Share, cut_layer, share_heads, summed_linears
+from .share import Cut, Linear, Share, SummedLinear, cut_layer, share_heads, summed_linears
 
+logger = logging.getLogger("torch_cpullm")
+
+_TOLD = "_cpullm_told"  # attribute of an error that the other ranks know
 _RANKS = "_cpullm_ranks"  # attribute of a model: its Ranks
 _LEADER = "_cpullm_leader"  # attribute of a model on rank 0: what sends its calls to the others
 
@@ -36,7 +42,9 @@ def transport(model: nn.Module) -> str:
 
 def traffic(model: nn.Module) -> tuple[int, int]:
     """(all-reduces, bytes put into them) of this rank since ``model`` was sharded; ValueError for one that is not."""
-    return ranks_of(model).all_reduces, ranks_of(model).bytes
+    ranks = ranks_of(model)
+    own = [ranks] if ranks.team is None else [ranks, ranks.team]
+    return sum(each.all_reduces for each in own), sum(each.bytes for each in own)
 
 
 def all_reduce_seconds(model: nn.Module, width: int) -> float:
@@ -128,6 +136,7 @@ def shard_groups(
     *,
     timeout_s: float = TIMEOUT_S,
     transport: str = "auto",
+    tp_size: int = 1,
 ) -> nn.Module:
     """``y = x + sum over ranks of sum over own l of (layer_l(x) - x)`` for every CQIL group, one all-reduce each.
 
@@ -137,31 +146,98 @@ def shard_groups(
     timeout_s: how long a rank waits for the others before every call of the model ends in a RuntimeError. transport:
     "gloo", "shared memory" (ranks of one host; sums of up to 256 KiB), or "auto": whichever was faster when tried out.
 
+    tp_size: t neighbouring ranks are a team, p / t teams share the members, and a team cuts its own as
+    :func:`shard_tensors` does; of an optimised model. Every member costs one all-reduce over its team more, of
+    attention's output (two with a norm behind the MLP, none if attention and MLP read the same). Layers outside the
+    groups are cut among all ranks, or where heads or groups of weights do not divide, among each team.
+
     Sums are in float32. Ranks that sample must do so from equal seeds.
 
     Raises ValueError, on all ranks alike: no groups, a mode that exchanges attention between members ("lp", or a
-    bypass), members that do not divide among the ranks, a group with the first layer of its kind (its slot in the cache
-    counts the tokens), different models, plans or package versions on the ranks. Raises RuntimeError where
-    torch.distributed is not initialised, or a rank is missing.
+    bypass), members that do not divide among the ranks or teams, layers that do not divide among a team, a group with
+    the first layer of its kind (its slot in the cache counts the tokens), different models, plans or package versions
+    on the ranks. Raises RuntimeError where torch.distributed is not initialised, or a rank is missing.
 
     Source: CQIL (Zou et al., ACL 2024), which spreads layers over GPUs in this way.
     """
     ranks = _join(model, process_group, timeout_s, transport)
     decoder, groups = _groups(model)
-    _check(decoder, groups, ranks.size)
-    programs = "_cpullm_layers" in model.__dict__
+    if type(tp_size) is not int or tp_size < 1 or ranks.size % tp_size:
+        raise ValueError(f"tp_size must be a number of ranks that divides all {ranks.size}, got {tp_size!r}")
+    _check(decoder, groups, ranks.size, ranks.size // tp_size)
+    if tp_size == 1:
+        return _spread(model, decoder, groups, ranks)
+    cuts = _cuts_of_teams(model, decoder, groups, ranks.size, tp_size)
+    ranks.divide(tp_size).use(transport, int(cast("Any", decoder.owner.config).hidden_size))
+    with _computing_the_same(model):
+        return _spread(model, decoder, groups, ranks, cuts)
+
+
+def _spread(
+    model: nn.Module,
+    decoder: Decoder,
+    groups: list[LayerGroup],
+    ranks: Ranks,
+    cuts: list[tuple[LayerSpec, int]] | None = None,
+) -> nn.Module:
+    """Keep this rank's members of the groups. cuts: of every layer (spec, among how many ranks), None: whole."""
+    layers, programs = decoder.layers, "_cpullm_layers" in model.__dict__
     remove_programs(model)
-    remove_groups(decoder.layers)
-    spread = [LayerGroup(decoder.layers, g.first, g.halves, g.mode, g.bypass, ranks) for g in groups]
+    remove_groups(layers)
+    spread = [LayerGroup(layers, g.first, g.halves, g.mode, g.bypass, ranks) for g in groups]
     for group in spread:
         for index in set(range(group.size)) - set(group.here):
-            decoder.layers[group.first + index] = Elsewhere(decoder.layers[group.first + index])
+            layers[group.first + index] = Elsewhere(layers[group.first + index])
+    members = {group.first + i for group in spread for i in group.here}
+    for index, (spec, size) in enumerate(cuts or ()):
+        if not isinstance(layers[index], Elsewhere):
+            among = ranks if size == ranks.size and index not in members else cast("Ranks", ranks.team)
+            _cut_layer(layers[index], spec, among, member=index in members)
     install_groups(spread)
     if programs:
         install_programs(model)
+    _mark(model, ranks)
+    return model
+
+
+def _cuts_of_teams(
+    model: nn.Module, decoder: Decoder, groups: list[LayerGroup], ranks: int, tp_size: int
+) -> list[tuple[LayerSpec, int]]:
+    """(spec, among how many ranks it is cut) of every layer: of members the team, of others all if that is possible."""
+    members = {group.first + i for group in groups for i in range(group.size)}
+    found: list[tuple[LayerSpec, int]] = []
+    _check_packed(model)
+    for index in range(len(decoder.layers)):
+        match = match_layer(decoder, index)
+        reasons = {size: _uncut(match, size) for size in ([tp_size] if index in members else [ranks, tp_size])}
+        size = next((size for size, reason in reasons.items() if not reason), None)
+        if size is None:
+            raise ValueError(f"{match.name} cannot be cut among {tp_size} ranks: {reasons[tp_size]}")
+        found.append((cast("LayerSpec", match.spec), size))
+    return found
+
+
+def _mark(model: nn.Module, ranks: Ranks) -> None:
+    """Let everybody see that a model has only this rank's share."""
     model.__dict__[_RANKS] = ranks
     model.__dict__["save_pretrained"] = _refuse_to_save
-    return model
+    for decoder in decoders(model):
+        decoder.owner.register_forward_pre_hook(_check_cache, with_kwargs=True)
+
+
+def _check_cache(decoder: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
+    """ValueError for a cache that was made for all heads of a model whose layers are cut."""
+    held = getattr(kwargs.get("past_key_values"), "layers", None) or ()
+    if not held or hasattr(held[0], "reserve"):  # none, or a CpuLlmCache
+        return
+    keys = next((each.keys for each in held if isinstance(getattr(each, "keys", None), Tensor)), None)
+    summed, config = next(iter(summed_linears(decoder)), None), cast("Any", decoder.config)
+    heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    if summed is not None and keys is not None and keys.shape[1] == heads:
+        raise ValueError(
+            f"{type(kwargs['past_key_values']).__name__} has room for {heads} heads of keys, and this rank has a share "
+            "of them: leave the cache to the model (no past_key_values, no cache_implementation)"
+        )
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:
@@ -176,7 +252,7 @@ def _groups(model: nn.Module) -> tuple[Decoder, list[LayerGroup]]:
     raise ValueError("the model has no CQIL groups to spread over ranks: torch_cpullm.cqil.apply(model, plan) first")
 
 
-def _check(decoder: Decoder, groups: list[LayerGroup], ranks: int) -> None:
+def _check(decoder: Decoder, groups: list[LayerGroup], ranks: int, owners: int) -> None:
     kinds = getattr(decoder.owner.config, "layer_types", None) or ["attention"] * len(decoder.layers)
     counting = {kinds.index(kind) for kind in kinds}
     for group in groups:
@@ -184,8 +260,14 @@ def _check(decoder: Decoder, groups: list[LayerGroup], ranks: int) -> None:
         if group.mode != "cqil" or group.bypass:
             got = f"mode {group.mode!r}" + (f", bypass {group.bypass}" if group.mode == "cqil" else "")
             raise ValueError(f"only groups of mode 'cqil' with bypass 0 spread over ranks: {text} have {got}")
-        if group.size % ranks:
-            raise ValueError(f"{text} are {group.size} members, which {ranks} ranks do not divide")
+        if group.size % owners:
+            what = "ranks" if owners == ranks else f"teams of {ranks // owners} ranks"
+            hint = (
+                f"; tp_size={ranks // group.size} cuts each member among {ranks // group.size}"
+                if ranks % group.size == 0
+                else ""
+            )
+            raise ValueError(f"{text} are {group.size} members, which {owners} {what} do not divide{hint}")
         first = counting & set(range(group.first, group.first + group.size))
         if first:
             raise ValueError(f"layer {min(first)} must be on every rank: it counts the tokens in the cache")
@@ -217,24 +299,34 @@ def shard_tensors(
     """
     ranks = _join(model, process_group, timeout_s, transport)
     matches = match_layers(model)
-    if not matches or not any(isinstance(module, PackedLinear) for module in model.modules()):
-        raise ValueError("the model has no packed decoder layers to cut: torch_cpullm.optimize(model) first")
+    _check_packed(model)
     for match in matches:
         reason = "it is in a CQIL group" if member_of(model.get_submodule(match.name)) else _uncut(match, ranks.size)
         if reason:
             raise ValueError(f"{match.name} cannot be cut among {ranks.size} ranks: {reason}")
-    with torch.no_grad():
-        want = _probe(model)
+    with _computing_the_same(model):
         remove_programs(model)
         for match in matches:
             _cut_layer(model.get_submodule(match.name), cast("LayerSpec", match.spec), ranks)
         install_programs(model)
+        _mark(model, ranks)
+    return model
+
+
+def _check_packed(model: nn.Module) -> None:
+    if not list(decoders(model)) or not any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise ValueError("the model has no packed decoder layers to cut: torch_cpullm.optimize(model) first")
+
+
+@contextmanager
+def _computing_the_same(model: nn.Module) -> Iterator[None]:
+    """RuntimeError where the model computes something else after what is done inside, which has no gradients."""
+    with torch.no_grad():
+        want = _probe(model)
+        yield
         got = _probe(model)
-    model.__dict__[_RANKS] = ranks
-    model.__dict__["save_pretrained"] = _refuse_to_save
     if not float((got - want).abs().max()) <= 0.1 * float(want.abs().max()):  # INT8 activations round elsewhere
         raise RuntimeError(f"{type(model).__name__} computes something else when its layers are cut among ranks")
-    return model
 
 
 def _probe(model: nn.Module) -> Tensor:
@@ -273,18 +365,19 @@ def _cuts(spec: LayerSpec, share: Share) -> dict[str, Cut]:
     return cut_layer(linears, spec.heads, spec.kv_heads, share)
 
 
-def _cut_layer(layer: nn.Module, spec: LayerSpec, ranks: Ranks) -> None:
-    """Keep this rank's share of a layer, in place."""
+def _cut_layer(layer: nn.Module, spec: LayerSpec, ranks: Ranks, *, member: bool = False) -> None:
+    """Keep this rank's share of a layer, in place. member: of a group, whose sum has what nobody reads before."""
     share, linears = Share(ranks.rank, ranks.size), _by_role(spec)
     places = {module: path for path, module in layer.named_modules()}
     for role, cut in _cuts(spec, share).items():
         linear = linears[role]
         new = cut.kind(cut.of(linear.packed), cut.bias(linear.bias), dtype=linear.dtype, compute=linear.compute)
         new.train(linear.training)
+        if isinstance(new, SummedLinear):
+            new.ranks = ranks
+            new.partial = member and (spec.parallel if role == "o" else spec.post_mlp_norm is None)
         path, _, name = places[linear].rpartition(".")
         setattr(layer.get_submodule(path), name, new)
-    for summed in summed_linears(layer):
-        summed.ranks = ranks
     share_heads(layer, spec.heads, spec.kv_heads, share)
 
 
@@ -323,6 +416,30 @@ def expected_share(model_config: Any, *, grouped: bool, supported: bool) -> Shar
     return Share(dist.get_rank(), config.tp_size)
 
 
+def asks_for_shares(config: Any) -> bool:
+    """Whether a ``distributed_config`` of transformers asks all ranks of torch.distributed to load shares."""
+    size = getattr(config, "tp_size", None) or 1
+    return size > 1 and dist.is_available() and dist.is_initialized() and dist.get_world_size() == size
+
+
+@contextmanager
+def failing_together(share: bool) -> Iterator[None]:
+    """An error inside also ends the other ranks, which load their shares. share: whether there are any."""
+    try:
+        yield
+    except Exception as error:
+        causes = [error]
+        while causes[-1].__cause__ is not None:
+            causes.append(cast("Exception", causes[-1].__cause__))
+        if share and not any(_TOLD in vars(each) or isinstance(each, LostRankError) for each in causes):
+            vars(error)[_TOLD] = True
+            try:
+                meet(None, f"{type(error).__name__}: {error}")
+            except LostRankError as late:
+                logger.warning("%s", late)
+        raise
+
+
 def join_shares(model: nn.Module, *, timeout_s: float = TIMEOUT_S, transport: str = "auto") -> None:
     """Let a model of which every rank has loaded its share make its sums, before its programs are installed.
 
@@ -331,8 +448,7 @@ def join_shares(model: nn.Module, *, timeout_s: float = TIMEOUT_S, transport: st
     ranks = _join(model, None, timeout_s, transport, whole=False)
     for summed in summed_linears(model):
         summed.ranks = ranks
-    model.__dict__[_RANKS] = ranks
-    model.__dict__["save_pretrained"] = _refuse_to_save
+    _mark(model, ranks)
 
 
 def check_shares(model: nn.Module) -> None:

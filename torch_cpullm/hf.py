@@ -31,7 +31,7 @@ from .formats.stored import StoredWeight
 from .launch import apply_default_threads
 from .layer_match import decoders
 from .linear import Packed, entry
-from .packing import PackedStack, PackedWeight
+from .packing import PackedWeight, alike
 from .plan import Target, check_overrides, check_strict, find_targets, stored_targets
 from .share import Share, cut_targets
 from .swap import dequantize, finish, freeze, progress, put_in_place, swap_module
@@ -124,18 +124,24 @@ class CpuLlmQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Decide what becomes of every module of ``model``, which is on the meta device."""
-        settings = self.quantization_config
         self._clear()
         self._share = distributed.expected_share(
             model.config,
             grouped=cqil.CONFIG in vars(model.config),
             supported=hasattr(HfQuantizer, "update_parallel_plan"),
         )
+        with distributed.failing_together(self._share is not None):
+            self._plan(model, kwargs.get("checkpoint_files"))
+        apply_default_threads()
+        return model
+
+    def _plan(self, model: Any, files: Any) -> None:
+        settings = self.quantization_config
         with torch.device("cpu"):  # here it is meta
             self._targets, self._skipped = find_targets(model, settings)
         self._frozen = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         if self.pre_quantized:
-            self._expect_stored(model, kwargs.get("checkpoint_files"))
+            self._expect_stored(model, files)
         else:
             self._by_name = {name: target for target in self._targets for name in _parameters(target)}
             tied = getattr(model, "all_tied_weights_keys", None) or {}
@@ -147,8 +153,6 @@ class CpuLlmQuantizer(HfQuantizer):
             check_strict(model, self._targets, self._skipped)
         if self._share is not None:
             cut_targets(model, self._targets, self._forms, self._share)
-        apply_default_threads()
-        return model
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
         """Leave nothing to cut to transformers, whose hooks on linears know no packed weights: see :mod:`share`."""
@@ -197,7 +201,7 @@ class CpuLlmQuantizer(HfQuantizer):
         elif tied <= self._by_name.keys():
             # transformers ties two weights of a checkpoint only if they are equal.
             others = [other for other in tied - {name} if other in self._packed]
-            same = all(_equal(self._packed[other], self._packed[name]) for other in others)
+            same = all(alike(self._packed[other], self._packed[name]) for other in others)
             value = torch.full((), 0 if same else 1, dtype=value.dtype).expand(value.shape)
         return value  # a weight that also serves a module which stays in float is kept as it is
 
@@ -374,9 +378,9 @@ class CpuLlmQuantizer(HfQuantizer):
         settings = self.quantization_config
         for converter, operations in self._joins:  # save_pretrained() of the restored model reverses them
             converter.operations = operations
-        if self._error is not None:
-            raise self._error
-        with torch.no_grad():
+        with distributed.failing_together(self._share is not None), torch.no_grad():
+            if self._error is not None:
+                raise self._error
             if self.pre_quantized:
                 self._pack_stored(model)
             targets = self._later if self.pre_quantized else self._targets
@@ -483,12 +487,6 @@ def _is_cpu(place: Any) -> bool:
 def _parameters(target: Target) -> dict[str, nn.Parameter]:
     """Full name -> weight, in every place that the module is registered at."""
     return {f"{name}.{key}": weight for name in target.names for key, weight in target.parameters.items()}
-
-
-def _equal(a: Packed, b: Packed) -> bool:
-    a, b = (each.whole if isinstance(each, PackedStack) else each for each in (a, b))
-    pairs = zip(a.tensors, b.tensors, strict=True)
-    return all((x is None and y is None) or (x is not None and y is not None and torch.equal(x, y)) for x, y in pairs)
 
 
 def _register() -> None:

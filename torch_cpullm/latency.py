@@ -1,7 +1,7 @@
 """What a decoded token costs on one or more sockets, predicted from a model's bytes and a few micro-benchmarks.
 
     t = sum of bytes / bandwidth + layers * t_steps + t_token + operators * t_dispatch
-        + all-reduces * (t_net + t_barrier)
+        + all-reduces * (t_net + t_barrier), those of all ranks and those of teams
 
 Bytes are the packed weights that one rank reads for one token; bandwidth is that at which the operator of a layer, or
 of the head, reads made-up weights of these sizes and forms. t_steps is what a layer takes beside that: its barriers,
@@ -38,6 +38,7 @@ from .latency_constants import (
     nobody,
     token_cost,
 )
+from .launch import cache_bytes
 from .layer_match import decoders
 from .linear import PackedEmbedding, PackedModule, entry
 from .ops import isa
@@ -79,7 +80,8 @@ class Footprint:
 class Constants:
     """Micro-benchmarks of one process. gbps: bandwidth per kind, of all its threads; steps_s: of a layer, its barriers
     among them; token_s: a decode step without what layers compute; barriers: of one layer; transport: of the
-    all-reduce that was measured, empty where it is assumed.
+    all-reduce that was measured, empty where it is assumed; team_sum_s: an all-reduce of a team, None: as that of as
+    many ranks.
     """
 
     gbps: Mapping[Kind, float]
@@ -91,12 +93,13 @@ class Constants:
     all_reduce_s: float
     threads: int
     transport: str = ""
+    team_sum_s: float | None = None
 
 
 @dataclass(frozen=True)
 class Work:
     """What the busiest rank does for one token. operators: called for layers, beyond one for all; ranks: of an
-    all-reduce; inside: operators make them themselves.
+    all-reduce; inside: operators make them themselves; team_sums: all-reduces of teams of ``team`` ranks.
     """
 
     read: Bytes
@@ -105,6 +108,8 @@ class Work:
     all_reduces: int = 0
     ranks: int = 1
     inside: bool = False
+    team_sums: int = 0
+    team: int = 1
 
 
 # ---- bytes ----------------------------------------------------------------------------------------------------------
@@ -230,17 +235,24 @@ def cqil_ranks(of: Footprint, groups: Sequence[tuple[int, int]], ranks: int, *, 
     return replace(work, inside=inside, operators=0 if inside else work.layers + 4 * len(groups))
 
 
-def cqil_of_tensor_parallel(of: Footprint, groups: Sequence[tuple[int, int]], ranks: int, cut: int) -> Work:
-    """Members of groups spread over ``ranks`` sets of ``cut`` ranks, which cut a layer; all cut the other layers."""
+def cqil_of_tensor_parallel(
+    of: Footprint, groups: Sequence[tuple[int, int]], ranks: int, cut: int, *, inside: bool = False
+) -> Work:
+    """Members of groups spread over ``ranks`` teams of ``cut`` ranks, which cut a layer; all cut the other layers.
+
+    A group is one all-reduce of all, and one of its team for each member's attention. inside: as of
+    :func:`tensor_parallel`.
+    """
     member = {first + i: i for first, size in groups for i in range(size)}
     mine = [layer for i, layer in enumerate(of.layers) if i in member and member[i] % ranks == 0]
     outside = [layer for i, layer in enumerate(of.layers) if i not in member]
     everyone = ranks * cut if cut > 1 else 1
     read = _sum([_sum(mine, cut), _sum(outside, everyone), of.rest])
     steps = [math.ceil(size / ranks) for _, size in groups]
-    reduces = len(groups) + (2 * len(outside) + sum(steps) if cut > 1 else 0)
+    reduces = len(groups) + (2 * len(outside) if cut > 1 else 0) if ranks * cut > 1 else 0
     layers = len(outside) + sum(steps)
-    return Work(read, layers, (_CUT if cut > 1 else 1) * layers, reduces if ranks * cut > 1 else 0, ranks * cut)
+    operators = 0 if inside else (_CUT if cut > 1 else 1) * layers
+    return Work(read, layers, operators, reduces, ranks * cut, inside, sum(steps) if cut > 1 else 0, cut)
 
 
 def _sum(many: Sequence[Bytes], parts: int = 1) -> Bytes:
@@ -255,8 +267,11 @@ def seconds(work: Work, constants: Constants) -> float:
     """The equation at the top of this file."""
     reading = sum(size / constants.gbps[kind] / 1e9 for kind, size in work.read.items())
     beside = work.layers * constants.steps_s + constants.token_s + work.operators * constants.dispatch_s
-    waiting = work.inside * work.all_reduces * constants.barrier_s
-    return reading + beside + waiting + work.all_reduces * constants.all_reduce_s * math.log2(max(work.ranks, 1))
+    waiting = work.inside * (work.all_reduces + work.team_sums) * constants.barrier_s
+    team_s = constants.team_sum_s
+    team_s = constants.all_reduce_s * math.log2(work.team) if team_s is None else team_s
+    sums = work.all_reduces * constants.all_reduce_s * math.log2(work.ranks) + work.team_sums * team_s
+    return reading + beside + waiting + sums
 
 
 def predict(
@@ -279,7 +294,7 @@ def predict(
             own = groups or default_groups(len(of.layers), 2)
             ranks = max((size for _, size in own), default=1)
             if own and count > ranks and count % ranks == 0:
-                work = cqil_of_tensor_parallel(of, own, ranks, count // ranks)
+                work = cqil_of_tensor_parallel(of, own, ranks, count // ranks, inside=inside)
                 row["CQIL of TP groups"] = seconds(work, constants)
         rows.append(row)
     return rows
@@ -295,22 +310,24 @@ def measure(
     share: int = 4,
     ranks: Any = None,
     meet: Callable[[], Any] = nobody,
-    read_bytes: int | None = None,
+    read_bytes: float | None = None,
 ) -> Constants:
     """Constants of this process, with torch's threads, by :mod:`latency_constants`.
 
     A layer's bandwidth and fixed time are the line through a whole one and ``1 / share`` of one. all_reduce: (seconds,
     transport) that the caller measured, None: ALL_REDUCE_S. ranks: a sharded model's, which all measure at once, as
-    ``meet`` sees to; an all-reduce then costs what it adds to layers that are cut in as many. read_bytes: how much
-    memory a bandwidth measurement reads.
+    ``meet`` sees to; an all-reduce then costs what it adds to layers that are cut in as many, and one of a team the
+    same among its ranks. read_bytes: what a decode step reads, None: the layers. The measured stacks are as large, so
+    that caches hold as much of them, but no larger than what no cache holds: 256 MiB, or four times the caches.
     """
     isa()  # an impossible CPULLM_ISA is an error here, before memory is taken
-    size = read_bytes or READ_BYTES
+    size = int(min(read_bytes or sum(sum(layer.values()) for layer in of.layers), max(READ_BYTES, 4 * cache_bytes())))
     inside = _sum(of.layers, len(of.layers))
     packed = {kind: held for kind, held in inside.items() if kind.form is not None}
     barriers = barrier_cost()
     net, transport = (ALL_REDUCE_S, "") if all_reduce is None else all_reduce
-    gbps, steps_s = {FLOAT: memory_gbps(size, meet)}, 0.0
+    gbps, steps_s, team_s = {FLOAT: memory_gbps(size, meet)}, 0.0, None
+    team = None if ranks is None else ranks.team
     for kind in sorted(packed, key=lambda kind: packed[kind]):  # the one with most bytes last: its fixed time counts
         sizes = Sizes(of.hidden, of.heads, of.kv_heads, of.head_dim, sum(packed.values()))
         arguments = (kind.form, kind.compute, size, meet)
@@ -320,6 +337,9 @@ def measure(
         steps_s = max(0.0, whole.seconds - slope * whole.bytes)
         gbps[kind] = whole.bytes / (whole.seconds - steps_s) / 1e9 if slope else whole.bytes / whole.seconds / 1e9
         net = net if sum_s is None else max(net, sum_s - barriers.seconds)
+        if team is not None:
+            _, sum_s = layer_time(sizes, team.size, *arguments, team)
+            team_s = None if sum_s is None else max(0.0, sum_s - barriers.seconds)
     for kind in of.rest:
         if kind not in gbps and kind.form is not None:
             gbps[kind] = kernel_gbps(kind.form, kind.compute, of.hidden, size, meet)
@@ -336,4 +356,5 @@ def measure(
         net,
         torch.get_num_threads(),
         transport,
+        team_s,
     )

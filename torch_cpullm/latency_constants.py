@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .layer_program import Program, run_all
+from .layer_program import Program, run_all, sums_of
 from .layer_spec import LayerSpec, Norm
 from .linear import PackedLinear
 from .ops import linear
@@ -123,15 +123,15 @@ def layer_time(
     caches = [torch.ones(room, dtype=torch.bfloat16) for _ in range(2 * count)]
     handles = [program.handle for program in programs]
     arguments = (handles, x, rotary, [0, 1] * count, [-1] * count, caches, DEPTH, [1] * count, 0)
-    alone = typical(lambda: run_all(programs, arguments), meet)
+    alone = typical(lambda: run_all(arguments), meet)
     found = LayerTime(alone / count, own // count)
     if ranks is None or ranks.transport == "gloo":
         return found, None
     before = ranks.all_reduces, ranks.bytes
     cut = [Program(replace(each, ranks=ranks)) for each in specs]
-    arguments = ([program.handle for program in cut], *arguments[1:])
+    arguments, sums = ([program.handle for program in cut], *arguments[1:]), sums_of([[p] for p in cut], [None] * count)
     # Every rank runs equally often, or the last sums would wait for nobody.
-    together = typical(lambda: run_all(cut, arguments), meet, times=16)
+    together = typical(lambda: run_all(arguments, sums), meet, times=16)
     ranks.all_reduces, ranks.bytes = before
     return found, max(0.0, together - alone) / sum(program.sums for program in cut)
 
@@ -182,7 +182,7 @@ def barrier_cost() -> Barriers:
     arguments: tuple = ([program.handle] * count, x, [], [-1] * 2 * count, [-1] * count, caches, 0, [1] * count, 0)
 
     def run() -> None:
-        run_all([program], arguments)
+        run_all(arguments)
 
     together = typical(run, times=50)
     barriers = torch.ops.cpullm.layer_barriers.default()

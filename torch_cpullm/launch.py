@@ -171,6 +171,23 @@ def one_cpu_per_core(cpus: Collection[int], *, root: str | Path = "/") -> list[i
 # ---- control groups -------------------------------------------------------------------------------------------------
 
 
+def cache_bytes(*, root: str | Path = "/") -> int:
+    """Size of all last-level caches that the usable CPUs reach; 0 where the system does not say."""
+    caches: dict[str, int] = {}
+    for cpu in cpu_affinity():
+        levels: dict[int, tuple[str, int]] = {}
+        for index in Path(root, f"sys/devices/system/cpu/cpu{cpu}/cache").glob("index*"):
+            size = re.fullmatch(r"(\d+)([KMG]?)", _read(index / "size") or "")
+            level = _read(index / "level") or ""
+            if size and level.isdecimal() and _read(index / "type") != "Instruction":
+                unit = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}[size[2]]
+                levels[int(level)] = (_read(index / "shared_cpu_list") or str(cpu), int(size[1]) * unit)
+        if levels:
+            shared, size_bytes = levels[max(levels)]
+            caches[shared] = size_bytes
+    return sum(caches.values())
+
+
 def cgroup_cpu_quota(root: str | Path = "/") -> float | None:
     """CPUs that this process's control group may use, the smallest along the hierarchy; None without a quota.
 

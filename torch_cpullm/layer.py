@@ -16,13 +16,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .layer_cut import added_by
 from .layer_decoder import DecoderStep
 from .layer_execute import Run
 from .layer_graph import decoder_layer, number_layer
 from .layer_group import Call, Elsewhere, GroupMember, member_of
 from .layer_match import Decoder, Match, decoders, match_layer
-from .layer_parts import ALIBI, biased_mask, rotary_from_table
-from .layer_program import MOST_MEMBERS, Program, run_group
+from .layer_parts import ALIBI, RotaryTable, biased_mask
+from .layer_program import MOST_MEMBERS, Program, run_group, sums_of
 from .layer_spec import IGNORED
 from .layer_stack import LayerStack
 from .layer_watch import Watch
@@ -50,7 +51,7 @@ def install_programs(model: nn.Module) -> list[Match]:
     """
     remove_programs(model)
     matches = []
-    rotaries: list[_Rotary] = []
+    rotaries: list[RotaryTable] = []
     for decoder in decoders(model):
         found: list[Match] = []
         for index, layer in enumerate(decoder.layers):
@@ -95,18 +96,17 @@ def _stack_up(decoder: Decoder) -> None:
         return
     if not all(each._together for each in programs) or len({group.bypass for group in groups}) > 1:
         return
-    runs = [cast("Program", each._run) for each in programs]
-    spread = [group.ranks for group in groups if group.ranks is not None]
-    gloo = any(ranks.transport != "shared memory" for ranks in spread)
-    if gloo or any(each.operators > 1 for each in programs):  # sums between them that no operator makes
+    if any(group.ranks is not group.inside for group in groups) or any(
+        each.operators > 1 for each in programs
+    ):  # sums between them that no operator makes
         return
     runs_of = [None if each.member is None else each.member.group for each in all_ if each.begins]
-    sizes = [1 if group is None else len(group.here) for group in runs_of]
-    summed = [2 if group is not None and group.ranks is not None else 0 for group in runs_of] if spread else []
     layers, owner = list(decoder.layers), decoder.owner
     bypass = groups[0].bypass if groups else 0
-    ranks = spread[0] if spread else None
-    stack = LayerStack(owner, layers, runs, sizes, bypass, len(set(windows)) == 1, places, ranks, summed)
+    left = iter([cast("Program", each._run) for each in programs])
+    runs = [[next(left) for _ in range(1 if group is None else len(group.here))] for group in runs_of]
+    sums = sums_of(runs, [None if group is None else group.ranks for group in runs_of])
+    stack = LayerStack(owner, layers, runs, bypass, len(set(windows)) == 1, places, sums)
     for each in all_:
         each._stack = stack
     first = all_[0]
@@ -144,7 +144,7 @@ def layer_levels(model: nn.Module) -> Iterator[tuple[str, str, str]]:
         elif not reason:
             reason = "its forward was replaced"
         whole = ONE_OP if not isinstance(program, LayerProgram) or program.operators == 1 else TWO_OPS
-        yield name, PER_LINEAR if reason else whole if member is None else GROUP_OP, reason
+        yield name, PER_LINEAR if reason else whole if member is None or whole == TWO_OPS else GROUP_OP, reason
 
 
 def all_in_programs(model: nn.Module) -> bool:
@@ -162,7 +162,7 @@ class LayerProgram:
         decoder: Decoder | None,
         index: int,
         match: Match | None = None,
-        rotaries: list[_Rotary] | None = None,
+        rotaries: list[RotaryTable] | None = None,
         member: GroupMember | None = None,
     ) -> None:
         self._layer = weakref.ref(layer)
@@ -199,7 +199,7 @@ class LayerProgram:
         self._rotates = spec is not None and spec.rotary_dim > 0
         self.window = 0 if spec is None else spec.window
         self._needs_mask = getattr(match.config, "_attn_implementation", None) == "eager"
-        self._rotary = None if match.table is None else _Rotary.of(match.table, self._rotaries)
+        self._rotary = None if match.table is None else RotaryTable.of(match.table, self._rotaries)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's forward: arguments and result are those of its class."""
@@ -243,7 +243,9 @@ class LayerProgram:
             ready = [each._ready((x,), kwargs) for each, (x, kwargs) in zip(programs, own, strict=True)]
             if None not in ready and len({each._kind for each in programs}) == 1:
                 runs = [cast("Program", each._run) for each in programs]
-                inside = None if group.ranks is None or group.ranks.transport == "gloo" else group.ranks
+                inside = group.inside
+                if group.is_cut and inside is None:
+                    return group.summed(own[0][0], added_by(runs, ready))
                 y = run_group(runs, group.bypass, cast("list[tuple]", ready), inside)
                 if y is not None:
                     return y if inside is not None else group.joined(own[0][0], y)
@@ -271,6 +273,8 @@ class LayerProgram:
     @property
     def operators(self) -> int:
         """Of a call that the program serves: 2 of a layer that is cut among ranks of several hosts."""
+        if self.member is not None and self.member.group.is_cut:
+            return 1 if self.member.group.ranks.inside else 2
         return getattr(self._run, "operators", 1)
 
     @property
@@ -472,29 +476,3 @@ def _revive(
 ) -> LayerProgram:
     decoder = None if owner is None else Decoder(owner, path, name, nn.ModuleList())
     return LayerProgram(layer, decoder, index, member=member)
-
-
-class _Rotary:
-    """cos and sin by position, from a layer's own table; one for all layers with equal tables."""
-
-    def __init__(self, table: Tensor) -> None:
-        self._table = table
-        self._last: tuple[Tensor | None, int, tuple[Tensor, Tensor] | None] = (None, 0, None)
-
-    @staticmethod
-    def of(table: Tensor, known: list[_Rotary]) -> _Rotary:
-        """The one of ``known`` that has this table, or a new one that joins them."""
-        for rotary in known:
-            if torch.equal(rotary._table, table):
-                return rotary
-        known.append(_Rotary(table))
-        return known[-1]
-
-    def __call__(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [b, s, rotary_dim] of position_ids [b, s]; layers of one pass ask with the same tensor."""
-        last, seen, pair = self._last  # read at once: another thread may be replacing it
-        version = 0 if position_ids.is_inference() else position_ids._version
-        if pair is None or position_ids is not last or version != seen:
-            pair = rotary_from_table(self._table, position_ids)
-            self._last = position_ids, version, pair
-        return pair

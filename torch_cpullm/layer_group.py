@@ -203,9 +203,9 @@ class _Step(threading.local):
 class LayerGroup:
     """Members ``first``, ``first + 1``, ... of a list of layers, one :class:`Halves` each; mode: one of MODES.
 
-    ranks: a :class:`torch_cpullm.collective.Ranks` of a group whose members are spread over ranks, None: all are here.
-    Holds no strong reference to the layers, so that a deleted model is gone at once. It is copied and pickled with its
-    model, unless it is spread; copied alone, a member cannot be called.
+    ranks: a :class:`torch_cpullm.collective.Ranks` of a group whose members are spread over ranks, or over teams of
+    them, which cut the members; None: all are here. Holds no strong reference to the layers, so that a deleted model is
+    gone at once. It is copied and pickled with its model, unless it is spread; copied alone, a member cannot be called.
     """
 
     def __init__(
@@ -222,9 +222,22 @@ class LayerGroup:
         self.bypass = -1 if mode == "lp" else bypass
         self.ranks = ranks
         # Members that this process computes.
-        self.here = range(len(halves)) if ranks is None else range(ranks.rank, len(halves), ranks.size)
+        teams = 1 if ranks is None or ranks.team is None else ranks.team.size  # ranks of each
+        self.here = (
+            range(len(halves)) if ranks is None else range(ranks.rank // teams, len(halves), ranks.size // teams)
+        )
         self._step = _Step()
         self._traced: list[Call] = []  # while Dynamo traces, which is one thread at a time
+
+    @property
+    def inside(self) -> Any:
+        """The ranks, where operators make their sums; None where the group is not spread, or sums go through gloo."""
+        return self.ranks if self.ranks is not None and self.ranks.inside else None
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether this rank has a share of each member here."""
+        return self.ranks is not None and self.ranks.team is not None
 
     @property
     def size(self) -> int:
@@ -269,11 +282,21 @@ class LayerGroup:
         attended = [
             half.attend(layer, x, calls[i][1]) for i, layer, half in zip(self.here, layers, halves, strict=True)
         ]
-        return self.joined(x, combine(layers, halves, x, attended, self.bypass))
+        y = combine(layers, halves, x, attended, self.bypass)
+        if not self.is_cut or self.ranks.team.rank == 0 or halves[0].parallel:
+            return self.joined(x, y)
+        # The first rank adds what the whole team has: attention, and an MLP's output that a norm has read.
+        normed = any(role == "post_mlp" for half in halves for role, _ in half.norms)
+        whole = y if normed else torch.stack([x, *attended]).float().sum(0)
+        return self.summed(x, y.float() - whole.float())
 
     def joined(self, x: Tensor, y: Tensor) -> Tensor:
         """``x + sum over ranks of (y - x)``, y: what the members here make of x."""
-        return y if self.ranks is None else (x.float() + self.ranks.sum(y.float() - x.float())).to(x.dtype)
+        return y if self.ranks is None else self.summed(x, y.float() - x.float())
+
+    def summed(self, x: Tensor, added: Tensor) -> Tensor:
+        """``x + sum over ranks of added``, float32: this rank's summand."""
+        return (x.float() + self.ranks.sum(added)).to(x.dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerGroup:
         return LayerGroup(memo.get(id(self._layers())), *self._rest())

@@ -426,3 +426,29 @@ def rotary_from_table(table: Tensor, position_ids: Tensor) -> tuple[Tensor, Tens
     """cos and sin [b, s, rotary_dim], each value twice, of position_ids [b, s] from a table of TABLE's form."""
     sin, cos = table[position_ids].chunk(2, -1)
     return cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)
+
+
+class RotaryTable:
+    """cos and sin by position, from a layer's own table; one for all layers with equal tables."""
+
+    def __init__(self, table: Tensor) -> None:
+        self._table = table
+        self._last: tuple[Tensor | None, int, tuple[Tensor, Tensor] | None] = (None, 0, None)
+
+    @staticmethod
+    def of(table: Tensor, known: list[RotaryTable]) -> RotaryTable:
+        """The one of ``known`` that has this table, or a new one that joins them."""
+        for rotary in known:
+            if torch.equal(rotary._table, table):
+                return rotary
+        known.append(RotaryTable(table))
+        return known[-1]
+
+    def __call__(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [b, s, rotary_dim] of position_ids [b, s]; layers of one pass ask with the same tensor."""
+        last, seen, pair = self._last  # read at once: another thread may be replacing it
+        version = 0 if position_ids.is_inference() else position_ids._version
+        if pair is None or position_ids is not last or version != seen:
+            pair = rotary_from_table(self._table, position_ids)
+            self._last = position_ids, version, pair
+        return pair

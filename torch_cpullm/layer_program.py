@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +41,9 @@ class Program:
             raise ValueError(text.split("layer_create: ")[-1]) from None
         weakref.finalize(self, torch.ops.cpullm.layer_free.default, self.handle).atexit = False
         self._kv_heads, self._head_dim = spec.kv_heads, spec.head_dim
-        self.ranks, self.sums = spec.ranks, 1 if spec.parallel else 2  # sums over ranks, in a run
+        # Sums over the ranks that cut the layer, in a run; in one as a member of a group, whose own sum is another.
+        self.ranks, self.sums = spec.ranks, 1 if spec.parallel else 2
+        self.member_sums = 0 if spec.parallel else 1 + (spec.post_mlp_norm is not None)
 
     def __call__(
         self, x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, cache: CacheLayer | None
@@ -79,10 +81,10 @@ def run_group(programs: Sequence[Program], bypass: int, calls: Sequence[tuple], 
 
     rotary = [place(tensor) for _, cos, sin, _, _ in calls for tensor in (cos, sin)]
     caches = [call[4] for call in calls]
-    handles, groups = [program.handle for program in programs], [len(programs)]
+    handles, groups, sums = [program.handle for program in programs], [len(programs)], sums_of([programs], [ranks])
     if all(cache is None for cache in caches):
         masks = [place(fitting(mask, x.shape[1])) for _, _, _, mask, _ in calls]
-        return run_all(programs, (handles, x, tensors, rotary, masks, [], 0, groups, bypass), ranks, [2])
+        return run_all((handles, x, tensors, rotary, masks, [], 0, groups, bypass), sums)
     if None in caches:
         return None
     held = [program.reserve(cache, x) for program, cache in zip(programs, caches, strict=True)]
@@ -90,24 +92,51 @@ def run_group(programs: Sequence[Program], bypass: int, calls: Sequence[tuple], 
         return None
     masks = [place(fitting(mask, held[0][4] + x.shape[1])) for _, _, _, mask, _ in calls]
     buffers = [tensor for each in held for tensor in each[:4] if tensor is not None]
-    y = run_all(programs, (handles, x, tensors, rotary, masks, buffers, held[0][4], groups, bypass), ranks, [2])
+    y = run_all((handles, x, tensors, rotary, masks, buffers, held[0][4], groups, bypass), sums)
     for cache in caches:
         cache.advance(x.shape[1])
     return y
 
 
-def run_all(programs: Sequence[Program], arguments: tuple, spread: Any = None, summed: Sequence[int] = ()) -> Tensor:
-    """``layers_forward(*arguments)`` of these programs, whose sums over ranks, if any, go through shared memory.
+class Sums(NamedTuple):
+    """What groups of programs sum over ranks, in shared memory.
 
-    spread: the ranks of groups that are spread; summed: which those are, see :func:`ops.layers_forward`.
+    summed: of each group, see :func:`ops.layers_forward`; counts: sums over all ranks, and over the team, of one run.
     """
-    if spread is not None:
-        return spread.run(_group_forward, (*arguments, summed), arguments[1], sum(map(bool, summed)))
-    ranks = programs[0].ranks
+
+    ranks: Any
+    summed: list[int]
+    counts: tuple[int, int]
+
+
+def sums_of(groups: Sequence[Sequence[Program]], spread: Sequence[Any]) -> Sums | None:
+    """The sums of programs in groups. spread: of each the ranks that have its members; None: they are all here."""
+    ranks = next((each for each in (*spread, groups[0][0].ranks) if each is not None), None)
     if ranks is None:
+        return None
+    summed, over_all, over_team = [], 0, 0
+    for programs, apart in zip(groups, spread, strict=True):
+        cut = programs[0].ranks
+        if apart is not None:
+            inner = 0 if cut is None else sum(program.member_sums for program in programs)
+            over_all, over_team = over_all + 1, over_team + inner
+            summed.append(4 if inner else 2)
+        elif cut is None:
+            summed.append(0)
+        elif cut is ranks:
+            over_all += programs[0].sums
+            summed.append(1)
+        else:
+            over_team += programs[0].sums
+            summed.append(3)
+    return Sums(ranks, summed, (over_all, over_team))
+
+
+def run_all(arguments: tuple, sums: Sums | None = None) -> Tensor:
+    """``layers_forward(*arguments)``, with the sums of its programs if there are any."""
+    if sums is None:
         return _group_forward(*arguments)
-    sums = sum(program.sums for program in programs)
-    return ranks.run(_group_forward, (*arguments, [1] * len(programs)), arguments[1], sums)
+    return sums.ranks.run(_group_forward, (*arguments, sums.summed), arguments[1], *sums.counts)
 
 
 def fitting(mask: Tensor | None, keys: int) -> Tensor | None:

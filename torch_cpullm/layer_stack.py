@@ -12,7 +12,6 @@ import inspect
 import operator
 import sys
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, cast
@@ -20,7 +19,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
-from .layer_program import Program, fitting, run_all
+from .layer_program import Program, Sums, fitting, run_all
 
 MOST_TOKENS = 8  # of a sequence in one step; beyond, the operators' own cost does not matter
 _BUFFERS = "_stack_buffers"  # attribute of a cache: whose, tokens it has room for, its keys, all its buffers in order
@@ -57,30 +56,28 @@ class _Step(threading.local):
 
 
 class LayerStack:
-    """The layers of one decoder. programs: of those that this process computes, ``places`` in the list of layers.
+    """The layers of one decoder, of which this process computes those at ``places``.
 
-    groups: sizes of runs of programs that read one input. bypass: see :func:`layer_group.combine`. alike: whether the
+    programs: their runs that read one input. bypass: see :func:`layer_group.combine`. alike: whether the
     layers may be called with one mask and the same position embeddings; those of others are known to
-    :class:`layer_decoder.DecoderStep` alone. ranks, summed: of groups that are spread, see :func:`run_all`.
+    :class:`layer_decoder.DecoderStep` alone. sums: over ranks, if any.
     """
 
     def __init__(
         self,
         owner: nn.Module,
         layers: list[nn.Module],
-        programs: list[Program],
-        groups: list[int],
+        programs: list[list[Program]],
         bypass: int,
         alike: bool,
         places: list[int],
-        ranks: Any = None,
-        summed: Sequence[int] = (),
+        sums: Sums | None = None,
     ) -> None:
         self._waiting = [each for layer in layers for each in (layer._forward_hooks, layer._forward_pre_hooks)]
-        self._programs = programs  # their handles are good as long as they live
-        self._handles = [program.handle for program in programs]
-        self._groups, self._bypass, self._alike = groups, bypass, alike
-        self._places, self._ranks, self._summed = places, ranks, summed
+        self._programs = [each for run in programs for each in run]  # their handles are good as long as they live
+        self._handles = [program.handle for program in self._programs]
+        self._groups, self._bypass, self._alike = [len(run) for run in programs], bypass, alike
+        self._places, self._sums = places, sums
         self._last = len(layers) - 1
         self._code = inspect.unwrap(type(owner).forward).__code__
         self._step = _Step()
@@ -168,7 +165,7 @@ class LayerStack:
         for place in {*masks} - {-1}:
             tensors[place] = cast("Tensor", fitting(tensors[place], length + x.shape[1]))
         arguments = (self._handles, x, tensors, rotary, masks, buffers, length, self._groups, self._bypass)
-        y = run_all(self._programs, arguments, self._ranks, self._summed)
+        y = run_all(arguments, self._sums)
         for each in held:
             each.advance(x.shape[1])
         return y

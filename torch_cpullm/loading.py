@@ -10,6 +10,7 @@ import torch
 
 from .checkpoint import FORMAT_VERSION
 from .config import Settings
+from .distributed import asks_for_shares, failing_together
 from .formats.gguf import load_gguf
 from .formats.importing import METHODS
 from .plan import check_strict
@@ -72,9 +73,10 @@ def load_directory(
     options = {"trust_remote_code": False, **options}
     arguments: dict[str, Any] = {"dtype": dtype or "auto", "use_safetensors": True, "output_loading_info": True}
     try:
-        described = AutoConfig.from_pretrained(path, **options)
-        arguments |= _description(described, settings, config is not None, compute)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, config=described, **arguments, **options)
+        with failing_together(asks_for_shares(options.get("distributed_config"))):
+            described = AutoConfig.from_pretrained(path, **options)
+            arguments |= _description(described, settings, config is not None, compute)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(path, config=described, **arguments, **options)
         model, info = loaded
         _check_complete(info)
         if getattr(settings, "strict", False):

@@ -295,6 +295,9 @@ def layers_forward(
     rank: int = 0,
     ranks: int = 1,
     timeout_s: float = 0.0,
+    team_shared: Tensor | None = None,
+    team_rank: int = 0,
+    team_ranks: int = 1,
 ) -> Tensor:
     """The programs of several layers, in groups of these sizes, each on the output of the one before.
 
@@ -303,11 +306,14 @@ def layers_forward(
     :func:`layer_forward` takes them; rotary: indices of cos and sin of every layer, masks: of every layer's mask, -1
     for none. caches: none, or k and v of every layer, or k, v and their scales; all hold ``length`` tokens. summed:
     what of each group is summed over ranks: 0 nothing, 1 attention's output and the MLP's of a layer that is cut (of a
-    parallel layer, their sum), 2 the sum_l above, of whose members this rank has some; shared, rank, ranks, timeout_s:
-    as of :func:`shared_sum`. Raises RuntimeError for what does not fit, and where a rank did not come.
+    parallel layer, their sum), 2 the sum_l above, of whose members this rank has some, 3 as 1, over a team of the
+    ranks, 4 as 2, where a team cuts each member among its ranks and so sums attention's output too; shared, rank,
+    ranks, timeout_s: as of :func:`shared_sum`; team_shared, team_rank, team_ranks: the same of this rank's team. Raises
+    RuntimeError for what does not fit, and where a rank did not come.
     """
+    sums = summed, shared, rank, ranks, timeout_s, team_shared, team_rank, team_ranks
     return torch.ops.cpullm.layers_forward.default(
-        programs, x, tensors, rotary, masks, caches, length, groups, bypass, summed, shared, rank, ranks, timeout_s
+        programs, x, tensors, rotary, masks, caches, length, groups, bypass, *sums
     )
 
 

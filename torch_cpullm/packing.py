@@ -239,6 +239,13 @@ def _panels(x: Tensor, pad_value: float = 0) -> Tensor:
     return x.view(-1, PANEL, x.shape[1]).transpose(1, 2).contiguous()
 
 
+def alike(a: PackedWeight | PackedStack, b: PackedWeight | PackedStack) -> bool:
+    """Whether two weights have the same codes, scales and zeros."""
+    a, b = (each.whole if isinstance(each, PackedStack) else each for each in (a, b))
+    pairs = zip(a.tensors, b.tensors, strict=True)
+    return all((x is None and y is None) or (x is not None and y is not None and torch.equal(x, y)) for x, y in pairs)
+
+
 _HUGE_PAGE = 1 << 21
 _CACHED = 1 << 19  # codes at a time that fit into a core's cache with their temporaries
 

@@ -33,13 +33,18 @@ class Share(NamedTuple):
 
 
 class SummedLinear(PackedLinear):
-    """``y = sum over ranks of x W^T + bias``; W, x: this rank's inputs. What a layer without a program calls."""
+    """``y = sum over ranks of x W^T + bias``; W, x: this rank's inputs. What a layer without a program calls.
+
+    partial: y is this rank's summand; the sum of a CQIL group has it.
+    """
 
     ranks: Any
+    partial = False
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., in_features] -> [.., out_features] of x's dtype, the same bits on all ranks."""
-        return self.ranks.sum(super().forward(x).float()).to(x.dtype)
+        y = super().forward(x)
+        return y if self.partial else self.ranks.sum(y.float()).to(x.dtype)
 
 
 class Cut(NamedTuple):

@@ -2,6 +2,7 @@
 
     cpullm run --nproc 2 tutorials/ranks.py MODEL                        tensor parallel
     cpullm run --nproc 2 tutorials/ranks.py MODEL --plan plan.json       CQIL; cqil.search(..).to_json() makes it
+    cpullm run --nproc 4 tutorials/ranks.py MODEL --plan plan.json --tp-size 2      both: a member for every two ranks
     torchrun --nproc-per-node 2 tutorials/ranks.py MODEL                 the same, bound to nothing, with one thread
 
 MODEL is a .gguf file or a directory of Hugging Face. Rank 0 generates; the others repeat its decoder's calls.
@@ -20,6 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--plan", type=Path, help="JSON of a CQIL plan")
+    parser.add_argument("--tp-size", type=int, default=1, help="ranks that share a member of a group of the plan")
     parser.add_argument("--prompt", default="The capital of France is")
     parser.add_argument("-n", "--max-new-tokens", type=int, default=32)
     parser.add_argument("--sample", type=int, metavar="SEED", help="sample, from this seed")
@@ -33,7 +35,7 @@ def main() -> None:
         distributed.shard_tensors(model)
     else:
         cqil.apply(model, cqil.Plan.from_json(args.plan.read_text()))
-        distributed.shard_groups(model)
+        distributed.shard_groups(model, tp_size=args.tp_size)
 
     distributed.follow(model)  # ranks above 0 stay here until rank 0 leaves
     if dist.get_rank() == 0:
