@@ -149,7 +149,7 @@ void row_i8(const TileArgs& a) {
         }
       }
     }
-    if (kSegments > 1) group_end = (k / a.group + 1) * a.group;
+    if (kSegments > 1) group_end = k + a.group;  // blocks end where groups do
     const typename S::F s = S::set1(*x_scale++);
     for (int h = 0; h < H; ++h)
       for (int i = 0; i < 2; ++i) y[h][i] = S::fma(row.block[h][i], s, y[h][i]);
