@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .layer_parts import own_state
+from .layer_program import Head
 from .layer_spec import IGNORED
 from .layer_stack import LayerStack, Seen
 from .linear import PackedEmbedding
@@ -27,6 +29,7 @@ from .linear import PackedEmbedding
 _TAKEN = {"input_ids", "attention_mask", "position_ids", "past_key_values", *IGNORED}
 # Arguments that may have these values: they change nothing in a decode step.
 _HARMLESS = {"use_cache": (None, True), "return_dict": (None, True)}
+_OFF = (None, False)  # what any other argument must be
 # Settings of a config that change what a decoder returns, not what its layers compute.
 _SETTINGS = ("output_hidden_states", "_output_attentions", "output_attentions", "return_dict", "use_cache", "is_causal")
 
@@ -46,6 +49,21 @@ class _Learnt:
     kind: type
 
 
+@dataclass(frozen=True)
+class Done:
+    """A step that went the short way: its arguments, what the last layer returned, and the norm of it."""
+
+    kwargs: dict[str, Any]
+    y: Tensor
+    hidden: Tensor
+
+
+class _Last(threading.local):
+    """A thread's last step that went the short way."""
+
+    done: Done | None = None
+
+
 class DecoderStep:
     """``forward`` of one decoder instance. Holds no strong reference to it, so that a deleted model is gone at once."""
 
@@ -61,6 +79,7 @@ class DecoderStep:
         self._learnt: _Learnt | None = None
         self._state: list[Any] = []
         self._tries = 8
+        self._last = _Last()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The decoder's forward: arguments and result are those of its class."""
@@ -69,7 +88,7 @@ class DecoderStep:
         if stack is None or torch.compiler.is_compiling():
             return self._original(owner, *args, **kwargs)
         named = dict(zip(self._names, args, strict=False)) | kwargs
-        if len(named) != len(args) + len(kwargs) or not self._plain(named):
+        if len(named) != len(args) + len(kwargs) or not self.plain(named):
             return self._original(owner, *args, **kwargs)
         return self._decode(owner, stack, named)
 
@@ -88,13 +107,12 @@ class DecoderStep:
             self._learn(owner, seen, kwargs, out)
         return out
 
-    def _plain(self, kwargs: dict[str, Any]) -> bool:
+    def plain(self, kwargs: dict[str, Any]) -> bool:
         """Whether this is a decode step that needs no mask: one token per sequence, and padding nowhere."""
         for name, value in kwargs.items():
-            if name not in _TAKEN and value is not None and value is not False:
-                allowed = _HARMLESS.get(name)
-                if allowed is None or value not in allowed:
-                    return False
+            allowed = _HARMLESS.get(name, _OFF)  # by identity: a value may be a tensor
+            if name not in _TAKEN and value is not allowed[0] and value is not allowed[1]:
+                return False
         get = kwargs.get
         ids, mask, positions = get("input_ids"), get("attention_mask"), get("position_ids")
         if ids.__class__ is not Tensor or ids.dim() != 2 or ids.shape[1] != 1 or positions.__class__ is not Tensor:
@@ -115,8 +133,8 @@ class DecoderStep:
         if not all(map(_is_no_mask, (mask for mask, _ in seen.calls), self._windows)):
             return
         embeddings = [m for m in _children(owner) if isinstance(m, (nn.Embedding, PackedEmbedding))]
-        embedding = next((m for m in embeddings if _gives(m, seen.x, kwargs["input_ids"])), None)
-        norm = next((m for m in _children(owner) if _gives(m, out.last_hidden_state, seen.y)), None)
+        embedding = next((m for m in embeddings if gives(m, seen.x, kwargs["input_ids"])), None)
+        norm = next((m for m in _children(owner) if gives(m, out.last_hidden_state, seen.y)), None)
         pairs: list[Any] = []  # the different position embeddings
         for _, pair in seen.calls:
             if pair is not None and not any(pair is other for other in pairs):
@@ -124,7 +142,7 @@ class DecoderStep:
         kinds = sorted(set(getattr(owner.config, "layer_types", None) or ()))
         ways = [(m, extra) for extra in ((), *((kind,) for kind in kinds)) for m in _children(owner)]
         given = (seen.x, kwargs["position_ids"])
-        found = [next((way for way in ways if _gives(way[0], pair, *given, *way[1])), None) for pair in pairs]
+        found = [next((way for way in ways if gives(way[0], pair, *given, *way[1])), None) for pair in pairs]
         if embedding is None or norm is None or None in found:
             return
         rotary: list[int] = []  # of every layer: the places of its cosines and sines
@@ -144,6 +162,17 @@ class DecoderStep:
 
     def _run(self, owner: Any, stack: LayerStack, learnt: _Learnt, kwargs: dict[str, Any]) -> Any:
         """The result of a decode step, or None if the class's forward has to compute it."""
+        y = self._layers(owner, stack, learnt, kwargs)
+        if y is None:
+            return None
+        hidden = learnt.norm(y)
+        self._last.done = Done(kwargs, y, hidden)
+        return learnt.kind(last_hidden_state=hidden, past_key_values=kwargs["past_key_values"])
+
+    def _layers(
+        self, owner: Any, stack: LayerStack, learnt: _Learnt, kwargs: dict[str, Any], head: Head | None = None
+    ) -> Tensor | None:
+        """What the last layer returns in a decode step, or what ``head`` makes of it; None as of :meth:`_run`."""
         cache, mask = kwargs["past_key_values"], kwargs.get("attention_mask")
         if self._look(owner) != self._state:
             return None
@@ -152,8 +181,29 @@ class DecoderStep:
             return None
         x = learnt.embedding(kwargs["input_ids"])
         tensors = [t for module, extra in learnt.positions for t in module(x, kwargs["position_ids"], *extra)]
-        y = stack.run(self._unchanged, x, tensors, learnt.rotary, self._no_masks, cache)
-        return None if y is None else learnt.kind(last_hidden_state=learnt.norm(y), past_key_values=cache)
+        return stack.run(self._unchanged, x, tensors, learnt.rotary, self._no_masks, cache, head)
+
+    # ---- for a step of the whole model ------------------------------------------------------------------------------
+
+    @property
+    def norm(self) -> nn.Module | None:
+        """The last norm, once it is known."""
+        return None if self._learnt is None else self._learnt.norm
+
+    @property
+    def may_have_head(self) -> bool:
+        """Whether :meth:`logits` may be called."""
+        return self._stack is not None and self._stack.may_have_head
+
+    def logits(self, owner: nn.Module, kwargs: dict[str, Any], head: Head) -> Tensor | None:
+        """What ``head`` makes of a plain call of the decoder; None if the classes' forwards have to compute it."""
+        stack, learnt = self._stack, self._learnt
+        return None if stack is None or learnt is None else self._layers(owner, stack, learnt, kwargs, head)
+
+    def take_done(self) -> Done | None:
+        """This thread's last step that went the short way, once."""
+        done, self._last.done = self._last.done, None
+        return done
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DecoderStep:
         return DecoderStep(memo[id(self._owner())], None, bool, [])
@@ -183,7 +233,7 @@ def _is_no_mask(mask: Any, window: int) -> bool:
     return bool((seen == (torch.arange(keys) >= keys - (window or keys))).all())
 
 
-def _gives(module: nn.Module, result: Any, *args: Any) -> bool:
+def gives(module: nn.Module, result: Any, *args: Any) -> bool:
     """Whether ``module(*args)`` is ``result``, bit for bit."""
     try:
         made = module(*args)

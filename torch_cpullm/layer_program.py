@@ -60,6 +60,24 @@ class Program:
         return cache.reserve(x.shape[0], x.shape[1], self._kv_heads, self._head_dim, x.dtype)
 
 
+class Head:
+    """The last norm and the output head of a model, for :func:`ops.layers_forward`: ``logits = norm(x) W^T + bias``.
+
+    kind, eps, norm: as :func:`layer_parts.read_norm` gives them. Raises ValueError where the sizes do not fit.
+    """
+
+    def __init__(self, kind: str, eps: float, norm: Norm, linear: PackedLinear) -> None:
+        to = _Writer()
+        to.ints += [linear.in_features, linear.out_features, COMPUTE[linear.compute], kind == "layer"]
+        to.norm(norm)
+        to.linear(linear)
+        try:
+            self.handle = torch.ops.cpullm.head_create.default(to.tensors, [int(v) for v in to.ints], [eps])
+        except RuntimeError as error:
+            raise ValueError(str(error).split("\n")[0].split("head_create: ")[-1]) from None
+        weakref.finalize(self, torch.ops.cpullm.layer_free.default, self.handle).atexit = False
+
+
 def run_group(programs: Sequence[Program], bypass: int, calls: Sequence[tuple], ranks: Any = None) -> Tensor | None:
     """``y = x + sum_l (a_l + m_l)`` of layers that read one x, by one operator; see :func:`layer_group.combine`.
 
@@ -96,11 +114,20 @@ def run_group(programs: Sequence[Program], bypass: int, calls: Sequence[tuple], 
     return y
 
 
-def run_all(programs: Sequence[Program], arguments: tuple, spread: Any = None, summed: Sequence[int] = ()) -> Tensor:
+def run_all(
+    programs: Sequence[Program],
+    arguments: tuple,
+    spread: Any = None,
+    summed: Sequence[int] = (),
+    head: Head | None = None,
+) -> Tensor:
     """``layers_forward(*arguments)`` of these programs, whose sums over ranks, if any, go through shared memory.
 
-    spread: the ranks of groups that are spread; summed: which those are, see :func:`ops.layers_forward`.
+    spread: the ranks of groups that are spread; summed: which those are, see :func:`ops.layers_forward`; head: only
+    where nothing is summed.
     """
+    if head is not None:
+        return _group_forward(*arguments, head=head.handle)
     if spread is not None:
         return spread.run(_group_forward, (*arguments, summed), arguments[1], sum(map(bool, summed)))
     ranks = programs[0].ranks

@@ -78,7 +78,11 @@ class Watch:
 
     def unchanged(self) -> bool:
         """Whether nothing has changed and no hook waits inside."""
-        return not any(self._hooks) and self.same()
+        return not self.waiting() and self.same()
+
+    def waiting(self) -> bool:
+        """Whether there is a hook inside; see :meth:`hooked`."""
+        return any(self._hooks)
 
     def hooked(self) -> bool:
         """Whether a hook inside waits for the module's call.

@@ -257,6 +257,7 @@ def layers_forward(
     rank: int = 0,
     ranks: int = 1,
     timeout_s: float = 0.0,
+    head: int = 0,
 ) -> Tensor:
     """The programs of several layers, in groups of these sizes, each on the output of the one before.
 
@@ -266,11 +267,12 @@ def layers_forward(
     for none. caches: none, or k and v of every layer, or k, v and their scales; all hold ``length`` tokens. summed:
     what of each group is summed over ranks: 0 nothing, 1 attention's output and the MLP's of a layer that is cut (of a
     parallel layer, their sum), 2 the sum_l above, of whose members this rank has some; shared, rank, ranks, timeout_s:
-    as of :func:`shared_sum`. Raises RuntimeError for what does not fit, and where a rank did not come.
+    as of :func:`shared_sum`. head: of a :class:`layer_program.Head`, 0 for none: the result is then
+    ``norm(y) W^T + bias`` [b, s, n], of x's dtype. Raises RuntimeError for what does not fit, and where a rank did not
+    come.
     """
-    return torch.ops.cpullm.layers_forward.default(
-        programs, x, tensors, rotary, masks, caches, length, groups, bypass, summed, shared, rank, ranks, timeout_s
-    )
+    arguments = (programs, x, tensors, rotary, masks, caches, length, groups, bypass, summed)
+    return torch.ops.cpullm.layers_forward.default(*arguments, shared, rank, ranks, timeout_s, head)
 
 
 def layer_attention(
@@ -420,7 +422,9 @@ def _layer_forward_fake(program, x, cos, sin, mask, k_cache, v_cache, k_scale, v
 
 
 @torch.library.register_fake("cpullm::layers_forward")
-def _layers_forward_fake(programs, x, *_, **__):
+def _layers_forward_fake(programs, x, *others, head=0, **__):
+    if head or (len(others) == 13 and others[-1]):
+        raise RuntimeError("cpullm::layers_forward: how many logits a head gives is not known while tracing")
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
