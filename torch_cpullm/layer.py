@@ -347,14 +347,10 @@ class LayerProgram:
         """Whether every program of the stack is still that of its layer."""
         watch, stack = self._stack_watch, self._stack
         found = [ref() for ref in self._others]
-        return all(each is not None and each._stack is stack and each._in_place() for each in found) and (
-            watch is not None and watch.unchanged()
-        )
-
-    def _in_place(self) -> bool:
-        """Whether this is still the layer's forward: transformers 5.0 wraps those whose outputs it records."""
-        layer = self._layer()
-        return layer is not None and layer.__dict__.get("forward") is self
+        if watch is None or not watch.unchanged() or None in found:
+            return False
+        # transformers 5.0 wraps the forward of layers whose outputs it records.
+        return all(p._stack is stack and p._layer().__dict__.get("forward") is p for p in found)  # type: ignore[union-attr]
 
     def _traced(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What Dynamo sees: one operator, which calls this object again when it runs, or the class's forward."""

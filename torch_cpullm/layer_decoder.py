@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layer_parts import own_state
+from .layer_angles import Angles
 from .layer_program import Head
 from .layer_spec import IGNORED
 from .layer_stack import LayerStack, Seen
+from .layer_watch import Glance
 from .linear import PackedEmbedding
 
 _TAKEN = {"input_ids", "attention_mask", "position_ids", "past_key_values", *IGNORED}
@@ -38,12 +39,11 @@ _SETTINGS = ("output_hidden_states", "_output_attentions", "output_attentions", 
 class _Learnt:
     """The modules of a decoder that a step needs beside its layers, and the class of its result.
 
-    positions: (module, arguments after x and the positions) of each kind of position embeddings; rotary: see
-    :func:`ops.layers_forward`.
+    positions: of each kind of position embeddings; rotary: see :func:`ops.layers_forward`.
     """
 
     embedding: nn.Module
-    positions: tuple[tuple[nn.Module, tuple], ...]
+    positions: tuple[Angles, ...]
     rotary: list[int]
     norm: nn.Module
     kind: type
@@ -77,7 +77,7 @@ class DecoderStep:
         self._unchanged = unchanged  # whether the programs of the stack are still those of the layers
         self._windows, self._no_masks = windows, [-1] * len(windows)
         self._learnt: _Learnt | None = None
-        self._state: list[Any] = []
+        self._glance: Glance | None = None
         self._tries = 8
         self._last = _Last()
 
@@ -149,14 +149,8 @@ class DecoderStep:
         for _, pair in seen.calls:
             place = next((i for i, other in enumerate(pairs) if other is pair), -1)
             rotary += [2 * place, 2 * place + 1] if place >= 0 else [-1, -1]
-        positions = tuple(way for way in found if way is not None)
-        self._learnt, self._state = _Learnt(embedding, positions, rotary, norm, type(out)), self._look(owner)
-
-    def _look(self, owner: nn.Module) -> list[Any]:
-        """What decides what the decoder's own code does, arguments aside."""
-        config = vars(owner.config)
-        state = {name: value for name, value in own_state(owner).items() if name != "forward"}
-        return [owner.training, state, dict(owner._modules), [config.get(name) for name in _SETTINGS]]
+        positions = tuple(Angles(*way) for way in found if way is not None)
+        self._learnt, self._glance = _Learnt(embedding, positions, rotary, norm, type(out)), Glance(owner, _SETTINGS)
 
     # ---- running ----------------------------------------------------------------------------------------------------
 
@@ -174,13 +168,13 @@ class DecoderStep:
     ) -> Tensor | None:
         """What the last layer returns in a decode step, or what ``head`` makes of it; None as of :meth:`_run`."""
         cache, mask = kwargs["past_key_values"], kwargs.get("attention_mask")
-        if self._look(owner) != self._state:
+        if self._glance is None or not self._glance.same(owner):
             return None
         length = stack.length_of(cache)
         if length < 0 or (mask is not None and (mask.shape[1] != length + 1 or not bool(mask.all()))):
             return None
         x = learnt.embedding(kwargs["input_ids"])
-        tensors = [t for module, extra in learnt.positions for t in module(x, kwargs["position_ids"], *extra)]
+        tensors = [t for angles in learnt.positions for t in angles(x, kwargs["position_ids"])]
         return stack.run(self._unchanged, x, tensors, learnt.rotary, self._no_masks, cache, head)
 
     # ---- for a step of the whole model ------------------------------------------------------------------------------

@@ -171,8 +171,9 @@ class LayerStack:
             tensors[place] = cast("Tensor", fitting(tensors[place], length + x.shape[1]))
         arguments = (self._handles, x, tensors, rotary, masks, buffers, length, self._groups, self._bypass)
         y = run_all(self._programs, arguments, self._ranks, self._summed, head)
+        length += x.shape[1]
         for each in held:
-            each.advance(x.shape[1])
+            each.length = length  # advance() would look again whether there is room
         return y
 
     @property

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from .layer_decoder import DecoderStep, gives
-from .layer_parts import NoMatchError, own_state, read_norm
+from .layer_parts import NoMatchError, read_norm
 from .layer_program import Head
-from .layer_watch import Watch
+from .layer_watch import Glance, Watch
 from .linear import PackedLinear
 
 _SAME = ("input_ids", "attention_mask", "position_ids", "past_key_values")  # what the decoder gets as the model got it
@@ -26,13 +26,15 @@ _SAME = ("input_ids", "attention_mask", "position_ids", "past_key_values")  # wh
 
 @dataclass(frozen=True)
 class _Learnt:
-    """parts: the last norm and the head; watch: whether they are what they were; kind: the class of the result."""
+    """parts: the last norm and the head; watch, glance: whether those and the model are what they were; kind: the class
+    of the result.
+    """
 
     head: Head
     parts: nn.ModuleList
     watch: Watch
     kind: type
-    state: list[Any]
+    glance: Glance
 
 
 class TokenStep:
@@ -64,7 +66,7 @@ class TokenStep:
         learnt = self._learnt
         if learnt is None:
             return self._look_on(model, decoder, step, named, args, kwargs)
-        if self._look(model) != learnt.state or not learnt.watch.same():
+        if not learnt.glance.same(model) or not learnt.watch.same():
             self._learnt = None
         elif not learnt.watch.waiting() and not _hooked(decoder):
             logits = step.logits(decoder, named, learnt.head)
@@ -99,13 +101,8 @@ class TokenStep:
         except (NoMatchError, ValueError):  # another norm, whose own module computes it
             return out
         parts = nn.ModuleList([step.norm, linear])
-        self._learnt = _Learnt(head, parts, Watch([parts], None), type(out), self._look(model))
+        self._learnt = _Learnt(head, parts, Watch([parts], None), type(out), Glance(model))
         return out
-
-    def _look(self, model: Any) -> list[Any]:
-        """What decides what the model's own code does, arguments aside."""
-        state = {name: value for name, value in own_state(model).items() if name != "forward"}
-        return [model.training, state, dict(model._modules), dict(vars(model.config))]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenStep:
         return TokenStep(memo[id(self._model())], None)

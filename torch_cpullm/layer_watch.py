@@ -100,6 +100,31 @@ class Watch:
         return False
 
 
+class Glance:
+    """Tells whether a module's attributes, its children and its config's settings are those of when it was made.
+
+    Attributes are compared by value, children by identity; ``forward`` is left out. settings: names, None: all.
+    """
+
+    def __init__(self, module: nn.Module, settings: Iterable[str] | None = None) -> None:
+        self._get = _getter(["training", "config", *(name for name in own_state(module) if name != "forward")])
+        self._settings = None if settings is None else tuple(settings)
+        self._seen = self._look(module)
+
+    def _look(self, module: Any) -> tuple[Any, ...]:
+        state = module.__dict__
+        config = vars(state["config"])
+        settings = dict(config) if self._settings is None else [config.get(name) for name in self._settings]
+        return len(state), self._get(state), dict(state["_modules"]), settings
+
+    def same(self, module: nn.Module) -> bool:
+        """Whether ``module`` is still what it was."""
+        try:
+            return self._look(module) == self._seen
+        except KeyError:  # an attribute is gone
+            return False
+
+
 def _texts(hook: Any) -> Iterator[Any]:
     """Cells of a hook's closure that hold text: among them the name of the output that it records."""
     return (cell for cell in hook.__closure__ if isinstance(cell.cell_contents, str))
