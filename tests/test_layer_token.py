@@ -339,6 +339,17 @@ def test_copies_pickles_and_deleted_models(monkeypatch):
         gc.enable()
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_cache_that_nobody_has_is_gone(name):
+    model = optimised(name)
+    cache = CpuLlmCache(model.config)
+    for count in (5, 1, 1, 1, 1, 1):
+        call(model, cache, ids_of(model, 1, count))
+    gone = weakref.ref(cache)
+    del cache
+    assert gone() is None
+
+
 def test_a_forward_that_was_replaced_stays():
     model = optimised()
     torch_cpullm.restore(model)

@@ -51,16 +51,16 @@ class _Learnt:
 
 @dataclass(frozen=True)
 class Done:
-    """A step that went the short way: its arguments, what the last layer returned, and the norm of it."""
+    """A step that went the short way: its arguments and result."""
 
     kwargs: dict[str, Any]
-    y: Tensor
     hidden: Tensor
 
 
 class _Last(threading.local):
-    """A thread's last step that went the short way."""
+    """A thread's last step that went the short way, where somebody wants it: it holds the cache."""
 
+    wanted: bool = False
     done: Done | None = None
 
 
@@ -160,7 +160,8 @@ class DecoderStep:
         if y is None:
             return None
         hidden = learnt.norm(y)
-        self._last.done = Done(kwargs, y, hidden)
+        if self._last.wanted:
+            self._last.done = Done(kwargs, hidden)
         return learnt.kind(last_hidden_state=hidden, past_key_values=kwargs["past_key_values"])
 
     def _layers(
@@ -194,9 +195,13 @@ class DecoderStep:
         stack, learnt = self._stack, self._learnt
         return None if stack is None or learnt is None else self._layers(owner, stack, learnt, kwargs, head)
 
+    def want_done(self) -> None:
+        """Keep this thread's next step for :meth:`take_done`."""
+        self._last.wanted, self._last.done = True, None
+
     def take_done(self) -> Done | None:
-        """This thread's last step that went the short way, once."""
-        done, self._last.done = self._last.done, None
+        """This thread's step since :meth:`want_done`, if it went the short way."""
+        done, self._last.wanted, self._last.done = self._last.done, False, None
         return done
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DecoderStep:

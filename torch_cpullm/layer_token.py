@@ -80,7 +80,7 @@ class TokenStep:
         self, model: Any, decoder: nn.Module, step: DecoderStep, named: dict[str, Any], args: tuple, kwargs: dict
     ) -> Any:
         """The class's result; the short way is taken from now on if it would have given the same."""
-        step.take_done()
+        step.want_done()
         out = self._original(model, *args, **kwargs)
         done = step.take_done()
         if done is None or not step.may_have_head or step.norm is None:
