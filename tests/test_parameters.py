@@ -4,7 +4,9 @@ import copy
 import gc
 import pickle
 import weakref
+from pathlib import Path
 
+import pytest
 import torch
 from layer_models import ALL
 from torch import nn
@@ -63,3 +65,27 @@ def test_a_deleted_model_is_gone():
         assert gone() is None
     finally:
         gc.enable()
+
+
+def mapped(path):
+    """Whether this process has a file of the folder mapped."""
+    return str(path) in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="/proc/self/maps is Linux's")
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_stays_does_not_keep_a_checkpoint_mapped(inference, tmp_path):
+    """transformers makes norms parts of the mapped file."""
+    from transformers import AutoModelForCausalLM
+
+    ALL["llama"].build().save_pretrained(tmp_path)
+    with torch.inference_mode(inference):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        assert mapped(tmp_path)
+        want = {name: value.clone() for name, value in model.named_parameters() if "norm" in name}
+        torch_cpullm.optimize(model)
+    gc.collect()
+    assert not mapped(tmp_path)
+    assert len(want) == 5
+    for name, value in want.items():
+        assert torch.equal(model.get_parameter(name), value)

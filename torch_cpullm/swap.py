@@ -8,6 +8,7 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -99,6 +100,7 @@ def finish(model: nn.Module, settings: Settings, skipped: dict[str, str], frozen
     skipped: name -> reason for modules that stay. frozen: parameters that restore() makes trainable again.
     """
     _set_attributes(model, _cpullm_settings=settings, _cpullm_skipped=skipped, _cpullm_frozen=frozen)
+    _leave_files(model)
     use_attention(model)
     if "transformers" in sys.modules:  # else the model cannot be one of its models
         _kv_cache().use_cache_class(model, settings.kv_cache)
@@ -241,6 +243,32 @@ def freeze(model: nn.Module) -> set[str]:
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     model.requires_grad_(False)
     return names | getattr(model, "_cpullm_frozen", set())
+
+
+def _leave_files(model: nn.Module) -> None:
+    """Copy the parameters that stay out of mapped files that are mostly something else.
+
+    transformers gives each a part of the mapped checkpoint, all of which would stay mapped, and count as resident, for
+    the sake of a few norms.
+    """
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return
+    lines = (line.split(maxsplit=5) for line in maps.read_text().splitlines())
+    files = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines if line[4] != "0"]
+    originals = [m.__dict__["_original"] for _, m in packed_modules(model) if m.__dict__.get("_original") is not None]
+    parameters = [
+        each
+        for module in (model, *originals)
+        for each in module.parameters()
+        if not each.is_meta and each.layout == torch.strided
+    ]
+    for begin, end in files:
+        inside = [each for each in parameters if begin <= each.data_ptr() < end]
+        if inside and 2 * sum(each.nbytes for each in inside) < end - begin:
+            for parameter in inside:
+                with torch.inference_mode(parameter.is_inference()):
+                    parameter.data = parameter.data.clone()
 
 
 def _return_free_memory() -> None:
