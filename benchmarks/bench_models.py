@@ -59,9 +59,10 @@ class Choice:
         group = None if self.group is None else f"g{self.group}"
         return " ".join(part for part in (self.name, group, self.form, self.compute) if part)
 
-    def peak_bytes(self, weights: float) -> float:
-        """About what loading takes at most."""
-        return weights * (2.3 if self.name in ("cpullm", "hf-bf16", "torchao") else 0.9)
+    def peak_bytes(self, weights: float, packed: bool = False) -> float:
+        """About what loading takes at most; packed: ours makes packed weights at once, see shapes.MADE_PACKED."""
+        floats = ("hf-bf16", "torchao") if packed else ("cpullm", "hf-bf16", "torchao")
+        return weights * (2.3 if self.name in floats else 0.9)
 
     def resident_bytes(self, weights: float) -> float:
         """About what a loaded model takes."""
@@ -308,14 +309,14 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Choice]]
 
 def ready(found: Sequence[Choice], args: argparse.Namespace) -> tuple[list[Engine], bool]:
     """The engines that can run, and whether all fit into memory together; prints a dash for the others."""
-    available = machine.available_bytes()
+    available, packed = machine.available_bytes(), shapes.made_packed(args.model)
     running: list[Engine] = []
     weights = None
     for choice in found:
         why = peers.missing(choice.name)
         if not why:
             weights = weights_of(args.model) if weights is None else weights
-            needed = choice.peak_bytes(weights)
+            needed = choice.peak_bytes(weights, packed)
             why = f"needs about {needed / GIB:.0f} GiB of memory" if needed > available else None
         try:
             if why:
@@ -326,7 +327,7 @@ def ready(found: Sequence[Choice], args: argparse.Namespace) -> tuple[list[Engin
     if not running or weights is None:
         return [], True
     loaded = sum(engine.choice.resident_bytes(weights) for engine in running)
-    loading = max(e.choice.peak_bytes(weights) - e.choice.resident_bytes(weights) for e in running)
+    loading = max(e.choice.peak_bytes(weights, packed) - e.choice.resident_bytes(weights) for e in running)
     return running, loaded + loading < 0.8 * available
 
 

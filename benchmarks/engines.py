@@ -77,10 +77,15 @@ def load_cpullm(args: argparse.Namespace) -> HuggingFace:
 
     from . import shapes
 
-    model = shapes.float_model(args.model, torch.bfloat16)
-    weights, tied = float_weights(model), model.config.get_text_config().tie_word_embeddings
     config = torch_cpullm.CpuLlmConfig(group_size=args.group, sym=args.sym, compute=args.compute)
-    model = torch_cpullm.optimize(model, config)
+    if shapes.made_packed(args.model):
+        model = shapes.packed_model(args.model, config)
+        weights = shapes.parameters(args.model) - model.get_input_embeddings().packed.n * model.config.hidden_size
+    else:
+        model = shapes.float_model(args.model, torch.bfloat16)
+        weights = float_weights(model)
+        model = torch_cpullm.optimize(model, config)
+    tied = model.config.get_text_config().tie_word_embeddings
     rows = torch_cpullm.report(model).rows
     read = sum(row.bytes_after for row in rows if tied or row.kind != "embedding")
     return HuggingFace(model, read, weights)

@@ -416,7 +416,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
 """Name -> the function that makes it from rows of bench_ops: peers from all, others from the newest of each case."""
 
 RECIPES = ("quality", "calibration", "kld", "trained", "stories", "compute", "tasks")
-USE = ("cqil_quality", "cqil_speed", "families", "serve", "load", "context", "busy")
+USE = ("cqil_quality", "cqil_speed", "families", "serve", "load", "context", "busy", "overhead")
 PLAIN = (*RECIPES, *USE, "ranks", "sums", "shares", "sockets")
 OTHER: dict[str, Callable[[Sequence[Row]], str]] = {
     "models": models,

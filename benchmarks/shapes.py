@@ -110,6 +110,15 @@ def random_model(name: str, dtype: Any) -> Any:
     return filled(model)
 
 
+MADE_PACKED = 3 * 10**9
+"""Weights of a shape from which bench_models makes them packed at once: quantising random ones would take minutes."""
+
+
+def made_packed(name: str) -> bool:
+    """Whether a named shape is that large."""
+    return (parameters(name) or 0) >= MADE_PACKED
+
+
 def packed_model(
     name: str, settings: Any, share: Any = None, changes: dict[str, Any] | None = None, **sums: Any
 ) -> Any:
@@ -132,7 +141,8 @@ def packed_model(
     try:
         config = AutoConfig.for_model(**(SHAPES[name] | (changes or {})), tie_word_embeddings=False, dtype="bfloat16")
         with no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+            attention = "sdpa" if _has_sdpa(name) else "eager"
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     finally:
         torch.set_default_dtype(before)
     targets, skipped = find_targets(model, settings)

@@ -126,11 +126,11 @@ inline void load(const Kernels& kernels, const Rows& from, const Input& to, Rang
   }
 }
 
-// Columns of panels `part` of one product, fp32.
-inline void product(const Kernels& kernels, const Linear& l, const Input& in, float* out, int64_t stride, Range part,
-                    char* scratch) {
+// Columns of panels `part` of one product.
+inline void product(const Kernels& kernels, const Linear& l, const Input& in, void* out, int64_t stride, Range part,
+                    char* scratch, Float type = Float::f32) {
   if (part.begin >= part.end) return;
-  const Output to{out, stride, Float::f32, l.bias};
+  const Output to{out, stride, type, l.bias};
   if (in.kind == Compute::int8) {
     kernels.linear_i8(l.w, in.q, to, part, scratch);
   } else if (in.kind == Compute::bf16) {

@@ -1,21 +1,12 @@
-// Programs of layers, and layers that run one after the other, in groups. Part of ops_layer.cpp.
+// Layers that run one after the other, in groups. Part of ops_layer.cpp.
 #pragma once
 
-#include <memory>
-#include <vector>
-
-#include "layer.h"
-#include "ops.h"
+#include "program.h"
 
 namespace cpullm {
 namespace {
 
 constexpr const char* kForward = "cpullm::layer_forward";
-
-struct Program {
-  LayerProgram layer;
-  std::vector<Tensor> tensors;  // keeps the memory alive that the program points to
-};
 
 // Layers that run one after the other: each its call, in groups that read one input.
 struct Steps {

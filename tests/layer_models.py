@@ -1,5 +1,7 @@
 """Models, a cache and runs for the tests of the layer program."""
 
+import inspect
+
 import torch
 from families import FAMILIES, Family, llama_like
 from transformers import DynamicCache
@@ -106,7 +108,7 @@ def logits(model, ids, mask, cache, steps):
     """Logits of a prefill, of one token at a time and of a chunk: ids [b, n] cut into ``steps``, teacher-forced."""
     out, start = [], 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    takes_positions = "position_ids" in model.forward.__code__.co_varnames
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     for tokens in steps:
         end = start + tokens
         options = {"position_ids": positions[:, start:end]} if takes_positions else {}

@@ -26,6 +26,8 @@ LAYERS = [
             "layer_graph",
             "layer_stack",
             "layer_decoder",
+            "layer_token",
+            "layer_angles",
             "layer_group",
             "layer_watch",
         ),

@@ -78,6 +78,7 @@ def test_generate_by_steps_groups_and_linears(mode, bypass, kv_cache, counts):
     assert levels(model) == [ONE_OP, *[GROUP_OP] * 4, ONE_OP]
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     counts["steps"] = 0
+    del model.__dict__["forward"]  # its last norm adds in another order, see test_layer_token.py
     steps = model.generate(IDS, **settings, output_logits=True, return_dict_in_generate=True)
     assert counts["steps"] == 6
     for layer in model.model.layers:

@@ -14,7 +14,10 @@ from torch_cpullm.layer_decoder import DecoderStep
 
 
 def optimised(name="llama", **settings):
-    return torch_cpullm.optimize(ALL[name].build(), torch_cpullm.CpuLlmConfig(**settings))
+    """Its last norm and head are their modules', see test_layer_token.py."""
+    model = torch_cpullm.optimize(ALL[name].build(), torch_cpullm.CpuLlmConfig(**settings))
+    model.__dict__.pop("forward", None)
+    return model
 
 
 def step_of(model):
@@ -27,14 +30,14 @@ def ids_of(model, batch, tokens):
 
 def counted(monkeypatch):
     """The number of decode steps that went the short way, as a list of one."""
-    count, real = [0], DecoderStep._run
+    count, real = [0], DecoderStep._layers
 
     def run(self, *args):
         out = real(self, *args)
         count[0] += out is not None
         return out
 
-    monkeypatch.setattr(DecoderStep, "_run", run)
+    monkeypatch.setattr(DecoderStep, "_layers", run)
     return count
 
 
@@ -141,6 +144,16 @@ def test_recorded_outputs_go_the_long_way(monkeypatch):
     assert len(out.hidden_states) == model.config.num_hidden_layers + 1
     model.config.output_hidden_states = True
     assert call(model, cache, ids, position_ids=position_of(cache)).hidden_states is not None
+    assert steps[0] == 0
+
+
+def test_results_of_another_form_go_the_long_way(monkeypatch):
+    model = optimised()
+    cache, steps = warm(model), counted(monkeypatch)
+    ids = ids_of(model, 1, 1)
+    assert isinstance(call(model.model, cache, ids, position_ids=position_of(cache), return_dict=False), tuple)
+    with torch.no_grad():
+        model.model(ids, past_key_values=cache, use_cache=False, position_ids=position_of(cache))
     assert steps[0] == 0
 
 

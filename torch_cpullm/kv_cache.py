@@ -465,6 +465,8 @@ class _PreparesCache(_Maker):
 class _GivesCache(_Maker):
     """Forward pre-hook of a decoder that is called with use_cache and no cache."""
 
+    changes_nothing = True  # of a call with a cache, see layer_token.py
+
     def __init__(self, decoder: nn.Module, dtype: str, masked: bool) -> None:
         super().__init__(dtype, masked)
         self.names = list(inspect.signature(type(decoder).forward).parameters)[1:]

@@ -26,6 +26,7 @@ from .layer_parts import ALIBI, RotaryTable, biased_mask
 from .layer_program import MOST_MEMBERS, Program, run_group, sums_of
 from .layer_spec import IGNORED
 from .layer_stack import LayerStack
+from .layer_token import TokenStep, install_token_step
 from .layer_watch import Watch
 
 ONE_OP, TWO_OPS, GROUP_OP, PER_LINEAR = "one op", "two ops", "one op per group", "per-linear ops"
@@ -75,20 +76,19 @@ def install_programs(model: nn.Module) -> list[Match]:
             program = layer.__dict__.get("forward")
             if isinstance(program, LayerProgram) and program.member is not None:
                 program._together = program.why_not_together() == ""
-        _stack_up(decoder)
+        _stack_up(model, decoder)
     model.__dict__["_cpullm_layers"] = {match.name: match.reason for match in matches}
     return matches
 
 
-def _stack_up(decoder: Decoder) -> None:
+def _stack_up(model: nn.Module, decoder: Decoder) -> None:
     """Let the layers of a decoder run as one operator in decode steps, where they are all alike and programs."""
     found = [layer.__dict__.get("forward") for layer in decoder.layers]
     all_ = [each for each in found if isinstance(each, LayerProgram) and (each._run is not None or each.away)]
     programs = [each for each in all_ if not each.away]
     alike = {(each._rotary is None, each._cache_name, each._needs_mask) for each in programs}
-    windows = [each.window for each in programs]
     groups = [each.member.group for each in programs if each.member is not None]
-    places = [each._index for each in programs]
+    places, windows = [each._index for each in programs], [each.window for each in programs]
     in_place = all(each._layer_idx == each._index for each in programs)
     if len(all_) != len(found) or len(programs) < 2 or len(alike) != 1 or not in_place:
         return
@@ -113,13 +113,14 @@ def _stack_up(decoder: Decoder) -> None:
     first._others, first._stack_watch = [weakref.ref(each) for each in all_], Watch(layers, owner.config)
     if "forward" not in owner.__dict__:
         owner.__dict__["forward"] = DecoderStep(owner, stack, first._all_unchanged, windows)
+    install_token_step(model, owner)
 
 
 def remove_programs(model: nn.Module) -> None:
     """Undo :func:`install_programs`: every layer computes by its class's forward again."""
     for module in model.modules():
         forward = module.__dict__.get("forward")
-        if isinstance(forward, (LayerProgram, DecoderStep)):
+        if isinstance(forward, (LayerProgram, DecoderStep, TokenStep)):
             del module.__dict__["forward"]
         if isinstance(forward, LayerProgram) and forward.member is not None:
             module.__dict__["forward"] = forward.member
@@ -351,14 +352,10 @@ class LayerProgram:
         """Whether every program of the stack is still that of its layer."""
         watch, stack = self._stack_watch, self._stack
         found = [ref() for ref in self._others]
-        return all(each is not None and each._stack is stack and each._in_place() for each in found) and (
-            watch is not None and watch.unchanged()
-        )
-
-    def _in_place(self) -> bool:
-        """Whether this is still the layer's forward: transformers 5.0 wraps those whose outputs it records."""
-        layer = self._layer()
-        return layer is not None and layer.__dict__.get("forward") is self
+        if watch is None or not watch.unchanged() or None in found:
+            return False
+        # transformers 5.0 wraps the forward of layers whose outputs it records.
+        return all(p._stack is stack and p._layer().__dict__.get("forward") is p for p in found)  # type: ignore[union-attr]
 
     def _traced(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What Dynamo sees: one operator, which calls this object again when it runs, or the class's forward."""

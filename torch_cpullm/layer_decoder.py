@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,14 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layer_parts import own_state
+from .layer_angles import Angles
+from .layer_program import Head
 from .layer_spec import IGNORED
 from .layer_stack import LayerStack, Seen
+from .layer_watch import Glance
 from .linear import PackedEmbedding
 
 _TAKEN = {"input_ids", "attention_mask", "position_ids", "past_key_values", *IGNORED}
 # Arguments that may have these values: they change nothing in a decode step.
 _HARMLESS = {"use_cache": (None, True), "return_dict": (None, True)}
+_OFF = (None, False)  # what any other argument must be
 # Settings of a config that change what a decoder returns, not what its layers compute.
 _SETTINGS = ("output_hidden_states", "_output_attentions", "output_attentions", "return_dict", "use_cache", "is_causal")
 
@@ -35,15 +39,29 @@ _SETTINGS = ("output_hidden_states", "_output_attentions", "output_attentions", 
 class _Learnt:
     """The modules of a decoder that a step needs beside its layers, and the class of its result.
 
-    positions: (module, arguments after x and the positions) of each kind of position embeddings; rotary: see
-    :func:`ops.layers_forward`.
+    positions: of each kind of position embeddings; rotary: see :func:`ops.layers_forward`.
     """
 
     embedding: nn.Module
-    positions: tuple[tuple[nn.Module, tuple], ...]
+    positions: tuple[Angles, ...]
     rotary: list[int]
     norm: nn.Module
     kind: type
+
+
+@dataclass(frozen=True)
+class Done:
+    """A step that went the short way: its arguments and result."""
+
+    kwargs: dict[str, Any]
+    hidden: Tensor
+
+
+class _Last(threading.local):
+    """A thread's last step that went the short way, where somebody wants it: it holds the cache."""
+
+    wanted: bool = False
+    done: Done | None = None
 
 
 class DecoderStep:
@@ -59,8 +77,9 @@ class DecoderStep:
         self._unchanged = unchanged  # whether the programs of the stack are still those of the layers
         self._windows, self._no_masks = windows, [-1] * len(windows)
         self._learnt: _Learnt | None = None
-        self._state: list[Any] = []
+        self._glance: Glance | None = None
         self._tries = 8
+        self._last = _Last()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The decoder's forward: arguments and result are those of its class."""
@@ -69,7 +88,7 @@ class DecoderStep:
         if stack is None or torch.compiler.is_compiling():
             return self._original(owner, *args, **kwargs)
         named = dict(zip(self._names, args, strict=False)) | kwargs
-        if len(named) != len(args) + len(kwargs) or not self._plain(named):
+        if len(named) != len(args) + len(kwargs) or not self.plain(named):
             return self._original(owner, *args, **kwargs)
         return self._decode(owner, stack, named)
 
@@ -88,13 +107,12 @@ class DecoderStep:
             self._learn(owner, seen, kwargs, out)
         return out
 
-    def _plain(self, kwargs: dict[str, Any]) -> bool:
+    def plain(self, kwargs: dict[str, Any]) -> bool:
         """Whether this is a decode step that needs no mask: one token per sequence, and padding nowhere."""
         for name, value in kwargs.items():
-            if name not in _TAKEN and value is not None and value is not False:
-                allowed = _HARMLESS.get(name)
-                if allowed is None or value not in allowed:
-                    return False
+            allowed = _HARMLESS.get(name, _OFF)  # by identity: a value may be a tensor
+            if name not in _TAKEN and value is not allowed[0] and value is not allowed[1]:
+                return False
         get = kwargs.get
         ids, mask, positions = get("input_ids"), get("attention_mask"), get("position_ids")
         if ids.__class__ is not Tensor or ids.dim() != 2 or ids.shape[1] != 1 or positions.__class__ is not Tensor:
@@ -115,8 +133,8 @@ class DecoderStep:
         if not all(map(_is_no_mask, (mask for mask, _ in seen.calls), self._windows)):
             return
         embeddings = [m for m in _children(owner) if isinstance(m, (nn.Embedding, PackedEmbedding))]
-        embedding = next((m for m in embeddings if _gives(m, seen.x, kwargs["input_ids"])), None)
-        norm = next((m for m in _children(owner) if _gives(m, out.last_hidden_state, seen.y)), None)
+        embedding = next((m for m in embeddings if gives(m, seen.x, kwargs["input_ids"])), None)
+        norm = next((m for m in _children(owner) if gives(m, out.last_hidden_state, seen.y)), None)
         pairs: list[Any] = []  # the different position embeddings
         for _, pair in seen.calls:
             if pair is not None and not any(pair is other for other in pairs):
@@ -124,36 +142,67 @@ class DecoderStep:
         kinds = sorted(set(getattr(owner.config, "layer_types", None) or ()))
         ways = [(m, extra) for extra in ((), *((kind,) for kind in kinds)) for m in _children(owner)]
         given = (seen.x, kwargs["position_ids"])
-        found = [next((way for way in ways if _gives(way[0], pair, *given, *way[1])), None) for pair in pairs]
+        found = [next((way for way in ways if gives(way[0], pair, *given, *way[1])), None) for pair in pairs]
         if embedding is None or norm is None or None in found:
             return
         rotary: list[int] = []  # of every layer: the places of its cosines and sines
         for _, pair in seen.calls:
             place = next((i for i, other in enumerate(pairs) if other is pair), -1)
             rotary += [2 * place, 2 * place + 1] if place >= 0 else [-1, -1]
-        positions = tuple(way for way in found if way is not None)
-        self._learnt, self._state = _Learnt(embedding, positions, rotary, norm, type(out)), self._look(owner)
-
-    def _look(self, owner: nn.Module) -> list[Any]:
-        """What decides what the decoder's own code does, arguments aside."""
-        config = vars(owner.config)
-        state = {name: value for name, value in own_state(owner).items() if name != "forward"}
-        return [owner.training, state, dict(owner._modules), [config.get(name) for name in _SETTINGS]]
+        positions = tuple(Angles(*way) for way in found if way is not None)
+        self._learnt, self._glance = _Learnt(embedding, positions, rotary, norm, type(out)), Glance(owner, _SETTINGS)
 
     # ---- running ----------------------------------------------------------------------------------------------------
 
     def _run(self, owner: Any, stack: LayerStack, learnt: _Learnt, kwargs: dict[str, Any]) -> Any:
         """The result of a decode step, or None if the class's forward has to compute it."""
+        y = self._layers(owner, stack, learnt, kwargs)
+        if y is None:
+            return None
+        hidden = learnt.norm(y)
+        if self._last.wanted:
+            self._last.done = Done(kwargs, hidden)
+        return learnt.kind(last_hidden_state=hidden, past_key_values=kwargs["past_key_values"])
+
+    def _layers(
+        self, owner: Any, stack: LayerStack, learnt: _Learnt, kwargs: dict[str, Any], head: Head | None = None
+    ) -> Tensor | None:
+        """What the last layer returns in a decode step, or what ``head`` makes of it; None as of :meth:`_run`."""
         cache, mask = kwargs["past_key_values"], kwargs.get("attention_mask")
-        if self._look(owner) != self._state:
+        if self._glance is None or not self._glance.same(owner):
             return None
         length = stack.length_of(cache)
         if length < 0 or (mask is not None and (mask.shape[1] != length + 1 or not bool(mask.all()))):
             return None
         x = learnt.embedding(kwargs["input_ids"])
-        tensors = [t for module, extra in learnt.positions for t in module(x, kwargs["position_ids"], *extra)]
-        y = stack.run(self._unchanged, x, tensors, learnt.rotary, self._no_masks, cache)
-        return None if y is None else learnt.kind(last_hidden_state=learnt.norm(y), past_key_values=cache)
+        tensors = [t for angles in learnt.positions for t in angles(x, kwargs["position_ids"])]
+        return stack.run(self._unchanged, x, tensors, learnt.rotary, self._no_masks, cache, head)
+
+    # ---- for a step of the whole model ------------------------------------------------------------------------------
+
+    @property
+    def norm(self) -> nn.Module | None:
+        """The last norm, once it is known."""
+        return None if self._learnt is None else self._learnt.norm
+
+    @property
+    def may_have_head(self) -> bool:
+        """Whether :meth:`logits` may be called."""
+        return self._stack is not None and self._stack.may_have_head
+
+    def logits(self, owner: nn.Module, kwargs: dict[str, Any], head: Head) -> Tensor | None:
+        """What ``head`` makes of a plain call of the decoder; None if the classes' forwards have to compute it."""
+        stack, learnt = self._stack, self._learnt
+        return None if stack is None or learnt is None else self._layers(owner, stack, learnt, kwargs, head)
+
+    def want_done(self) -> None:
+        """Keep this thread's next step for :meth:`take_done`."""
+        self._last.wanted, self._last.done = True, None
+
+    def take_done(self) -> Done | None:
+        """This thread's step since :meth:`want_done`, if it went the short way."""
+        done, self._last.wanted, self._last.done = self._last.done, False, None
+        return done
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DecoderStep:
         return DecoderStep(memo[id(self._owner())], None, bool, [])
@@ -183,7 +232,7 @@ def _is_no_mask(mask: Any, window: int) -> bool:
     return bool((seen == (torch.arange(keys) >= keys - (window or keys))).all())
 
 
-def _gives(module: nn.Module, result: Any, *args: Any) -> bool:
+def gives(module: nn.Module, result: Any, *args: Any) -> bool:
     """Whether ``module(*args)`` is ``result``, bit for bit."""
     try:
         made = module(*args)

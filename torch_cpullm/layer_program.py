@@ -62,6 +62,24 @@ class Program:
         return cache.reserve(x.shape[0], x.shape[1], self._kv_heads, self._head_dim, x.dtype)
 
 
+class Head:
+    """The last norm and the output head of a model, for :func:`ops.layers_forward`: ``logits = norm(x) W^T + bias``.
+
+    kind, eps, norm: as :func:`layer_parts.read_norm` gives them. Raises ValueError where the sizes do not fit.
+    """
+
+    def __init__(self, kind: str, eps: float, norm: Norm, linear: PackedLinear) -> None:
+        to = _Writer()
+        to.ints += [linear.in_features, linear.out_features, COMPUTE[linear.compute], kind == "layer"]
+        to.norm(norm)
+        to.linear(linear)
+        try:
+            self.handle = torch.ops.cpullm.head_create.default(to.tensors, [int(v) for v in to.ints], [eps])
+        except RuntimeError as error:
+            raise ValueError(str(error).split("\n")[0].split("head_create: ")[-1]) from None
+        weakref.finalize(self, torch.ops.cpullm.layer_free.default, self.handle).atexit = False
+
+
 def run_group(programs: Sequence[Program], bypass: int, calls: Sequence[tuple], ranks: Any = None) -> Tensor | None:
     """``y = x + sum_l (a_l + m_l)`` of layers that read one x, by one operator; see :func:`layer_group.combine`.
 
@@ -132,10 +150,10 @@ def sums_of(groups: Sequence[Sequence[Program]], spread: Sequence[Any]) -> Sums 
     return Sums(ranks, summed, (over_all, over_team))
 
 
-def run_all(arguments: tuple, sums: Sums | None = None) -> Tensor:
-    """``layers_forward(*arguments)``, with the sums of its programs if there are any."""
+def run_all(arguments: tuple, sums: Sums | None = None, head: Head | None = None) -> Tensor:
+    """``layers_forward(*arguments)``, with the sums of its programs; head: only where there are none."""
     if sums is None:
-        return _group_forward(*arguments)
+        return _group_forward(*arguments) if head is None else _group_forward(*arguments, head=head.handle)
     return sums.ranks.run(_group_forward, (*arguments, sums.summed), arguments[1], *sums.counts)
 
 

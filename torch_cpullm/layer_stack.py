@@ -19,7 +19,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
-from .layer_program import Program, Sums, fitting, run_all
+from .layer_program import Head, Program, Sums, fitting, run_all
 
 MOST_TOKENS = 8  # of a sequence in one step; beyond, the operators' own cost does not matter
 _BUFFERS = "_stack_buffers"  # attribute of a cache: whose, tokens it has room for, its keys, all its buffers in order
@@ -151,10 +151,12 @@ class LayerStack:
         rotary: list[int],
         masks: list[int],
         cache: Any,
+        head: Head | None = None,
     ) -> Tensor | None:
-        """The output of all layers, or None if each has to be called.
+        """The output of all layers, or what ``head`` makes of it; None if each has to be called.
 
-        unchanged: as in :meth:`begin`. tensors, rotary, masks: as :func:`ops.layers_forward` takes them.
+        unchanged: as in :meth:`begin`. tensors, rotary, masks: as :func:`ops.layers_forward` takes them. head: see
+        :attr:`may_have_head`.
         """
         if self._hooked() or not unchanged():
             return None
@@ -165,10 +167,16 @@ class LayerStack:
         for place in {*masks} - {-1}:
             tensors[place] = cast("Tensor", fitting(tensors[place], length + x.shape[1]))
         arguments = (self._handles, x, tensors, rotary, masks, buffers, length, self._groups, self._bypass)
-        y = run_all(arguments, self._sums)
+        y = run_all(arguments, self._sums, head)
+        length += x.shape[1]
         for each in held:
-            each.advance(x.shape[1])
+            each.length = length  # advance() would look again whether there is room
         return y
+
+    @property
+    def may_have_head(self) -> bool:
+        """Whether a head may follow in the operator: nothing is summed over ranks."""
+        return self._sums is None
 
     def take_last(self) -> Seen | None:
         """This thread's last step that was looked at from end to end, once."""

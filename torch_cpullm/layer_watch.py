@@ -78,7 +78,11 @@ class Watch:
 
     def unchanged(self) -> bool:
         """Whether nothing has changed and no hook waits inside."""
-        return not any(self._hooks) and self.same()
+        return not self.waiting() and self.same()
+
+    def waiting(self) -> bool:
+        """Whether there is a hook inside; see :meth:`hooked`."""
+        return any(self._hooks)
 
     def hooked(self) -> bool:
         """Whether a hook inside waits for the module's call.
@@ -94,6 +98,31 @@ class Watch:
                 if wanted and hook.__closure__ and any(cell.cell_contents in wanted for cell in _texts(hook)):
                     return True
         return False
+
+
+class Glance:
+    """Tells whether a module's attributes, its children and its config's settings are those of when it was made.
+
+    Attributes are compared by value, children by identity; ``forward`` is left out. settings: names, None: all.
+    """
+
+    def __init__(self, module: nn.Module, settings: Iterable[str] | None = None) -> None:
+        self._get = _getter(["training", "config", *(name for name in own_state(module) if name != "forward")])
+        self._settings = None if settings is None else tuple(settings)
+        self._seen = self._look(module)
+
+    def _look(self, module: Any) -> tuple[Any, ...]:
+        state = module.__dict__
+        config = vars(state["config"])
+        settings = dict(config) if self._settings is None else [config.get(name) for name in self._settings]
+        return len(state), self._get(state), dict(state["_modules"]), settings
+
+    def same(self, module: nn.Module) -> bool:
+        """Whether ``module`` is still what it was."""
+        try:
+            return self._look(module) == self._seen
+        except KeyError:  # an attribute is gone
+            return False
 
 
 def _texts(hook: Any) -> Iterator[Any]:

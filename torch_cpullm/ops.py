@@ -298,6 +298,7 @@ def layers_forward(
     team_shared: Tensor | None = None,
     team_rank: int = 0,
     team_ranks: int = 1,
+    head: int = 0,
 ) -> Tensor:
     """The programs of several layers, in groups of these sizes, each on the output of the one before.
 
@@ -308,13 +309,13 @@ def layers_forward(
     what of each group is summed over ranks: 0 nothing, 1 attention's output and the MLP's of a layer that is cut (of a
     parallel layer, their sum), 2 the sum_l above, of whose members this rank has some, 3 as 1, over a team of the
     ranks, 4 as 2, where a team cuts each member among its ranks and so sums attention's output too; shared, rank,
-    ranks, timeout_s: as of :func:`shared_sum`; team_shared, team_rank, team_ranks: the same of this rank's team. Raises
-    RuntimeError for what does not fit, and where a rank did not come.
+    ranks, timeout_s: as of :func:`shared_sum`; team_shared, team_rank, team_ranks: the same of this rank's team. head:
+    of a :class:`layer_program.Head`, 0 for none: the result is then ``norm(y) W^T + bias`` [b, s, n], of x's dtype.
+    Raises RuntimeError for what does not fit, and where a rank did not come.
     """
-    sums = summed, shared, rank, ranks, timeout_s, team_shared, team_rank, team_ranks
-    return torch.ops.cpullm.layers_forward.default(
-        programs, x, tensors, rotary, masks, caches, length, groups, bypass, *sums
-    )
+    arguments = (programs, x, tensors, rotary, masks, caches, length, groups, bypass, summed)
+    sums = shared, rank, ranks, timeout_s, team_shared, team_rank, team_ranks
+    return torch.ops.cpullm.layers_forward.default(*arguments, *sums, head)
 
 
 def layer_attention(
@@ -461,7 +462,9 @@ def _layer_forward_fake(program, x, cos, sin, mask, k_cache, v_cache, k_scale, v
 
 
 @torch.library.register_fake("cpullm::layers_forward")
-def _layers_forward_fake(programs, x, *_, **__):
+def _layers_forward_fake(programs, x, *others, head=0, **__):
+    if head or (len(others) == 13 and others[-1]):
+        raise RuntimeError("cpullm::layers_forward: how many logits a head gives is not known while tracing")
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -476,28 +479,7 @@ def _layer_mlp_fake(program, x):
 
 
 __all__ = [
-    "COMPUTE",
-    "PANEL",
-    "STEP",
-    "activation",
-    "attention",
-    "cache_append",
-    "check_compute",
-    "dequantize",
-    "embedding",
-    "experts",
-    "isa",
-    "isa_levels",
-    "layer_attention",
-    "layer_forward",
-    "layer_mlp",
-    "layer_norm",
-    "layers_forward",
-    "linear",
-    "quantize_activations",
-    "quantize_weights",
-    "rms_norm",
-    "rope",
-    "use_isa",
-    "weight_linear",
-]
+    "COMPUTE", "PANEL", "STEP", "activation", "attention", "cache_append", "check_compute", "dequantize", "embedding",
+    "experts", "isa", "isa_levels", "layer_attention", "layer_forward", "layer_mlp", "layer_norm", "layers_forward",
+    "linear", "quantize_activations", "quantize_weights", "rms_norm", "rope", "use_isa", "weight_linear",
+]  # fmt: skip

@@ -8,6 +8,7 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -99,6 +100,7 @@ def finish(model: nn.Module, settings: Settings, skipped: dict[str, str], frozen
     skipped: name -> reason for modules that stay. frozen: parameters that restore() makes trainable again.
     """
     _set_attributes(model, _cpullm_settings=settings, _cpullm_skipped=skipped, _cpullm_frozen=frozen)
+    _leave_files(model)
     use_attention(model)
     if "transformers" in sys.modules:  # else the model cannot be one of its models
         _kv_cache().use_cache_class(model, settings.kv_cache)
@@ -145,7 +147,7 @@ def restore(model: nn.Module) -> nn.Module:
     trained = model.__dict__.get("_cpullm_frozen")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained is None or name in trained)
-    for name in ("_cpullm_settings", "_cpullm_skipped", "_cpullm_frozen", "_apply"):
+    for name in ("_cpullm_settings", "_cpullm_skipped", "_cpullm_frozen", "_apply", "parameters"):
         model.__dict__.pop(name, None)
     restore_attention(model)
     if "transformers" in sys.modules:
@@ -243,6 +245,32 @@ def freeze(model: nn.Module) -> set[str]:
     return names | getattr(model, "_cpullm_frozen", set())
 
 
+def _leave_files(model: nn.Module) -> None:
+    """Copy the parameters that stay out of mapped files that are mostly something else.
+
+    transformers gives each a part of the mapped checkpoint, all of which would stay mapped, and count as resident, for
+    the sake of a few norms.
+    """
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return
+    lines = (line.split(maxsplit=5) for line in maps.read_text().splitlines())
+    files = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines if line[4] != "0"]
+    originals = [m.__dict__["_original"] for _, m in packed_modules(model) if m.__dict__.get("_original") is not None]
+    parameters = [
+        each
+        for module in (model, *originals)
+        for each in module.parameters()
+        if not each.is_meta and each.layout == torch.strided
+    ]
+    for begin, end in files:
+        inside = [each for each in parameters if begin <= each.data_ptr() < end]
+        if inside and 2 * sum(each.nbytes for each in inside) < end - begin:
+            for parameter in inside:
+                with torch.inference_mode(parameter.is_inference()):
+                    parameter.data = parameter.data.clone()
+
+
 def _return_free_memory() -> None:
     """Give the freed float weights back to the system: blocks of up to 32 MB glibc would keep for later."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
@@ -255,7 +283,7 @@ _CPU_MAP = {"": torch.device("cpu")}
 
 def _guard(model: nn.Module) -> None:
     """Keep the model on the CPU, whole, and let transformers' methods save and dequantise packed weights."""
-    _set_attributes(model, _apply=_GuardedApply(model))
+    _set_attributes(model, _apply=_GuardedApply(model), parameters=_Parameters(model))
     if not hasattr(model, "save_pretrained"):
         return
     if torch.accelerator.is_available() and not hasattr(model, "hf_device_map"):
@@ -286,6 +314,43 @@ class _GuardedApply:
 
     def __reduce__(self) -> tuple:
         return _GuardedApply, (self._model(),)
+
+
+class _Parameters:
+    """``Module.parameters`` that does not walk through packed modules to the first one.
+
+    transformers asks for that twice per token, as the model's device: 14 us each. Holds no reference to its model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        first = next((name for name, _ in model.named_parameters()), "")
+        self._path, _, self._name = first.rpartition(".")
+
+    def __call__(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The parameters of the class's method, each once, the first of them found by its name."""
+        model: Any = self._model()
+        module = model
+        for name in self._path.split(".") if self._path else ():
+            module = None if module is None else module._modules.get(name)
+        first = module._parameters.get(self._name) if module is not None and recurse else None
+        if first is not None:
+            yield first
+        yield from (each for each in type(model).parameters(model, recurse) if each is not first)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Parameters:
+        revive, arguments = self.__reduce__()
+        return revive(memo[id(self._model())], *arguments[1:])
+
+    def __reduce__(self) -> tuple:
+        return _parameters_of, (self._model(), self._path, self._name)
+
+
+def _parameters_of(model: nn.Module, path: str, name: str) -> _Parameters:
+    """A copied model's, whose modules may not be there yet."""
+    made = _Parameters.__new__(_Parameters)
+    made._model, made._path, made._name = weakref.ref(model), path, name
+    return made
 
 
 def _teach_to_dequantize(kind: Any) -> None:

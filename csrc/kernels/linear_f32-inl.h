@@ -46,16 +46,18 @@ static inline void dequantize_block(const uint8_t* block, int half, const Simd::
   }
 }
 
-// R rows x one panel straight from the codes. Four partial sums per output (input mod 4), added pairwise at the end.
+// R rows x one panel straight from the codes. One or two rows have four partial sums per output (input mod 4), added
+// pairwise at the end: more rows have chains enough, and no registers for them.
 template <int R, int kBits>
 void direct_f32(const Weight& w, const float* x, int64_t tile, int64_t panel, float* y) {
   using S = Simd;
   constexpr int64_t kBytes = 16 * kBits;
+  constexpr int kSums = R <= 2 ? 4 : 1;
   for (int h = 0; h < S::kHalves; ++h) {
-    S::F sum[R][2][4];
+    S::F sum[R][2][kSums];
     for (int r = 0; r < R; ++r)
       for (int i = 0; i < 2; ++i)
-        for (int j = 0; j < 4; ++j) sum[r][i][j] = S::zero();
+        for (int j = 0; j < kSums; ++j) sum[r][i][j] = S::zero();
     const uint8_t* codes = w.codes + panel * (w.k_padded / kStep) * kBytes;
     const float* p = x;
     int64_t k = 0;
@@ -69,20 +71,22 @@ void direct_f32(const Weight& w, const float* x, int64_t tile, int64_t panel, fl
         dequantize_block<kBits>(codes, h, scale, base, v);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int r = 0; r < R; ++r) {
             const S::F a = S::set1(p[j * tile + r]);
-            sum[r][0][j] = S::fma(a, v[0][j], sum[r][0][j]);
-            sum[r][1][j] = S::fma(a, v[1][j], sum[r][1][j]);
+            sum[r][0][j % kSums] = S::fma(a, v[0][j], sum[r][0][j % kSums]);
+            sum[r][1][j % kSums] = S::fma(a, v[1][j], sum[r][1][j % kSums]);
           }
         codes += kBytes;
         p += kStep * tile;
       }
     }
     for (int r = 0; r < R; ++r)
-      for (int i = 0; i < 2; ++i)
+      for (int i = 0; i < 2; ++i) {
+        const S::F* const s = sum[r][i];
         S::store(y + r * kPanel + h * S::kLanes + 16 * i,
-                 (sum[r][i][0] + sum[r][i][1]) + (sum[r][i][2] + sum[r][i][3]));
+                 kSums == 1 ? s[0] : (s[0] + s[1 % kSums]) + (s[2 % kSums] + s[3 % kSums]));
+      }
   }
 }
 
@@ -153,8 +157,19 @@ void run_tile_f32(int64_t rows, const float* w, const float* x, int64_t tile, in
 
 template <int kBits>
 void run_direct_f32(int64_t rows, const Weight& w, const float* x, int64_t tile, int64_t panel, float* y) {
-  if (rows == 1) return direct_f32<1, kBits>(w, x, tile, panel, y);
-  if (rows == 2) return direct_f32<2, kBits>(w, x, tile, panel, y);
+  switch (rows) {
+    case 1: return direct_f32<1, kBits>(w, x, tile, panel, y);
+    case 2: return direct_f32<2, kBits>(w, x, tile, panel, y);
+#if CPULLM_TILE_ROWS > 6
+    case 3: return direct_f32<3, kBits>(w, x, tile, panel, y);
+    case 4: return direct_f32<4, kBits>(w, x, tile, panel, y);
+    case 5: return direct_f32<5, kBits>(w, x, tile, panel, y);
+    case 6: return direct_f32<6, kBits>(w, x, tile, panel, y);
+    case 7: return direct_f32<7, kBits>(w, x, tile, panel, y);
+    case 8: return direct_f32<8, kBits>(w, x, tile, panel, y);
+#endif
+    default: __builtin_trap();  // a tile this level does not make
+  }
 }
 
 // out[k] = row `row` of W: one 4-byte lane of every block.
@@ -198,7 +213,7 @@ void run_direct_f32(int64_t rows, const Weight& w, const float* x, int64_t tile,
   }
 }
 
-constexpr int64_t kDirectFloatRows = 2;
+constexpr int64_t kDirectFloatRows = CPULLM_TILE_ROWS > 6 ? 8 : 2;  // with 32 registers, or with 16
 
 [[maybe_unused]] int64_t tile_rows_f32(int64_t m) {
   return even_tile(m, m <= kDirectFloatRows ? kDirectFloatRows : Simd::kFloatRows);
