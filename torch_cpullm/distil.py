@@ -83,8 +83,9 @@ def distil(
     codes: whether codes learn as well, ``code_rate`` levels a step at first; many tokens are needed, since they can
     learn these by heart. batch: sequences of a step; None: 2, and up to 16 where there are many. device: where both
     models compute; None: where the model is. dtype: of products and attention, by torch.autocast; None: bfloat16 on a
-    GPU that has it, else float32. Losses, gradients of scales and codes, and Adam are in float32. Zero points and minima stay, and so does the size; experts are taken as
-    float. The same arguments give the same values on one machine with one number of threads.
+    GPU that has it, else float32. Losses, gradients of scales and codes, and Adam are in float32. Zero points and
+    minima stay, and so does the size; experts are taken as float. The same arguments give the same values on one
+    machine with one number of threads.
 
     Raises ValueError: ids no tokens of the model, epochs, batch or a rate out of range, a dtype that is neither
     bfloat16 nor float32, a model that is not of transformers, a device that is not there, a loss that is no number.
@@ -153,9 +154,9 @@ def _learn(
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(steps))
     backward = _backward(model, student, dtype)
-    shape = steps[0].shape
-    together = 1 if place.type == "cpu" else max(1, _LOGITS // (4 * shape[1] * model.config.get_text_config().vocab_size))
-    together = min(together, shape[0])
+    length, vocabulary = steps[0].shape[1], model.config.get_text_config().vocab_size
+    together = 1 if place.type == "cpu" else max(1, _LOGITS // (4 * length * vocabulary))
+    together = min(together, len(steps[0]))
     recorded = None
     if place.type == "cuda" and len(steps) >= _WORTH:
         learning = [value for group in groups for value in group["params"]]
