@@ -83,7 +83,7 @@ def distil(
     codes: whether codes learn as well, ``code_rate`` levels a step at first; many tokens are needed, since they can
     learn these by heart. batch: sequences of a step; None: 2, and up to 16 where there are many. device: where both
     models compute; None: where the model is. dtype: of products and attention, by torch.autocast; None: bfloat16 on a
-    GPU that has it, else float32. Losses, gradients of scales and codes, and Adam are in float32. Zero points and
+    GPU that has it, else float32. Losses, scales, codes and Adam are in float32. Zero points and
     minima stay, and so does the size; experts are taken as float. The same arguments give the same values on one
     machine with one number of threads.
 
