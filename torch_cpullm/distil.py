@@ -36,7 +36,7 @@ log = logging.getLogger("torch_cpullm")
 RATE, CODE_RATE = 0.003, 0.02
 ROUNDED = 128  # sequences that rounding looks at, where there are more to learn from
 _LOGITS = 2 << 30  # bytes of float32 logits at once, on other devices than the CPU
-_WORTH = 16  # steps from which on recording one for replay pays
+_WORTH = 64  # steps from which on recording one for replay pays
 
 
 def some_of(ids: Tensor, count: int) -> Tensor:
