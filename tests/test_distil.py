@@ -159,3 +159,27 @@ def test_what_is_refused():
     model.model.layers[0].mlp.up_proj.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="distilling: the loss is nan"):
         distil(model, found, ids, progress=False)
+
+
+@pytest.mark.parametrize("codes", [False, True])
+def test_products_in_bfloat16_learn_the_same(codes):
+    """By autocast, with biases: the loss falls as in float32, and nothing global is left changed."""
+    model = BY_NAME["qwen2"].build().eval()
+    ids = tokens(model, 8, 24)
+    first = calibrate(model, ids, forms_of(model, FP32), Method("gptq"), progress=False)
+    switches = torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled(), torch.get_float32_matmul_precision()
+    options = {"epochs": 6, "codes": codes, "progress": False}
+    exact, fast = (distil(model, first, ids, dtype=d, **options) for d in (torch.float32, torch.bfloat16))
+    assert switches == (
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_cache_enabled(),
+        torch.get_float32_matmul_precision(),
+    )
+    assert all(value.dtype == torch.float32 for value in fast.parameters.values())
+    before, by_exact, by_fast = (kl(model, found, ids) for found in (first, exact, fast))
+    assert by_fast < before
+    assert by_fast == pytest.approx(by_exact, rel=0.2)
+    changed = unpack(fast.packed["model.layers.0.mlp.down_proj"]).scales
+    assert not torch.equal(changed, unpack(first.packed["model.layers.0.mlp.down_proj"]).scales)
+    with pytest.raises(ValueError, match=r"dtype must be torch.bfloat16 or torch.float32, got torch.float16"):
+        distil(model, first, ids, dtype=torch.float16, progress=False)

@@ -10,6 +10,7 @@ import torch
 from small_models import llama
 from torch.nn import functional as F
 
+from torch_cpullm import calibration
 from torch_cpullm.calibration import calibration_ids, self_generated, text_ids
 from torch_cpullm.quality import evaluate, harness, logits_of, score_lines, window_logits, windows
 
@@ -132,6 +133,22 @@ def test_self_generated_tokens_are_seeded_and_leave_the_generator_alone():
     assert not torch.equal(first, self_generated(model, 3, 12, seed=6))
     assert int(first.min()) >= 0
     assert int(first.max()) < 96
+
+
+def test_generated_at_once_is_bounded_by_bytes():
+    """Elsewhere than on the CPU: keys, values and what a token is drawn from; nothing is computed here."""
+    gpu, model = torch.device("cuda"), llama()
+    config = model.config
+    size = config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * size * 4
+    sampled = 16 * config.vocab_size
+    assert calibration._together(model, torch.device("cpu"), 512) == 16
+    assert calibration._together(model, gpu, 16) == calibration._MOST
+    length = 2_000_000
+    assert calibration._together(model, gpu, length) == calibration._BYTES // (length * per_token + sampled)
+    assert calibration._together(model, gpu, 10**9) == 1
+    half = calibration._together(model.to(torch.bfloat16), gpu, length)
+    assert half == calibration._BYTES // (length * per_token // 2 + sampled)
 
 
 def test_unusable_calibration_data():

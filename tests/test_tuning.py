@@ -55,13 +55,43 @@ def test_an_unreachable_target_keeps_the_best_and_says_so(caplog):
     with caplog.at_level(logging.WARNING, "torch_cpullm"):
         tuned = torch_cpullm.autotune(model, None, 0.0, measure_against(model), methods=SHORT, budget_bits=5.5, **FEW)
     assert not tuned.met
-    names = ["RTN", "GPTQ", "GPTQ + distilled x1", "GPTQ + distilled x1, mixed"]
+    names = ["RTN", "GPTQ", "GPTQ + distilled x1", "GPTQ + distilled x1, mixed to 5.5"]
     assert [step.name for step in tuned.steps] == names
     assert tuned.best.change == min(step.change for step in tuned.steps) > 0
     assert all(step.bits <= 5.5 for step in tuned.steps)
     assert "no method met the target" in caplog.text
     assert "MISSED" in str(tuned)
     assert "MISSED" in tuned.markdown()
+
+
+@pytest.mark.parametrize(
+    ("changes", "tried"),
+    [
+        ({5.5: 0.015, 9.0: 0.005}, [5.5, 6]),
+        ({7.8: 1000.0, 9.0: 0.5}, [5.5, 8.5]),  # hopeless in between
+        ({9.0: 0.011}, [5.5, 6, 6.5, 7, 7.5, 8.5]),
+    ],
+)
+def test_mixtures_grow_until_the_target_is_met(monkeypatch, tmp_path, changes, tried):
+    """The measure is a function of the size alone. The model's own form is beyond 5 bits: its MLPs are padded."""
+    calls = []
+    monkeypatch.setattr(tuning, "sensitivities", lambda *a, **k: calls.append(1) or sensitivities(*a, **k))
+
+    def measure(model):
+        if not any(isinstance(module, PackedLinear) for module in model.modules()):
+            return 1.0
+        return 1 + next(change for size, change in changes.items() if torch_cpullm_bits(model) <= size)
+
+    options = {**FEW, "methods": (Method("gptq"),), "budget_bits": 8.5, "folder": tmp_path}
+    tuned = torch_cpullm.autotune(llama(), None, 0.01, measure, **options)
+    assert [step.name for step in tuned.steps] == ["GPTQ", *(f"GPTQ, mixed to {bits:g}" for bits in tried)]
+    assert len(calls) == 1
+    sizes = [step.bits for step in tuned.steps[1:]]
+    assert sizes == sorted(set(sizes))
+    assert all(size <= bits for size, bits in zip(sizes, tried, strict=True))
+    assert tuned.met is (tuned.steps[-1].change <= 0.01)
+    assert tuned.best.change == min(step.change for step in tuned.steps)
+    assert torch_cpullm_bits(tuned.model) == pytest.approx(tuned.best.bits)
 
 
 def test_codes_learn_where_there_are_many_sequences(monkeypatch):

@@ -18,7 +18,8 @@ from .devices import device_of
 from .quality import check_ids, logits_of
 
 SEQUENCES, LENGTH = 128, 512
-_TOGETHER, _TOGETHER_ELSEWHERE = 16, 256  # sequences that are generated at once on the CPU, and on other devices
+_TOGETHER = 16  # sequences that are generated at once on the CPU
+_MOST, _BYTES = 1024, 8 << 30  # of them, and of their keys, values and logits, on other devices
 
 
 def calibration_ids(
@@ -112,7 +113,7 @@ def self_generated(model: nn.Module, sequences: int = SEQUENCES, length: int = L
     if size is None:
         raise ValueError("model has no get_input_embeddings() and cannot generate its own calibration text; pass one")
     found = []
-    together = _TOGETHER if device.type == "cpu" else _TOGETHER_ELSEWHERE
+    together = _together(model, device, length)
     for begin in range(0, sequences, together):
         count = min(together, sequences - begin)
         first = torch.randint(size, (count, 1), generator=generator)
@@ -124,6 +125,18 @@ def self_generated(model: nn.Module, sequences: int = SEQUENCES, length: int = L
         else:
             found.append(torch.stack([_sample(model, row, length, generator) for row in first]))
     return torch.cat(found)
+
+
+def _together(model: Any, device: torch.device, length: int) -> int:
+    """How many sequences of ``length`` tokens are generated at once on ``device``, by the bytes that one needs."""
+    if device.type == "cpu" or not hasattr(model, "generate"):
+        return _TOGETHER
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cached = 2 * config.num_hidden_layers * heads * size * length * model.dtype.itemsize
+    sampled = 4 * 4 * config.vocab_size  # float32 logits, their chances and what sampling makes of them
+    return max(1, min(_MOST, _BYTES // (cached + sampled)))
 
 
 def _generate(model: Any, first: Tensor, length: int) -> Tensor:

@@ -146,7 +146,8 @@ def autotune_command(
     eval_text: EvalOption = None,
     calibration: CalibrationOption = None,
     budget_bits: Annotated[
-        float, typer.Option(min=0.0, metavar="X", help="Most bits per weight of the decoder, scales included.")
+        float,
+        typer.Option(min=0.0, metavar="X", help="Most bits per weight of the decoder; 8.5: no limit."),
     ] = 5.0,
     sequences: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Calibration sequences. Default: 64, on a --device 2048.")
@@ -162,12 +163,13 @@ def autotune_command(
 ) -> None:
     """Find the cheapest INT4 recipe whose loss is within a target, and save the model and a report.
 
-    From rounding to nearest to AWQ with GPTQ in mixed precision; each is measured. If none is good enough, the best one
-    is saved, and the report says so.
+    From rounding to nearest to AWQ with GPTQ, then in mixed precision with more and more bits, up to --budget-bits;
+    each is measured. If none is good enough, the best one is saved, and the report says so.
 
     \b
     Examples:
       cpullm autotune ./my-model ./my-model-int4
+      cpullm autotune ./my-model ./my-model-int4 --budget-bits 8.5
       cpullm autotune ./my-model ./out --target 0.02 --eval held-out.txt --calibration texts.txt --work ./layers
     """  # noqa: D301 (a raw string would lose the mark that keeps these lines apart)
     options: dict[str, Any] = {"budget_bits": budget_bits, "sequences": sequences, "length": length}

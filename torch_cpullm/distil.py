@@ -10,8 +10,10 @@ float model as the teacher, and codes: LLM-QAT, Liu et al. 2023.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -29,8 +31,12 @@ from .quality import check_ids
 from .quant.groups import as_groups
 from .trial import twin
 
+log = logging.getLogger("torch_cpullm")
+
 RATE, CODE_RATE = 0.003, 0.02
 ROUNDED = 128  # sequences that rounding looks at, where there are more to learn from
+_LOGITS = 2 << 30  # bytes of float32 logits at once, on other devices than the CPU
+_WORTH = 64  # steps from which on recording one for replay pays
 
 
 def some_of(ids: Tensor, count: int) -> Tensor:
@@ -67,6 +73,7 @@ def distil(
     code_rate: float = CODE_RATE,
     batch: int | None = None,
     device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> Calibrated:
     """``found`` with scales of the decoder's linears, and gains of its norms, that lower KL(model || quantised) on ids.
@@ -75,11 +82,13 @@ def distil(
     int64 [sequences, s], never what will be reported. rate: of Adam, relative to each value; it falls to 0 linearly.
     codes: whether codes learn as well, ``code_rate`` levels a step at first; many tokens are needed, since they can
     learn these by heart. batch: sequences of a step; None: 2, and up to 16 where there are many. device: where both
-    models compute; None: where the model is. Zero points and minima stay, and so does the size; experts are taken as
-    float. The same arguments give the same values on one machine with one number of threads.
+    models compute; None: where the model is. dtype: of products and attention, by torch.autocast; None: bfloat16 on a
+    GPU that has it, else float32. Losses, scales, codes and Adam are in float32. Zero points and
+    minima stay, and so does the size; experts are taken as float. The same arguments give the same values on one
+    machine with one number of threads.
 
-    Raises ValueError: ids no tokens of the model, epochs, batch or a rate out of range, a model that is not of
-    transformers, a device that is not there, a loss that is no number.
+    Raises ValueError: ids no tokens of the model, epochs, batch or a rate out of range, a dtype that is neither
+    bfloat16 nor float32, a model that is not of transformers, a device that is not there, a loss that is no number.
     """
     ids = check_ids(ids, model)
     if ids.dim() != 2:
@@ -93,9 +102,13 @@ def distil(
             raise ValueError(f"{name} must lie between 0 and 1, got {number!r}")
     if not hasattr(model, "config"):
         raise ValueError(f"distilling needs a model of transformers, got {type(model).__name__}")
+    if dtype not in (None, torch.bfloat16, torch.float32):
+        raise ValueError(f"dtype must be torch.bfloat16 or torch.float32, got {dtype!r}")
     prefix, _ = decoder_layers(model)
     model = model_on(model, device)
     place = device_of(model)
+    if dtype is None:
+        dtype = torch.bfloat16 if place.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     student = twin(model).eval()
     values = dict(student.named_parameters())
     for name, value in found.parameters.items():
@@ -120,7 +133,7 @@ def distil(
     if codes:
         groups.append({"params": [learner.levels for learner in learners.values()], "lr": code_rate})
     steps = [rows for _ in range(epochs) for rows in ids.split(batch)]
-    _learn(model, student, steps, list(learners.values()), groups, progress)
+    _learn(model, student, steps, list(learners.values()), groups, dtype, progress)
     result = Calibrated(dict(found.packed), dict(found.parameters))
     result.packed |= {name: pack(learner.quantized().to("cpu")) for name, learner in learners.items()}
     result.parameters |= {name: value.detach().float().cpu() for name, value in gains.items()}
@@ -133,31 +146,95 @@ def _learn(
     steps: Sequence[Tensor],
     learners: Sequence[_Linear],
     groups: list[dict[str, Any]],
+    dtype: torch.dtype,
     progress: bool,
 ) -> None:
-    """Adam on what learns; on the CPU the sequences of a step one after another: logits of one are in memory."""
+    """Adam on what learns; the sequences of a step in parts, so that few logits are in memory: on the CPU of one."""
     place = device_of(model)
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(steps))
+    backward = _backward(model, student, dtype)
+    length, vocabulary = steps[0].shape[1], model.config.get_text_config().vocab_size
+    together = 1 if place.type == "cpu" else max(1, _LOGITS // (4 * length * vocabulary))
+    together = min(together, len(steps[0]))
+    recorded = None
+    if place.type == "cuda" and len(steps) >= _WORTH:
+        learning = [value for group in groups for value in group["params"]]
+        recorded = _recorded(backward, steps[0][:together].to(place), learning)
     bar = tqdm(steps, desc="distil", unit="step", disable=not progress)
     for rows in bar:
-        optimizer.zero_grad()
-        total = 0.0
-        for part in rows.to(place).split(1 if place.type == "cpu" else len(rows)):
-            with torch.no_grad():
-                wanted = model(part, use_cache=False).logits.flatten(0, 1).float().log_softmax(-1)
-            with torch.enable_grad():
-                logits = student(part, use_cache=False).logits.flatten(0, 1).float()
-                loss = nn.functional.kl_div(logits.log_softmax(-1), wanted, log_target=True, reduction="batchmean")
-                (loss * (len(part) / len(rows))).backward()
-            total += float(loss.detach()) * len(part) / len(rows)
-        if not math.isfinite(total):
-            raise ValueError(f"distilling: the loss is {total}; the quantised model or the tokens are damaged")
-        bar.set_postfix(kl=f"{total:.4f}")
+        optimizer.zero_grad(set_to_none=recorded is None)
+        total = torch.zeros((), device=place)
+        for part in rows.to(place).split(together):
+            run = recorded if recorded is not None and len(part) == together else backward
+            total += run(part, len(part) / len(rows))
         optimizer.step()
         schedule.step()
         for learner in learners:
             learner.keep_in_range()
+        value = float(total)  # only here: a GPU is waited for once a step
+        if not math.isfinite(value):
+            raise ValueError(f"distilling: the loss is {value}; the quantised model or the tokens are damaged")
+        bar.set_postfix(kl=f"{value:.4f}")
+
+
+_Backward = Callable[[Tensor, "float | Tensor"], Tensor]
+
+
+def _backward(model: Any, student: Any, dtype: torch.dtype) -> _Backward:
+    """(ids [rows, s], share) -> share times the KL of these rows; its gradients are added to those of the student."""
+
+    def run(ids: Tensor, share: float | Tensor) -> Tensor:
+        with _cast(ids.device, dtype), torch.no_grad():
+            wanted = model(ids, use_cache=False).logits
+        wanted = wanted.flatten(0, 1).float().log_softmax(-1)
+        with torch.enable_grad():
+            with _cast(ids.device, dtype):
+                logits = student(ids, use_cache=False).logits
+            learnt = logits.flatten(0, 1).float().log_softmax(-1)
+            loss = nn.functional.kl_div(learnt, wanted, log_target=True, reduction="batchmean") * share
+            loss.backward()
+        return loss.detach()
+
+    return run
+
+
+def _cast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to ``dtype``, for as long as the context lasts; nothing for float32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype, cache_enabled=False)
+
+
+def _recorded(backward: _Backward, ids: Tensor, learning: Sequence[nn.Parameter]) -> _Backward | None:
+    """``backward`` as a CUDA graph for ids of this shape; None, and a warning, where the model cannot be recorded.
+
+    A small model's kernels are shorter than what it takes to launch them one by one.
+    """
+    share = torch.ones((), device=ids.device)
+    ids = ids.clone()
+    for value in learning:  # recorded is the addition to these tensors
+        value.grad = torch.zeros_like(value)
+    side, graph = torch.cuda.Stream(ids.device), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream(ids.device))
+    with torch.cuda.stream(side):  # a recording that fails does not leave it
+        for _ in range(2):  # libraries make their handles and workspaces
+            backward(ids, share)
+        try:
+            with torch.cuda.graph(graph, stream=side):
+                loss = backward(ids, share)
+        except RuntimeError as error:
+            log.warning("distil: steps are not recorded, and slower: %s", str(error).splitlines()[0])
+            return None
+    torch.cuda.current_stream(ids.device).wait_stream(side)
+
+    def replay(part: Tensor, weight: float | Tensor) -> Tensor:
+        ids.copy_(part)
+        share.fill_(weight)
+        graph.replay()
+        return loss
+
+    return replay
 
 
 class _Linear(nn.Module):
@@ -198,6 +275,8 @@ class _Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., k] -> [.., n]."""
+        if torch.is_autocast_enabled(x.device.type):  # here, so that the gradient is cast back
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         x = nn.functional.pad(x, (0, self.pad)) if self.pad else x
         y = cast("Tensor", _Product.apply(x, self.levels, self.scale(), self.base))
         return y if self.bias is None else y + self.bias

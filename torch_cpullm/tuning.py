@@ -1,6 +1,7 @@
 """The automatic flow: methods from cheap to dear, each measured, until the loss is within the target.
 
-    RTN -> HQQ -> AWQ + clip -> GPTQ -> AWQ + GPTQ, refined -> distilled -> codes too -> the same in mixed precision
+    RTN -> HQQ -> AWQ + clip -> GPTQ -> AWQ + GPTQ, refined -> distilled -> codes too
+    -> the last of them in mixed precision, with more and more bits
 
 Source of the flow: Shen et al. 2023, "Efficient LLM Inference on CPUs" (try a recipe, evaluate, tune again).
 """
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,8 @@ LADDER = (
 )
 LAST = Method("gptq", "awq", sweeps=2, epochs=2, codes=True)  # where there are MANY sequences, for codes to learn from
 SEQUENCES, MANY = 64, 2048  # on the CPU, and on a faster device
+BUDGETS = (5.0, 5.5, 6.0, 6.5, 7.0, 7.5)  # bits per weight of mixtures; the last one has ``budget_bits``
+_HOPELESS = 2.0  # a mixture foretold to miss the target by this factor is passed over
 _HELD_OUT = 8  # sequences of the default evaluation
 _WINDOW = 2048
 
@@ -72,20 +75,21 @@ def autotune(
     """Quantise ``model`` in place by the cheapest method whose loss is at most ``target`` worse than the float model's.
 
     Methods are tried in order, on a second model that shares the first one's memory; each result is measured with the
-    compute that ``config`` asks for. The first within the target is taken. If none is, bits are moved to where they
-    matter (:mod:`torch_cpullm.sensitivity`), up to ``budget_bits``, and the best of all is kept; ``met`` is False then,
-    and a warning says so.
+    compute that ``config`` asks for. The first within the target is taken. If none is, bits are added where they matter
+    (:mod:`torch_cpullm.sensitivity`): mixtures of BUDGETS bits, rising up to ``budget_bits``, are calibrated by the
+    last method until one is within the target; those that the sensitivities foretell to miss it by far are passed over.
+    Else the best of all is kept; ``met`` is False then, and a warning says so.
 
     target: relative: 0.01 allows a perplexity of 1.01 times the float model's. eval: a text, the path of one, token
-    ids, or a function model -> number, lower is better unless ``higher_is_better``; None: text that the float model
-    has generated itself, with another seed than the calibration's. Never pass what you will report, nor the
-    calibration text. calibration: see :func:`torch_cpullm.calibration.calibration_ids`; sequences, length: how much
-    of it, 64 or on another device than the CPU 2,048 sequences. methods: None for LADDER and, from 2,048 sequences on,
-    LAST. budget_bits: most stored bits per weight of the decoder's linears; forms beyond it are not tried. config:
-    settings otherwise (bits must be 4). Experts are rounded to nearest by every method, in the form of ``config``; they
-    count in the bits, and the report says so. folder: where finished layers are kept, so that a stopped run can go on.
-    device: where the float model computes and is calibrated, such as "cuda", on a copy; quantised models are always
-    packed and measured on the CPU.
+    ids, or a function model -> number, lower is better unless ``higher_is_better``; None: text that the float model has
+    generated itself, with another seed than the calibration's. Never pass what you will report, nor the calibration
+    text. calibration: see :func:`torch_cpullm.calibration.calibration_ids`; sequences, length: how much of it, 64 or on
+    another device than the CPU 2,048 sequences. methods: None for LADDER and, from 2,048 sequences on, LAST.
+    budget_bits: most stored bits per weight of the decoder's linears; forms beyond it are not tried; 8.5 for whatever
+    the target takes. config: settings otherwise (bits must be 4). Experts are rounded to nearest by every method, in
+    the form of ``config``; they count in the bits, and the report says so. folder: where finished layers are kept, so
+    that a stopped run can go on. device: where the float model computes and is calibrated, such as "cuda", on a copy;
+    quantised models are always packed and measured on the CPU.
 
     Returns :class:`Tuned`: the model, every step with its numbers, and ``save(folder)`` for the report. The same
     arguments and seed give the same result. Raises ValueError for wrong arguments, unusable data, an eval function
@@ -153,11 +157,17 @@ def autotune(
     met = any(attempt(method, forms) for method in possible if enough(method))
     if not met:
         last = next((method for method in reversed(possible) if method.needs_data and enough(method)), methods[0])
-        mixed = forms
+        mixtures: list[_Mixture] = []
         if hasattr(model, "config"):  # others give no gradients
-            mixed = _mixed(fast, forms, inside, experts, budget_bits, tokens(), seed, progress)
-        if mixed != forms:
-            met = attempt(last, mixed, ", mixed")
+            mixtures = _mixtures(fast, forms, inside, experts, budget_bits, tokens(), seed, progress)
+        rate = 0.0  # change per nat of estimated KL, of the last mixture that was tried
+        for budget, mixed, kl in mixtures:
+            if rate * kl > _HOPELESS * target and budget != budget_bits:
+                continue
+            met = attempt(last, mixed, f", mixed to {budget:g}")
+            if met:
+                break
+            rate = tuned.steps[-1].change / kl if kl > 0 else 0.0
     assert best is not None
     apply(model, best[1], best[2])
     if not met:
@@ -222,7 +232,15 @@ def _unique(found: Calibrated) -> list[list[Tensor]]:
     return [[t for t in (p.codes, p.scales, p.zeros) if t is not None] for p in different]
 
 
-def _mixed(
+class _Mixture(NamedTuple):
+    """Forms of all modules for a budget, and the KL that they are estimated to cost."""
+
+    budget: float
+    forms: dict[str, Form]
+    kl: float
+
+
+def _mixtures(
     model: nn.Module,
     forms: Mapping[str, Form],
     inside: Sequence[str],
@@ -231,15 +249,23 @@ def _mixed(
     ids: Tensor,
     seed: int,
     progress: bool,
-) -> dict[str, Form]:
-    """Forms for the budget by sensitivity."""
+) -> list[_Mixture]:
+    """Mixtures by sensitivity with more bits than ``forms``, smallest first, none of them twice."""
     base = forms[inside[0]]
     zeros = "point" if base.zeros == "none" and base.bits == 8 else base.zeros
     choices = _choices(Settings(sym=zeros == "none", scale_dtype=base.scales))
     units = sensitivities(model, some_of(ids, _HELD_OUT), list(inside), choices, seed=seed, progress=progress)
     stored, weights = _stored(model, {}, experts)
+    used, _ = _stored(model, {name: forms[name] for name in inside}, experts)
     own = sum(unit.weights for unit in units)
-    return {**forms, **allocate(units, choices, (budget_bits * (own + weights) - stored) / own)}
+    found: list[_Mixture] = []
+    for budget in (*(bits for bits in BUDGETS if used / (own + weights) < bits < budget_bits), budget_bits):
+        chosen = allocate(units, choices, (budget * (own + weights) - stored) / own)
+        mixed = {**forms, **chosen}
+        kl = sum(unit.kl[choices.index(chosen[unit.names[0]])] for unit in units)
+        if mixed not in [forms, *(each.forms for each in found)]:
+            found.append(_Mixture(budget, mixed, kl))
+    return found
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
