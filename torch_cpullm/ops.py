@@ -315,7 +315,7 @@ def layers_forward(
     """
     arguments = (programs, x, tensors, rotary, masks, caches, length, groups, bypass, summed)
     sums = shared, rank, ranks, timeout_s, team_shared, team_rank, team_ranks
-    return torch.ops.cpullm.layers_forward.default(*arguments, *sums, head)
+    return torch.ops.cpullm.layers_forward.default(*arguments, *sums, head=head)
 
 
 def layer_attention(
