@@ -462,8 +462,11 @@ def _layer_forward_fake(program, x, cos, sin, mask, k_cache, v_cache, k_scale, v
 
 
 @torch.library.register_fake("cpullm::layers_forward")
-def _layers_forward_fake(programs, x, *others, head=0, **__):
-    if head or (len(others) == 13 and others[-1]):
+def _layers_forward_fake(
+    programs, x, tensors, rotary, masks, caches, length, groups, bypass, summed=(),
+    shared=None, rank=0, ranks=1, timeout_s=0.0, team_shared=None, team_rank=0, team_ranks=1, head=0,
+):  # fmt: skip
+    if head:
         raise RuntimeError("cpullm::layers_forward: how many logits a head gives is not known while tracing")
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
