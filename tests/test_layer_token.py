@@ -358,3 +358,29 @@ def test_a_forward_that_was_replaced_stays():
     mine = model.__dict__["forward"]
     torch_cpullm.optimize(model)
     assert model.__dict__["forward"] is mine
+
+
+def test_a_norm_that_returns_another_dtype_keeps_its_own():
+    """The operator's logits have the dtype of the layers' output."""
+    model = torch_cpullm.optimize(ALL["llama"].build().to(torch.bfloat16))
+    model.model.norm.float()
+    cache = CpuLlmCache(model.config)
+    logits = [call(model, cache, ids_of(model, 1, count)).logits for count in (5, 1, 1, 1, 1)]
+    assert {each.dtype for each in logits} == {without(model)(ids_of(model, 1, 1)).logits.dtype}
+    assert model.__dict__.get("forward") is None or model.__dict__["forward"]._learnt is None
+
+
+def test_an_argument_given_twice_is_an_error():
+    model = torch_cpullm.optimize(ALL["llama"].build())
+    cache, ids = warm(model), ids_of(model, 1, 1)
+    with pytest.raises(TypeError, match="multiple values for argument 'input_ids'"):
+        call(model, cache, ids, input_ids=ids)
+
+
+def test_another_generation_config_changes_nothing():
+    model = torch_cpullm.optimize(ALL["llama"].build())
+    cache, learnt = warm(model), model.__dict__["forward"]._learnt
+    model.generation_config = copy.deepcopy(model.generation_config)
+    model.generation_config.temperature = 0.5
+    call(model, cache, ids_of(model, 1, 1))
+    assert model.__dict__["forward"]._learnt is learnt

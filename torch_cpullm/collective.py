@@ -98,7 +98,7 @@ class Ranks:
         members = dist.get_process_group_ranks(self.group)
         first = self.rank // size * size
         team = Ranks(self._new_group(members[first : first + size]), self.timeout_s)
-        team._dead, team._name = self._dead, self._name
+        team._dead, team._name, team._lock = self._dead, self._name, self._lock
         self.team = team
         return team
 

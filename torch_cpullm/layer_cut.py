@@ -51,7 +51,7 @@ class CutProgram(Program):
         self, x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, cache: CacheLayer | None
     ) -> Tensor:
         """This rank's summand, float32, of what the layer adds to x; what all have whole, the first one adds."""
-        a, none = self._attend(x, cos, sin, mask, cache), torch.zeros(x.shape)
+        a, none = self._attend(x, cos, sin, mask, cache), torch.zeros(x.shape, dtype=torch.float32)
         if self._parallel:
             return a + ops.layer_mlp(self.handle, x)
         a = self._add(none, self.ranks.sum(a), self._after[0])

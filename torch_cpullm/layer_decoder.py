@@ -160,7 +160,7 @@ class DecoderStep:
         if y is None:
             return None
         hidden = learnt.norm(y)
-        if self._last.wanted:
+        if self._last.wanted and hidden.dtype == y.dtype:  # the operator's logits have y's
             self._last.done = Done(kwargs, hidden)
         return learnt.kind(last_hidden_state=hidden, past_key_values=kwargs["past_key_values"])
 

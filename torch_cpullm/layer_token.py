@@ -55,12 +55,13 @@ class TokenStep:
         """The model's forward: arguments and result are those of its class."""
         model: Any = self._model()
         decoder = None if self._decoder is None else self._decoder()
-        if decoder is None or not (self._tries or self._learnt) or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or decoder is None or not (self._tries or self._learnt):
             return self._original(model, *args, **kwargs)
         step = decoder.__dict__.get("forward")
         named = dict(zip(self._names, args, strict=False)) | kwargs
+        once = len(named) == len(args) + len(kwargs)
         keep = named.pop("logits_to_keep", 0)
-        plain = keep is None or (keep.__class__ is int and keep >= 0)  # of one token
+        plain = once and (keep is None or (keep.__class__ is int and keep >= 0))  # of one token
         if not plain or not isinstance(step, DecoderStep) or not step.plain(named):
             return self._original(model, *args, **kwargs)
         learnt = self._learnt
@@ -81,9 +82,11 @@ class TokenStep:
     ) -> Any:
         """The class's result; the short way is taken from now on if it would have given the same."""
         step.want_done()
-        out = self._original(model, *args, **kwargs)
-        done = step.take_done()
-        if done is None or not step.may_have_head or step.norm is None:
+        try:
+            out = self._original(model, *args, **kwargs)
+        finally:
+            done = step.take_done()
+        if done is None or not step.may_have_head or step.norm is None or _hooked(decoder):
             return out
         self._tries -= 1
         if getattr(out, "past_key_values", None) is not named["past_key_values"]:
@@ -94,7 +97,7 @@ class TokenStep:
             return out
         packed = [module for module in model.children() if isinstance(module, PackedLinear)]
         linear = next((module for module in packed if gives(module, out.logits, done.hidden)), None)
-        if linear is None or _hooked(decoder):
+        if linear is None:
             return out
         try:
             head = Head(*read_norm("norm", step.norm), linear)

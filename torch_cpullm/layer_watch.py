@@ -100,14 +100,18 @@ class Watch:
         return False
 
 
+_LEFT_OUT = ("forward", "generation_config")
+
+
 class Glance:
     """Tells whether a module's attributes, its children and its config's settings are those of when it was made.
 
-    Attributes are compared by value, children by identity; ``forward`` is left out. settings: names, None: all.
+    Attributes are compared by value, children by identity; ``forward`` is left out, and what only generate() reads.
+    settings: names, None: all.
     """
 
     def __init__(self, module: nn.Module, settings: Iterable[str] | None = None) -> None:
-        self._get = _getter(["training", "config", *(name for name in own_state(module) if name != "forward")])
+        self._get = _getter(["training", "config", *(name for name in own_state(module) if name not in _LEFT_OUT)])
         self._settings = None if settings is None else tuple(settings)
         self._seen = self._look(module)
 

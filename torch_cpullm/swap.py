@@ -254,7 +254,7 @@ def _leave_files(model: nn.Module) -> None:
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return
-    lines = (line.split(maxsplit=5) for line in maps.read_text().splitlines())
+    lines = (line.split(maxsplit=5) for line in maps.read_text(errors="replace").splitlines())
     files = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines if line[4] != "0"]
     originals = [m.__dict__["_original"] for _, m in packed_modules(model) if m.__dict__.get("_original") is not None]
     parameters = [

@@ -162,7 +162,7 @@ def autotune(
             mixtures = _mixtures(fast, forms, inside, experts, budget_bits, tokens(), seed, progress)
         rate = 0.0  # change per nat of estimated KL, of the last mixture that was tried
         for budget, mixed, kl in mixtures:
-            if rate * kl > _HOPELESS * target and budget != budget_bits:
+            if rate * kl > _HOPELESS * target and budget != mixtures[-1][0]:
                 continue
             met = attempt(last, mixed, f", mixed to {budget:g}")
             if met:
