@@ -8,6 +8,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 import torch_cpullm
+from torch_cpullm.layer_decoder import DecoderStep
 
 LONG_ROPE = {
     "rope_type": "longrope",
@@ -130,3 +131,20 @@ def runs(model, cache):
     single = logits(model, one, torch.ones_like(one), cache(), (14, 1, 1, 1, 6, 1))
     batch = logits(model, many, mask, cache(), (13, 1, 1, 3))
     return single, batch[mask.bool()]
+
+
+def ids_of(model, batch, tokens):
+    return torch.randint(1, model.config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(tokens))
+
+
+def counted(monkeypatch, method):
+    """The number of decode steps in which this method of DecoderStep gave a result, as a list of one."""
+    count, real = [0], getattr(DecoderStep, method)
+
+    def run(self, *args):
+        out = real(self, *args)
+        count[0] += out is not None
+        return out
+
+    monkeypatch.setattr(DecoderStep, method, run)
+    return count

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from layer_models import ALL
+from layer_models import ALL, counted, ids_of
 
 import torch_cpullm
 from torch_cpullm.kv_cache import CpuLlmCache
@@ -22,23 +22,6 @@ def optimised(name="llama", **settings):
 
 def step_of(model):
     return next(m.__dict__["forward"] for m in model.modules() if isinstance(m.__dict__.get("forward"), DecoderStep))
-
-
-def ids_of(model, batch, tokens):
-    return torch.randint(1, model.config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(tokens))
-
-
-def counted(monkeypatch):
-    """The number of decode steps that went the short way, as a list of one."""
-    count, real = [0], DecoderStep._layers
-
-    def run(self, *args):
-        out = real(self, *args)
-        count[0] += out is not None
-        return out
-
-    monkeypatch.setattr(DecoderStep, "_layers", run)
-    return count
 
 
 def without(model):
@@ -74,7 +57,7 @@ def test_a_tokenizer_that_generate_hands_on_changes_nothing(monkeypatch):
     model = optimised()
     ids = ids_of(model, 1, 7)
     want = generate(model, ids)
-    steps = counted(monkeypatch)
+    steps = counted(monkeypatch, "_layers")
     got = generate(model, ids, tokenizer=object())
     assert steps == [11]
     for a, b in zip(want.logits, got.logits, strict=True):
@@ -101,7 +84,7 @@ NAMES = [
 def test_the_same_as_the_classs_forward(name, kv_cache, monkeypatch):
     """The same bits, but for rounding where a window leaves keys out."""
     model = optimised(name, kv_cache=kv_cache)
-    steps = counted(monkeypatch)
+    steps = counted(monkeypatch, "_layers")
     window = getattr(model.config, "sliding_window", None) or 100
     ids = ids_of(model, 2, 9)
     short = generate(model, ids, attention_mask=torch.ones_like(ids), tokens=16)
@@ -116,7 +99,7 @@ def test_the_same_as_the_classs_forward(name, kv_cache, monkeypatch):
 def test_left_padding_goes_the_long_way(monkeypatch):
     model = optimised()
     generate(model, ids_of(model, 2, 9))
-    steps = counted(monkeypatch)
+    steps = counted(monkeypatch, "_layers")
     ids = ids_of(model, 2, 9)
     mask = torch.ones_like(ids)
     mask[1, :3] = 0
@@ -138,7 +121,7 @@ def test_generation_modes(kwargs):
 
 def test_recorded_outputs_go_the_long_way(monkeypatch):
     model = optimised()
-    cache, steps = warm(model), counted(monkeypatch)
+    cache, steps = warm(model), counted(monkeypatch, "_layers")
     ids = ids_of(model, 1, 1)
     out = call(model, cache, ids, output_hidden_states=True, position_ids=position_of(cache))
     assert len(out.hidden_states) == model.config.num_hidden_layers + 1
@@ -149,7 +132,7 @@ def test_recorded_outputs_go_the_long_way(monkeypatch):
 
 def test_results_of_another_form_go_the_long_way(monkeypatch):
     model = optimised()
-    cache, steps = warm(model), counted(monkeypatch)
+    cache, steps = warm(model), counted(monkeypatch, "_layers")
     ids = ids_of(model, 1, 1)
     assert isinstance(call(model.model, cache, ids, position_ids=position_of(cache), return_dict=False), tuple)
     with torch.no_grad():
@@ -160,7 +143,7 @@ def test_results_of_another_form_go_the_long_way(monkeypatch):
 @pytest.mark.parametrize("part", ["norm", "embed_tokens", "rotary_emb"])
 def test_another_module_goes_the_long_way(part, monkeypatch):
     model = optimised()
-    cache, steps = warm(model), counted(monkeypatch)
+    cache, steps = warm(model), counted(monkeypatch, "_layers")
     setattr(model.model, part, copy.deepcopy(getattr(model.model, part)))
     call(model, cache, ids_of(model, 1, 1), position_ids=position_of(cache))
     assert steps[0] == 0
@@ -168,7 +151,7 @@ def test_another_module_goes_the_long_way(part, monkeypatch):
 
 def test_hooks_of_embedding_and_norm_are_called(monkeypatch):
     model = optimised()
-    cache, steps = warm(model), counted(monkeypatch)
+    cache, steps = warm(model), counted(monkeypatch, "_layers")
     seen = []
     model.model.norm.register_forward_hook(lambda module, args, y: seen.append("norm"))
     model.model.embed_tokens.register_forward_hook(lambda module, args, y: seen.append("embedding"))
@@ -179,7 +162,7 @@ def test_hooks_of_embedding_and_norm_are_called(monkeypatch):
 
 def test_a_hook_on_a_layer_and_a_changed_weight_are_noticed(monkeypatch):
     model = optimised()
-    cache, steps = warm(model), counted(monkeypatch)
+    cache, steps = warm(model), counted(monkeypatch, "_layers")
     seen = []
     handle = model.model.layers[1].register_forward_hook(lambda module, args, y: seen.append(y))
     call(model, cache, ids_of(model, 1, 1), position_ids=position_of(cache))
@@ -199,7 +182,7 @@ def test_a_cache_of_another_make_goes_the_long_way(monkeypatch):
 
     model = optimised()
     warm(model)
-    steps = counted(monkeypatch)
+    steps = counted(monkeypatch, "_layers")
     cache = DynamicCache(config=model.config)
     for position in range(3):
         call(model, cache, ids_of(model, 1, 1), position_ids=torch.tensor([[position]]))

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from layer_models import ALL
+from layer_models import ALL, counted, ids_of
 from layer_programs import linear, spec
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,7 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import torch_cpullm
 from torch_cpullm import ops
 from torch_cpullm.kv_cache import CpuLlmCache
-from torch_cpullm.layer_decoder import DecoderStep
 from torch_cpullm.layer_program import Head, Program, encode
 from torch_cpullm.layer_spec import Norm
 from torch_cpullm.layer_token import TokenStep
@@ -129,23 +128,6 @@ def optimised(name="llama", **settings):
     return torch_cpullm.optimize(ALL[name].build(), torch_cpullm.CpuLlmConfig(**settings))
 
 
-def ids_of(model, batch, tokens):
-    return torch.randint(1, model.config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(tokens))
-
-
-def counted(monkeypatch):
-    """The number of decode steps whose logits came from the operator, as a list of one."""
-    count, real = [0], DecoderStep.logits
-
-    def logits(self, *args):
-        out = real(self, *args)
-        count[0] += out is not None
-        return out
-
-    monkeypatch.setattr(DecoderStep, "logits", logits)
-    return count
-
-
 def without(model):
     model.__dict__.pop("forward", None)
     return model
@@ -194,7 +176,7 @@ NAMES = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gpt-neox", "olmo2", "smo
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_logits_of_the_classs_forward(name, dtype, monkeypatch):
     model = torch_cpullm.optimize(ALL[name].build().to(dtype))
-    steps = counted(monkeypatch)
+    steps = counted(monkeypatch, "logits")
     cache, forward = warm(model), model.__dict__["forward"]
     for position in range(10):  # past the window
         twin, ids = copy.deepcopy(cache), torch.tensor([[7 * position]])
@@ -208,7 +190,7 @@ def test_the_logits_of_the_classs_forward(name, dtype, monkeypatch):
 @pytest.mark.parametrize("name", ["gemma2", "granite", "cohere"])
 def test_logits_that_are_capped_or_scaled_are_the_classs(name, monkeypatch):
     model = optimised(name)
-    steps = counted(monkeypatch)
+    steps = counted(monkeypatch, "logits")
     ids = ids_of(model, 1, 9)
     got = generate(model, ids)
     assert steps[0] == 0
@@ -269,7 +251,7 @@ CHANGES = [
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_what_has_changed_goes_the_long_way(change, monkeypatch):
     model = optimised()
-    cache, steps = warm(model), counted(monkeypatch)
+    cache, steps = warm(model), counted(monkeypatch, "logits")
     check_next(copy.copy(model), cache, steps, 1)
     change(model)
     check_next(model, cache, steps, 0)
@@ -277,7 +259,7 @@ def test_what_has_changed_goes_the_long_way(change, monkeypatch):
 
 def test_hooks_are_called(monkeypatch):
     model = optimised()
-    cache, steps = warm(model), counted(monkeypatch)
+    cache, steps = warm(model), counted(monkeypatch, "logits")
     for module in (model.lm_head, model.model.norm, model.model, model.model.layers[1], model.model.embed_tokens):
         seen = []
         handle = module.register_forward_hook(lambda *_, seen=seen: seen.append(1))
@@ -294,7 +276,7 @@ def test_hooks_are_called(monkeypatch):
 
 def test_a_changed_config_is_looked_at_again(monkeypatch):
     model = optimised("gemma3")
-    cache, steps = warm(model), counted(monkeypatch)
+    cache, steps = warm(model), counted(monkeypatch, "logits")
     model.config.final_logit_softcapping = 0.01
     for _ in range(3):
         twin = copy.deepcopy(cache)
@@ -311,7 +293,7 @@ def test_loaded_weights_are_used(monkeypatch):
     model, other = optimised(), optimised()
     state = other.state_dict()
     state["lm_head.weight_scales"] = state["lm_head.weight_scales"] * 2
-    cache, steps = warm(model), counted(monkeypatch)
+    cache, steps = warm(model), counted(monkeypatch, "logits")
     model.load_state_dict(state)
     check_next(model, cache, steps, 0)
 
@@ -319,7 +301,7 @@ def test_loaded_weights_are_used(monkeypatch):
 def test_copies_pickles_and_deleted_models(monkeypatch):
     model = optimised()
     warm(model)
-    steps = counted(monkeypatch)
+    steps = counted(monkeypatch, "logits")
     ids = ids_of(model, 1, 9)
     want = generate(model, ids).sequences
     assert steps[0] == 11
