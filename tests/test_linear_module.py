@@ -10,7 +10,7 @@ from cases import FLOATS, activations, quantized
 from torch import nn
 
 from torch_cpullm import ops
-from torch_cpullm.linear import PackedEmbedding, PackedLinear
+from torch_cpullm.linear import PackedEmbedding, PackedLinear, gather
 from torch_cpullm.packing import dequantize, pack, unpack
 
 FORMS = [("sym", 4), ("zero", 4), ("minimum", 4), ("sym", 8)]
@@ -352,3 +352,22 @@ def test_compile_fullgraph(backend):
         for ids in (torch.tensor([[0, 3, 44]]), torch.tensor([[5, 4], [1, 2]])):
             assert torch.equal(compiled(ids), model(ids))
     torch._dynamo.reset()
+
+
+# ---- together in huge pages -----------------------------------------------------------------------------------------
+
+
+def test_gathered_modules_compute_the_same():
+    """A tied weight stays one, and a copy of a module copies no other's weights."""
+    linears = [a_linear(n=1024, k=2048, seed=seed) for seed in range(3)]
+    tied = PackedEmbedding(linears[1].packed, dtype=torch.float32)
+    model = nn.Sequential(*linears, tied, a_linear())
+    x, before = activations(2, 2048), [linear.packed for linear in linears]
+    want = [linear(x) for linear in linears]
+    gather(model)
+    assert all(linear.packed is not old for linear, old in zip(linears, before, strict=True))
+    assert tied.packed is linears[1].packed
+    assert all(torch.equal(linear(x), y) for linear, y in zip(linears, want, strict=True))
+    copied = copy.deepcopy(linears[0])
+    assert torch.equal(copied(x), want[0])
+    assert copied.packed.codes.untyped_storage().nbytes() == copied.packed.codes.nbytes

@@ -5,7 +5,7 @@ import torch
 from cases import CASES, FLOATS, at_offset, generator, quantized, replaced
 
 from torch_cpullm import ops, packing
-from torch_cpullm.packing import PackedWeight, QuantizedWeight, dequantize, pack, unpack
+from torch_cpullm.packing import PackedWeight, QuantizedWeight, dequantize, gathered, pack, unpack
 
 FORMS = [("sym", 4), ("zero", 4), ("minimum", 4), ("sym", 8)]
 SIZES = [
@@ -228,6 +228,36 @@ def test_dequantize_subnormal_scales(isa):
     assert torch.equal(dequantize(weight).double(), want)
     x = torch.eye(64)
     assert torch.equal(ops.linear(x, pack(weight), compute="fp32").double(), want.T)
+
+
+# ---- together in huge pages -----------------------------------------------------------------------------------------
+
+
+def test_small_weights_are_gathered():
+    """In order, at 64 bytes, each with a storage of its own; a large tensor stays where it is."""
+    small = [pack(quantized(96, 2080, 32, form, bits)) for form, bits in FORMS * 6]
+    large = pack(quantized(64, 1 << 16, 64))
+    weights = [*small, large]
+    found = gathered(weights)
+    assert all(same(new, old) for new, old in zip(found, weights, strict=True))
+    assert found[-1].codes is large.codes
+    assert found[-1].scales.data_ptr() != large.scales.data_ptr()
+    moved = [t for w in found[:-1] for t in w.tensors if t is not None]
+    places = [t.data_ptr() for t in moved]
+    assert places == sorted(places)
+    assert places[0] % (1 << 21) == 0
+    assert all(place % 64 == 0 for place in places)
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in moved)  # a copy of one copies no other
+    last = moved[-1].clone()
+    kept = moved.pop()
+    del found, moved
+    assert torch.equal(kept, last)  # the memory lives as long as one of them
+
+
+def test_few_small_weights_stay():
+    weights = [pack(quantized(64, 576, 128)) for _ in range(3)]
+    assert gathered(weights) is weights
+    assert gathered([]) == []
 
 
 # ---- embedding ------------------------------------------------------------------------------------------------------

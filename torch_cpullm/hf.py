@@ -389,6 +389,7 @@ class CpuLlmQuantizer(HfQuantizer):
             freeze(model)
             for target in targets:
                 swap_module(model, target, settings, packed)
+            del packed  # the memory of what finish() moves is free then
         skipped, frozen, share = self._skipped, self._frozen, self._share
         vars(settings).pop("source", None)  # from here on the model is one of ours
         self._clear()

@@ -13,6 +13,7 @@ from .packing import (
     PackedStack,
     PackedWeight,
     dequantize,
+    gathered,
     pack_stored,
     pack_stored_stack,
     stored_form,
@@ -187,6 +188,15 @@ class PackedMatrix(PackedModule):
     def dequantize(self) -> Tensor:
         """The weight the kernels use, float32 [n, k]."""
         return dequantize(self.packed)
+
+
+def gather(model: nn.Module) -> None:
+    """Move the small packed matrices of ``model`` together, in the order of its modules: see :func:`gathered`."""
+    modules = [module for module in model.modules() if isinstance(module, PackedMatrix)]
+    weights = list({id(module.packed): module.packed for module in modules}.values())  # tied ones once
+    moved = {id(old): new for old, new in zip(weights, gathered(weights), strict=True)}
+    for module in modules:
+        module.packed = moved[id(module.packed)]
 
 
 class PackedLinear(PackedMatrix, nn.Linear):  # type: ignore[override]  # weight is read only

@@ -250,24 +250,59 @@ _HUGE_PAGE = 1 << 21
 _CACHED = 1 << 19  # codes at a time that fit into a core's cache with their temporaries
 
 
+def _huge_pages(count: int) -> tuple[mmap.mmap, int]:
+    """Memory of its own whose ``count`` bytes from the second value on begin a huge page; advised to use such pages.
+
+    The advice is a hint; systems without huge pages ignore it.
+    """
+    mapping = mmap.mmap(-1, count + _HUGE_PAGE - 1, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = -torch.frombuffer(mapping, dtype=torch.uint8).data_ptr() % _HUGE_PAGE
+    whole = count // _HUGE_PAGE * _HUGE_PAGE
+    with contextlib.suppress(AttributeError, OSError):  # Linux only; page-aligned, as a mapping is
+        mapping.madvise(mmap.MADV_HUGEPAGE, start, whole)
+    return mapping, start
+
+
 def aligned_empty(shape: tuple[int, ...]) -> Tensor:
     """Uninitialised uint8 tensor at a 64-byte boundary; from 2 MiB on at a huge page's, and advised to use huge pages.
 
     Large ones have a mapping of their own: malloc would take them from a heap that quantisation's temporary memory has
-    torn, in pages that are small already. The advice is a hint; systems without huge pages ignore it.
+    torn, in pages that are small already. Small ones: see :func:`gathered`.
     """
     count = math.prod(shape)
     if count < _HUGE_PAGE:
         raw = torch.empty(count + 63, dtype=torch.uint8)
         start = -raw.data_ptr() % 64
-    else:
-        mapping = mmap.mmap(-1, count + _HUGE_PAGE - 1, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        raw = torch.frombuffer(mapping, dtype=torch.uint8)
-        start = -raw.data_ptr() % _HUGE_PAGE
-        whole = count // _HUGE_PAGE * _HUGE_PAGE
-        with contextlib.suppress(AttributeError, OSError):  # Linux only; page-aligned, as a mapping is
-            mapping.madvise(mmap.MADV_HUGEPAGE, start, whole)
-    return raw[start : start + count].view(shape)
+        return raw[start : start + count].view(shape)
+    mapping, start = _huge_pages(count)
+    return torch.frombuffer(mapping, dtype=torch.uint8, count=count, offset=start).view(shape)
+
+
+def gathered(weights: list[PackedWeight]) -> list[PackedWeight]:
+    """The same weights, their tensors below 2 MiB copied one after the other into huge pages; as they are where these
+    together fill none.
+
+    Cores read less from memory where it is in small pages: on Zen 4, two of them 31 GB/s and not 36. The memory is
+    freed with the last of the tensors, each of which has a storage of its own.
+    """
+    small = [t for w in weights for t in w.tensors if t is not None and t.nbytes < _HUGE_PAGE]
+    total = sum(round_up(t.nbytes, 64) for t in small)
+    if total < _HUGE_PAGE:
+        return weights
+    mapping, free = _huge_pages(total)
+
+    def moved(t: Tensor) -> Tensor:
+        nonlocal free
+        if t.nbytes >= _HUGE_PAGE:
+            return t
+        to = torch.frombuffer(mapping, dtype=t.dtype, count=t.numel(), offset=free).view(t.shape)
+        free += round_up(t.nbytes, 64)
+        return to.copy_(t)
+
+    return [
+        replace(w, codes=moved(w.codes), scales=moved(w.scales), zeros=None if w.zeros is None else moved(w.zeros))
+        for w in weights
+    ]
 
 
 def pack(weight: QuantizedWeight) -> PackedWeight:

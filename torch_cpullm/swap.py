@@ -22,7 +22,7 @@ from .coverage import optimised, report
 from .experts import PackedExperts
 from .launch import apply_default_threads
 from .layer import install_programs, remove_programs
-from .linear import Packed, PackedEmbedding, PackedLinear, PackedModule
+from .linear import Packed, PackedEmbedding, PackedLinear, PackedModule, gather
 from .packing import PackedStack
 from .plan import Target, check_overrides, check_strict, check_weight, find_targets
 from .saving import teach_to_save
@@ -69,6 +69,7 @@ def optimize(model: nn.Module, config: Settings | None = None, *, strict: bool =
     packed: dict[int, Packed] = {}
     for target in progress(targets):
         swap_module(model, target, settings, packed)
+    del packed  # the memory of what finish() moves is free then
     finish(model, settings, skipped, frozen)
     return model
 
@@ -95,7 +96,8 @@ def put_in_place(model: nn.Module, target: Target, new: nn.Module) -> None:
 
 
 def finish(model: nn.Module, settings: Settings, skipped: dict[str, str], frozen: set[str]) -> None:
-    """All that follows the swap: attention, cache, layer programs, the guard, and a warning about what stays in float.
+    """All that follows the swap: small weights into huge pages, attention, cache, layer programs, the guard, and a
+    warning about what stays in float.
 
     skipped: name -> reason for modules that stay. frozen: parameters that restore() makes trainable again.
     """
@@ -104,6 +106,7 @@ def finish(model: nn.Module, settings: Settings, skipped: dict[str, str], frozen
     use_attention(model)
     if "transformers" in sys.modules:  # else the model cannot be one of its models
         _kv_cache().use_cache_class(model, settings.kv_cache)
+    gather(model)
     install_programs(model)
     _guard(model)
     _return_free_memory()
