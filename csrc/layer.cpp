@@ -63,8 +63,10 @@ struct LayerRun {
       const int64_t fresh = part.c->k_cache ? 0 : c.batch * p.kv_heads * c.tokens * p.head_dim;
       part.fresh_k = arena.take<float>(fresh);
       part.fresh_v = arena.take<float>(fresh);
-      part.input_a = arena.take<char>(team.a_bytes(*part.p, m));
-      part.input_b = arena.take<char>(team.b_bytes(*part.p, m));
+      part.a_bytes = team.a_bytes(*part.p, m);
+      part.b_bytes = team.b_bytes(*part.p, m);
+      part.input_a = arena.take<char>(part.a_bytes);
+      part.input_b = arena.take<char>(part.b_bytes);
       scratch = std::max(scratch, part.plan.scratch);
     }
     const int64_t begin = arena.used;
@@ -72,8 +74,8 @@ struct LayerRun {
     const auto cut = [&](Arena& mine) {
       for (Part& part : *this) {
         const int64_t narrowest = std::min({hidden, part.p->heads * part.p->head_dim, part.p->intermediate});
-        part.private_a = mine.take<char>(team.is_private(m, m, hidden) ? team.a_bytes(*part.p, m) : 0);
-        part.private_b = mine.take<char>(team.is_private(m, m, narrowest) ? team.b_bytes(*part.p, m) : 0);
+        part.private_a = mine.take<char>(team.is_private(m, m, hidden) ? part.a_bytes : 0);
+        part.private_b = mine.take<char>(team.is_private(m, m, narrowest) ? part.b_bytes : 0);
       }
       team.normed = mine.take<float>(kMaxTile * hidden);
       team.attention_scratch = mine.take<float>(scratch);

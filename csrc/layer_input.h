@@ -162,7 +162,7 @@ struct Part {
   const LayerCall* c;
   AttentionPlan plan;
   Attention a;
-  int64_t qkv_width;
+  int64_t qkv_width, a_bytes, b_bytes;
   float *qkv, *attended, *o_out, *source, *up_out, *mlp_out, *partial, *fresh_k, *fresh_v;
   char *input_a, *input_b, *private_a, *private_b;
   Input h, in;  // the layer's input; the input of the step at hand

@@ -46,7 +46,7 @@ void* check_cache(const Tensor& t, const char* name, const LayerProgram& p, cons
 }
 
 float* check_cache_scale(const OptionalTensor& t, const char* name, const Tensor& cache, int64_t* stride) {
-  STD_TORCH_CHECK(t && t->is_cpu() && t->scalar_type() == ScalarType::Float && t->dim() == 3 &&
+  STD_TORCH_CHECK(t && t->is_cpu() && dtype_of(*t) == aoti_torch_dtype_float32() && t->dim() == 3 &&
                       t->size(0) == cache.size(0) && t->size(1) == cache.size(1) && t->size(2) == cache.size(2) &&
                       t->stride(2) == 1,
                   kForward, ": ", name, " must be a float32 CPU tensor of the cache's first three sizes");
@@ -62,10 +62,11 @@ void check_caches(const LayerProgram& p, const OptionalTensor& k, const Optional
     STD_TORCH_CHECK(c.length == 0, kForward, ": length must be 0 without a cache, got ", c.length);
     return;
   }
-  STD_TORCH_CHECK(k->scalar_type() == v->scalar_type(), kForward, ": k_cache and v_cache must have one type");
+  const int32_t type = dtype_of(*k);
+  STD_TORCH_CHECK(type == dtype_of(*v), kForward, ": k_cache and v_cache must have one type");
   c.k_cache = check_cache(*k, "k_cache", p, c, c.k_stride);
   c.v_cache = check_cache(*v, "v_cache", p, c, c.v_stride);
-  if (k->scalar_type() == ScalarType::Char) {
+  if (type == aoti_torch_dtype_int8()) {
     c.cache_type = CacheType::i8;
     c.k_scale = check_cache_scale(k_scale, "k_scale", *k, c.k_scale_stride);
     c.v_scale = check_cache_scale(v_scale, "v_scale", *v, c.v_scale_stride);
@@ -97,10 +98,9 @@ LayerCall check_input(const LayerProgram& p, const Tensor& x) {
   return c;
 }
 
-// The arguments of one layer, but for where it reads and writes.
-LayerCall check_call(const LayerProgram& p, const Tensor& x, const OptionalTensor& cos, const OptionalTensor& sin,
-                     const OptionalTensor& mask, const OptionalTensor& k_cache, const OptionalTensor& v_cache,
-                     const OptionalTensor& k_scale, const OptionalTensor& v_scale, int64_t length) {
+// The arguments of one layer, but for its cache and where it reads and writes.
+LayerCall check_inputs(const LayerProgram& p, const Tensor& x, const OptionalTensor& cos, const OptionalTensor& sin,
+                       const OptionalTensor& mask, int64_t length) {
   STD_TORCH_CHECK(length >= 0 && length < kMostSize, kForward, ": length must not be negative, got ", length);
   LayerCall c = check_input(p, x);
   c.length = length;
@@ -113,6 +113,14 @@ LayerCall check_call(const LayerProgram& p, const Tensor& x, const OptionalTenso
                     ": cos and sin must have one type and layout");
   }
   if (mask) check_mask(*mask, p, c);
+  return c;
+}
+
+// The arguments of one layer, but for where it reads and writes.
+LayerCall check_call(const LayerProgram& p, const Tensor& x, const OptionalTensor& cos, const OptionalTensor& sin,
+                     const OptionalTensor& mask, const OptionalTensor& k_cache, const OptionalTensor& v_cache,
+                     const OptionalTensor& k_scale, const OptionalTensor& v_scale, int64_t length) {
+  LayerCall c = check_inputs(p, x, cos, sin, mask, length);
   check_caches(p, k_cache, v_cache, k_scale, v_scale, c);
   return c;
 }
@@ -225,13 +233,22 @@ Tensor layers_forward(std::vector<int64_t> handles, const Tensor& x, std::vector
                   " programs, got ", caches.size());
   const size_t per = caches.size() / count;
   Steps steps;
+  steps.programs.reserve(count + 1);
+  steps.layers.reserve(count);
+  LayerCall call{};  // a layer's, but for its cache: mostly that of the layer before
   for (size_t i = 0; i < count; ++i) {
     steps.programs.push_back(find_program(kForward, handles[i]));
     const LayerProgram& p = layer_of(steps.programs[i], handles[i]);
+    const LayerProgram* const before = i ? steps.layers[i - 1].program : nullptr;
+    const bool again = before && p.hidden == before->hidden && p.heads == before->heads &&
+                       p.rotary_dim == before->rotary_dim && masks[i] == masks[i - 1] &&
+                       rotary[2 * i] == rotary[2 * i - 2] && rotary[2 * i + 1] == rotary[2 * i - 1];
+    if (!again)
+      call = check_inputs(p, x, pick(tensors, rotary[2 * i], "rotary"), pick(tensors, rotary[2 * i + 1], "rotary"),
+                          pick(tensors, masks[i], "masks"), length);
+    steps.layers.push_back({&p, call});
     const auto cache = [&](size_t j) { return j < per ? OptionalTensor(caches[i * per + j]) : OptionalTensor(); };
-    steps.layers.push_back(
-        {&p, check_call(p, x, pick(tensors, rotary[2 * i], "rotary"), pick(tensors, rotary[2 * i + 1], "rotary"),
-                        pick(tensors, masks[i], "masks"), cache(0), cache(1), cache(2), cache(3), length)});
+    check_caches(p, cache(0), cache(1), cache(2), cache(3), steps.layers[i].call);
   }
   steps.group(groups, bypass, summed);
   STD_TORCH_CHECK(bool(shared) == !summed.empty(), "cpullm::layers_forward: summed and shared come together");

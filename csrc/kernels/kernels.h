@@ -113,11 +113,16 @@ struct Range {
 };
 
 // Segments of the inputs [begin, end): one more than multiples of a group or a block between them. group: a multiple of
-// kChunk, so that a block and a group have a power of two in common. Not inlined: its divisions would take registers from
-// the loops around its callers.
+// kChunk, so that a block and a group have a power of two in common; most are one, and take no division. Not inlined: its
+// divisions would take registers from the loops around its callers.
 [[maybe_unused]] __attribute__((noinline)) static int64_t count_segments(int64_t begin, int64_t end, int64_t group) {
   if (begin >= end) return 0;
-  const int64_t power = group & -group, both = power < kActBlock ? group / power * kActBlock : group;
+  const int64_t power = group & -group;
+  if (power == group) {
+    const int shift = __builtin_ctzll(uint64_t(group < kActBlock ? group : kActBlock));
+    return 1 + ((end - 1) >> shift) - (begin >> shift);
+  }
+  const int64_t both = power < kActBlock ? group / power * kActBlock : group;
   const auto between = [=](int64_t step) { return (end - 1) / step - begin / step; };
   return 1 + between(group) + between(kActBlock) - between(both);
 }
