@@ -73,7 +73,8 @@ def linear(
     and x has many rows, and is ``"fp32"`` otherwise. Returns [.., n] of x's dtype. Raises RuntimeError naming the
     argument that is wrong.
     """
-    if type(x) is Tensor and not _is_compiling():  # no fake, no tracer's tensor: the number stays in this process
+    # No fake, no tracer: the number stays in this process, and what is recorded must last longer.
+    if type(x) is Tensor and not (_is_compiling() or _modes() or _is_tracing()):
         number = weight.__dict__.get("number") or _number(weight)
         if number:
             if bias is None and perm is None and compute == "int8":
@@ -85,6 +86,7 @@ def linear(
     )
 
 
+_modes, _is_tracing = torch._C._len_torch_dispatch_stack, torch._C._is_tracing
 _is_compiling, _weight_linear = torch.compiler.is_compiling, torch.ops.cpullm.weight_linear.default
 _sizes: dict[int, tuple[int, int]] = {}  # n and k of the weights that have a number
 
