@@ -87,7 +87,7 @@ void transpose_panels(const T* __restrict x, int64_t n, int64_t groups, int64_t 
   }
 }
 
-Tensor pack_columns(const Tensor& x) {
+void pack_columns(Tensor out, const Tensor& x) {
   constexpr const char* op = "cpullm::pack_columns";
   const int32_t type = dtype_of(x);
   const bool byte = type == aoti_torch_dtype_uint8();
@@ -96,8 +96,10 @@ Tensor pack_columns(const Tensor& x) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2 && x.numel() > 0 && x.is_contiguous(), op,
                   ": x must be a contiguous non-empty CPU matrix [n, groups], got ", shape_of(x));
   const int64_t n = x.size(0), groups = x.size(1), panels = (n + kPanel - 1) / kPanel;
-  const int64_t sizes[] = {panels, groups, kPanel};
-  Tensor out = empty_cpu(sizes, 3, type);
+  STD_TORCH_CHECK(out.is_cpu() && dtype_of(out) == type && out.dim() == 3 && out.size(0) == panels &&
+                      out.size(1) == groups && out.size(2) == kPanel && out.is_contiguous(),
+                  op, ": out must be a contiguous CPU tensor of x's type [", panels, ", ", groups, ", 32], got ",
+                  shape_of(out));
   const void* from = x.const_data_ptr();
   void* to = out.mutable_data_ptr();
   parallel(panels, 8 * kPanel * groups, [&](int64_t begin, int64_t end) {
@@ -106,7 +108,6 @@ Tensor pack_columns(const Tensor& x) {
     else
       transpose_panels(static_cast<const uint16_t*>(from), n, groups, begin, end, static_cast<uint16_t*>(to));
   });
-  return out;
 }
 
 }  // namespace
@@ -115,8 +116,8 @@ Tensor pack_columns(const Tensor& x) {
 STABLE_TORCH_LIBRARY_FRAGMENT(cpullm, m) {
   // codes uint8 [n, width], codes of `stored` bits (4: the even input low) -> out uint8 [ceil(n/32), k'/4, 16 bits].
   m.def("pack_codes(Tensor(a!) out, Tensor codes, int k, int bits, int stored) -> ()");
-  // Scales or zeros [n, groups] -> [ceil(n/32), groups, 32].
-  m.def("pack_columns(Tensor x) -> Tensor");
+  // Scales or zeros x [n, groups] -> out [ceil(n/32), groups, 32].
+  m.def("pack_columns(Tensor(a!) out, Tensor x) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cpullm, CPU, m) {

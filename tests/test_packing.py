@@ -136,10 +136,12 @@ def test_pack_codes_checks(arguments, text):
 
 def test_pack_columns_checks():
     with pytest.raises(RuntimeError, match="x must be uint8, float16 or bfloat16"):
-        torch.ops.cpullm.pack_columns(torch.zeros(2, 2))
+        torch.ops.cpullm.pack_columns(OUT, torch.zeros(2, 2))
     for wrong in (torch.zeros(2).half(), torch.zeros(0, 2).half(), torch.zeros(2, 3).half().T):
         with pytest.raises(RuntimeError, match="contiguous non-empty CPU matrix"):
-            torch.ops.cpullm.pack_columns(wrong)
+            torch.ops.cpullm.pack_columns(OUT, wrong)
+    with pytest.raises(RuntimeError, match="out must be a contiguous CPU tensor of x's type"):
+        torch.ops.cpullm.pack_columns(OUT, CODES)
 
 
 def test_stored_size():

@@ -5,20 +5,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from . import library  # noqa: F401  it loads them
 from .packing import ACT_BLOCK, CHUNK, PANEL, STEP, PackedStack, PackedWeight, round_up
-
-_LIBRARY = Path(__file__).with_name("_C.abi3.so")
-if not _LIBRARY.exists():
-    raise ImportError(
-        f"torch_cpullm: the compiled library {_LIBRARY.name} is missing beside {Path(__file__).name}; "
-        "install the package with `pip install --no-build-isolation .` (or `make build` in a checkout)"
-    )
-torch.ops.load_library(str(_LIBRARY))
 
 COMPUTE = {"int8": 0, "fp32": 1, "bf16": 2}
 """Names of the compute types and the numbers the operator takes."""

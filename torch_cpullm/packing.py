@@ -14,6 +14,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from . import library  # noqa: F401  it loads the operators
+
 PANEL = 32  # output columns of a panel
 STEP = 4  # inputs of a block
 CHUNK = 32  # k is padded to a multiple of it; a group is a multiple of it
@@ -270,13 +272,16 @@ def _packed(
     codes: Tensor, scales: Tensor, zeros: Tensor | None, k: int, bits: int, group_size: int, *, stored: int
 ) -> PackedWeight:
     """The packed weight of checked tensors; stored: bits that a code takes in ``codes``. No temporary memory."""
-    from . import ops  # noqa: F401  it loads the operators, and needs this module
-
     n, operators = codes.shape[0], torch.ops.cpullm
     out = aligned_empty((-(-n // PANEL), round_up(k, CHUNK) // STEP, 16 * bits))
     operators.pack_codes.default(out, codes.contiguous(), k, bits, stored)
-    columns = [None if x is None else operators.pack_columns.default(x.contiguous()) for x in (scales, zeros)]
-    return PackedWeight(out, columns[0], columns[1], n, k, bits, group_size)
+
+    def columns(x: Tensor) -> Tensor:
+        made = x.new_empty(out.shape[0], x.shape[1], PANEL)
+        operators.pack_columns.default(made, x.contiguous())
+        return made
+
+    return PackedWeight(out, columns(scales), None if zeros is None else columns(zeros), n, k, bits, group_size)
 
 
 def unpack(packed: PackedWeight) -> QuantizedWeight:
