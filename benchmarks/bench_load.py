@@ -5,7 +5,8 @@
 
 Writes a checkpoint of random bf16 weights in shards, one tensor in memory at a time (kept for the next run; --remove
 deletes it), then measures each step in a process of its own. Columns: s time from the call to the model; first s to
-the first token of generate(), in that same process; tok/s of the --decode tokens after it; peak MiB the largest
+the first token of generate(), in that same process; start s the same from the start of the Python process, imports
+included; tok/s of the --decode tokens after it; peak MiB the largest
 anonymous memory above what the imports take, the file's mapped pages not counted; final MiB the same after loading;
 packed MiB what the packed weights take; largest MiB the largest module's float weight.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -127,6 +129,12 @@ def anonymous_bytes() -> int:
     raise RuntimeError("/proc/self/status has no RssAnon")
 
 
+def seconds_of_process() -> float:
+    """Seconds since this process was started."""
+    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # in ticks since the boot
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+
+
 def measure(step: str, float_folder: Path, folder: Path, decode: int) -> dict[str, Any]:
     """One step in this process; the row without what the parent knows."""
     from transformers import AutoModelForCausalLM
@@ -150,7 +158,7 @@ def measure(step: str, float_folder: Path, folder: Path, decode: int) -> dict[st
     ids = torch.tensor([[1, 2, 3]])
     options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
     model.generate(ids, max_new_tokens=1, **options)
-    first_s = time.perf_counter() - start
+    first_s, since_start = time.perf_counter() - start, seconds_of_process()
     took = []
     for tokens in (1, 1 + decode):
         begin = time.perf_counter()
@@ -160,6 +168,7 @@ def measure(step: str, float_folder: Path, folder: Path, decode: int) -> dict[st
     return {
         "s": round(loaded_s, 2),
         "first_s": round(first_s, 2),
+        "start_s": round(since_start, 2),
         "tok/s": round(decode / (took[1] - took[0]), 2),
         "peak_mib": peak // MIB,
         "final_mib": final // MIB,
@@ -213,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report(args: argparse.Namespace, name: str) -> None:
     """Run and print every step."""
-    columns = ("s", "first_s", "tok/s", "peak_mib", "final_mib", "packed_mib", "largest_mib")
+    columns = ("s", "first_s", "start_s", "tok/s", "peak_mib", "final_mib", "packed_mib", "largest_mib")
     print(f"{'model':<18}{'step':<10}" + "".join(f"{column.replace('_', ' '):>13}" for column in columns))
     for step in args.steps:
         command = [sys.executable, "-m", "benchmarks.bench_load", "--model", args.model, "--folder", str(args.folder)]

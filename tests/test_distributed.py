@@ -299,3 +299,9 @@ def test_sums_refuse_what_does_not_fit():
     ):
         with pytest.raises(RuntimeError, match=text):
             ops.shared_sum(x, memory, rank, ranks, 1.0)
+
+
+def test_a_group_that_moves_no_cpu_tensors_is_told_so(monkeypatch):
+    monkeypatch.setattr(collective.dist, "get_backend_config", lambda group: "cuda:nccl")
+    with pytest.raises(ValueError, match=r"backend \(cuda:nccl\) moves no CPU tensors: init_process_group"):
+        collective.meet(None)

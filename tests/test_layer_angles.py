@@ -46,6 +46,25 @@ def test_positions_that_differ_are_the_modules():
     assert calls == [1, 1]
 
 
+@pytest.mark.parametrize("cut", [True, False], ids=["slices", "indexes"])
+def test_a_module_with_a_table_of_its_own_is_not_asked_beyond_it(cut):
+    class Short(torch.nn.Module):
+        rope_type = "default"
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", torch.rand(70, 8))
+
+        def forward(self, x, at):
+            first = int(at[0, 0])
+            rows = self.table[None, first : first + at.shape[1]] if cut else self.table[at]
+            return rows.cos(), rows.sin()
+
+    module, x = Short(), torch.zeros(1, 1, 8)
+    angles = Angles(module, ())
+    assert all(same(angles, module, position, x) for position in (0, 5, 65, 66, 69, 63, 64))
+
+
 def test_forms_that_look_at_the_longest_position_are_the_modules():
     module, calls = rotary("phi3-longrope")
     angles, x = Angles(module, ()), torch.zeros(1, 1, 80)

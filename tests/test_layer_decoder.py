@@ -149,6 +149,17 @@ def test_another_module_goes_the_long_way(part, monkeypatch):
     assert steps[0] == 0
 
 
+def test_the_short_way_comes_back_when_the_decoder_has_settled(monkeypatch):
+    model = optimised()
+    cache, steps = warm(model), counted(monkeypatch, "_layers")
+    for note in range(12):  # more often than it is looked at in vain
+        model.model.note = note
+        before = steps[0]
+        for _ in range(4):
+            call(model, cache, ids_of(model, 1, 1), position_ids=position_of(cache))
+        assert steps[0] > before, note
+
+
 def test_hooks_of_embedding_and_norm_are_called(monkeypatch):
     model = optimised()
     cache, steps = warm(model), counted(monkeypatch, "_layers")

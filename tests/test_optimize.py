@@ -313,3 +313,10 @@ def test_same_codes_on_every_level(isa):
         assert torch.equal(a.packed.codes, b.packed.codes)
         assert torch.equal(a.packed.scales, b.packed.scales)
     assert torch.allclose(model(IDS), want, atol=1e-4)
+
+
+def test_parameters_in_shared_memory_stay_there():
+    model = llama().eval()
+    model.share_memory()
+    torch_cpullm.optimize(model)
+    assert all(parameter.is_shared() for parameter in model.parameters())

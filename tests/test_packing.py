@@ -91,6 +91,59 @@ def test_canonical_tensors_may_be_strided():
     assert torch.equal(dequantize(strided), dequantize(want))
 
 
+@pytest.mark.parametrize("k", [1, 33, 129, 515, 1056])
+@pytest.mark.parametrize("n", [1, 33, 100])
+def test_blocks_by_definition(n, k):
+    """Byte 4c + i of a block: column c, for 4 bits column c + 16 in the high half; from both ways to store codes."""
+    gen = generator(n + k)
+    for bits in (4, 8):
+        codes = torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8, generator=gen)
+        scales = torch.rand(n, -(-k // 32), generator=gen).half()
+        weight = QuantizedWeight(codes, scales, None, bits, 32)
+        padded = torch.zeros(packing.round_up(n, 32), packing.round_up(k, 32), dtype=torch.uint8)
+        padded[:n, :k] = codes
+        want = padded.view(-1, 32, padded.shape[1] // 4, 4).transpose(1, 2)
+        want = (want[:, :, :16] | want[:, :, 16:] << 4) if bits == 4 else want
+        for packed in (pack(weight), packing.pack_stored(*packing.stored_form(weight), n, k, bits, 32)):
+            assert torch.equal(packed.codes, want.flatten(2))
+            assert torch.equal(packed.scales.transpose(1, 2).flatten(0, 1)[:n], scales)
+            assert not packed.scales.transpose(1, 2).flatten(0, 1)[n:].any()
+
+
+CODES = torch.zeros(32, 16, dtype=torch.uint8)
+OUT = torch.zeros(1, 8, 64, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ((OUT, CODES, 32, 5, 8), "bits must be 4 or 8"),
+        ((OUT, CODES, 32, 8, 4), "stored 8 or the same"),
+        ((OUT, CODES, 0, 4, 4), "k must be positive"),
+        ((OUT, CODES, 1 << 41, 4, 4), "k must be positive"),
+        ((OUT, CODES, 34, 4, 4), "codes must be a contiguous"),
+        ((OUT, CODES.view(torch.int8), 32, 4, 4), "codes must be a contiguous"),
+        ((OUT, CODES[:0], 32, 4, 4), "codes must be a contiguous"),
+        ((OUT, CODES.T.contiguous().T, 32, 4, 4), "codes must be a contiguous"),
+        ((OUT[:, :4], CODES, 32, 4, 4), "out must be a contiguous"),
+        ((OUT, torch.zeros(33, 16, dtype=torch.uint8), 32, 4, 4), "out must be a contiguous"),
+    ],
+)
+def test_pack_codes_checks(arguments, text):
+    with pytest.raises(RuntimeError, match=text):
+        torch.ops.cpullm.pack_codes(*arguments)
+
+
+def test_pack_columns_checks():
+    with pytest.raises(RuntimeError, match="x must be uint8, float16 or bfloat16"):
+        torch.ops.cpullm.pack_columns(OUT, torch.zeros(2, 2))
+    for wrong in (torch.zeros(2).half(), torch.zeros(0, 2).half(), torch.zeros(2, 3).half().T):
+        with pytest.raises(RuntimeError, match="contiguous non-empty CPU matrix"):
+            torch.ops.cpullm.pack_columns(OUT, wrong)
+    with pytest.raises(RuntimeError, match="out must be a contiguous CPU tensor of x's type"):
+        torch.ops.cpullm.pack_columns(OUT, CODES)
+
+
 def test_stored_size():
     packed = pack(quantized(64, 128, 32))
     assert packed.nbytes == 64 * 128 // 2 + 64 * 4 * 2

@@ -147,6 +147,13 @@ def test_generated_at_once_is_bounded_by_bytes():
     length = 2_000_000
     assert calibration._together(model, gpu, length) == calibration._BYTES // (length * per_token + sampled)
     assert calibration._together(model, gpu, 10**9) == 1
+    config_of = type("Config", (), {"get_text_config": lambda self: self})
+    bare = config_of()  # of a model without attention
+    bare.hidden_size, bare.num_hidden_layers, bare.vocab_size = config.hidden_size, 2, config.vocab_size
+    other = type("Model", (), {"config": bare, "generate": None, "dtype": torch.float32})()
+    assert calibration._together(other, gpu, length) == calibration._BYTES // (
+        length * 2 * 2 * config.hidden_size * 4 + sampled
+    )
     half = calibration._together(model.to(torch.bfloat16), gpu, length)
     assert half == calibration._BYTES // (length * per_token // 2 + sampled)
 

@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import threading
+import warnings
 
 import pytest
 import torch
@@ -124,6 +125,19 @@ def test_graphs_and_fake_tensors_have_tensors_and_no_number():
     assert [name for name in seen if "cpullm" in name] == ["cpullm.linear.default"] * 2
     program = torch.export.export(module, (x,), strict=False)
     assert "weight_linear" not in str(program)
+
+
+def test_what_is_recorded_holds_tensors():
+    """A number is of this process: a saved trace must not hold it."""
+    module, x = PackedLinear(a_weight(), dtype=torch.float32), activations(2, K)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit says that it is old
+        traced = torch.jit.trace(module, (x,), check_trace=False)
+        assert "weight_linear" not in str(traced.inlined_graph)
+    assert torch.equal(traced(x), module(x))
+    recorded = make_fx(module, tracing_mode="real")(x)
+    assert "weight_linear" not in recorded.code
+    assert torch.equal(recorded(x), module(x))
 
 
 def test_weights_come_and_go_in_several_threads():

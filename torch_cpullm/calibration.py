@@ -132,8 +132,10 @@ def _together(model: Any, device: torch.device, length: int) -> int:
     if device.type == "cpu" or not hasattr(model, "generate"):
         return _TOGETHER
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    # A model without attention has no such heads: its state is at most as wide as its hidden states.
+    heads = getattr(config, "num_attention_heads", None) or 1
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = getattr(config, "num_key_value_heads", None) or heads
     cached = 2 * config.num_hidden_layers * heads * size * length * model.dtype.itemsize
     sampled = 4 * 4 * config.vocab_size  # float32 logits, their chances and what sampling makes of them
     return max(1, min(_MOST, _BYTES // (cached + sampled)))

@@ -39,8 +39,15 @@ class LostRankError(RuntimeError):
 def meet(group: dist.ProcessGroup | None, failed: str = "") -> None:
     """Wait for all ranks of the caller's group, as long as its timeout allows. LostRankError where one has failed.
 
-    failed: why this rank has; it does not wait long for the others, which get to know.
+    failed: why this rank has; it does not wait long for the others, which get to know. ValueError for a group whose
+    backend moves no tensors of the CPU.
     """
+    backends = dist.get_backend_config(group)
+    if "cpu:" not in backends:
+        raise ValueError(
+            f"torch_cpullm computes on the CPU, and the process group's backend ({backends}) moves no CPU tensors: "
+            'init_process_group("gloo"), or "cpu:gloo,cuda:nccl"'
+        )
     own = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8, device="cpu")  # transformers builds models on meta
     data = failed.encode()[:_MESSAGE_BYTES]
     own[: len(data)] = torch.tensor(list(data), dtype=torch.uint8, device="cpu")

@@ -63,7 +63,10 @@ class Angles:
         """The module's result, and the table from this position on."""
         result = self._module(x, positions, *self._extra)
         rows = torch.arange(first, first + CHUNK, dtype=positions.dtype)[None]
-        made = self._module(x, rows, *self._extra)
+        try:
+            made = self._module(x, rows, *self._extra)
+        except (IndexError, RuntimeError, ValueError):  # its own table is shorter
+            return result
         alike = all(each.dim() == 3 and each.shape[:2] == rows.shape for each in made)
         alike = alike and all(torch.equal(a[:1], b[:, :1]) for a, b in zip(result, made, strict=True))
         held = list(self._module.buffers())

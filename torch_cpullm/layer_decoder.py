@@ -30,6 +30,7 @@ from .linear import PackedEmbedding
 _TAKEN = {"input_ids", "attention_mask", "position_ids", "past_key_values", *IGNORED}
 # Arguments that may have these values: they change nothing in a decode step.
 _HARMLESS = {"use_cache": (None, True), "return_dict": (None, True)}
+TRIES = 8  # steps in a row that may be looked at in vain: a model that never is the same twice costs no more
 _OFF = (None, False)  # what any other argument must be
 # Settings of a config that change what a decoder returns, not what its layers compute.
 _SETTINGS = ("output_hidden_states", "_output_attentions", "output_attentions", "return_dict", "use_cache", "is_causal")
@@ -78,7 +79,7 @@ class DecoderStep:
         self._windows, self._no_masks = windows, [-1] * len(windows)
         self._learnt: _Learnt | None = None
         self._glance: Glance | None = None
-        self._tries = 8
+        self._tries = TRIES
         self._last = _Last()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -170,12 +171,14 @@ class DecoderStep:
         """What the last layer returns in a decode step, or what ``head`` makes of it; None as of :meth:`_run`."""
         cache, mask = kwargs["past_key_values"], kwargs.get("attention_mask")
         if self._glance is None or not self._glance.same(owner):
+            self._learnt = None  # to be learnt again from the next steps
             return None
         length = stack.length_of(cache)
         if length < 0 or (mask is not None and (mask.shape[1] != length + 1 or not bool(mask.all()))):
             return None
         x = learnt.embedding(kwargs["input_ids"])
         tensors = [t for angles in learnt.positions for t in angles(x, kwargs["position_ids"])]
+        self._tries = TRIES  # what was learnt holds
         return stack.run(self._unchanged, x, tensors, learnt.rotary, self._no_masks, cache, head)
 
     # ---- for a step of the whole model ------------------------------------------------------------------------------

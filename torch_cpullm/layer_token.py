@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .layer_decoder import DecoderStep, gives
+from .layer_decoder import TRIES, DecoderStep, gives
 from .layer_parts import NoMatchError, read_norm
 from .layer_program import Head
 from .layer_watch import Glance, Watch
@@ -49,7 +49,7 @@ class TokenStep:
         self._names = [parameter.name for parameter in parameters]
         self.__signature__ = inspect.Signature(parameters)  # generate() looks whether there is logits_to_keep
         self._learnt: _Learnt | None = None
-        self._tries = 8
+        self._tries = TRIES
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward: arguments and result are those of its class."""
@@ -72,6 +72,7 @@ class TokenStep:
         elif not learnt.watch.waiting() and not _hooked(decoder):
             logits = step.logits(decoder, named, learnt.head)
             if logits is not None:
+                self._tries = TRIES  # what was learnt holds
                 return learnt.kind(logits=logits, past_key_values=named["past_key_values"])
         return self._original(model, *args, **kwargs)
 

@@ -5,20 +5,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from . import library  # noqa: F401  it loads them
 from .packing import ACT_BLOCK, CHUNK, PANEL, STEP, PackedStack, PackedWeight, round_up
-
-_LIBRARY = Path(__file__).with_name("_C.abi3.so")
-if not _LIBRARY.exists():
-    raise ImportError(
-        f"torch_cpullm: the compiled library {_LIBRARY.name} is missing beside {Path(__file__).name}; "
-        "install the package with `pip install --no-build-isolation .` (or `make build` in a checkout)"
-    )
-torch.ops.load_library(str(_LIBRARY))
 
 COMPUTE = {"int8": 0, "fp32": 1, "bf16": 2}
 """Names of the compute types and the numbers the operator takes."""
@@ -73,7 +65,8 @@ def linear(
     and x has many rows, and is ``"fp32"`` otherwise. Returns [.., n] of x's dtype. Raises RuntimeError naming the
     argument that is wrong.
     """
-    if type(x) is Tensor and not _is_compiling():  # no fake, no tracer's tensor: the number stays in this process
+    # No fake, no tracer: the number stays in this process, and what is recorded must last longer.
+    if type(x) is Tensor and not (_is_compiling() or _modes() or _is_tracing()):
         number = weight.__dict__.get("number") or _number(weight)
         if number:
             if bias is None and perm is None and compute == "int8":
@@ -85,6 +78,7 @@ def linear(
     )
 
 
+_modes, _is_tracing = torch._C._len_torch_dispatch_stack, torch._C._is_tracing
 _is_compiling, _weight_linear = torch.compiler.is_compiling, torch.ops.cpullm.weight_linear.default
 _sizes: dict[int, tuple[int, int]] = {}  # n and k of the weights that have a number
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from . import library  # noqa: F401  it loads the operators
+
 PANEL = 32  # output columns of a panel
 STEP = 4  # inputs of a block
 CHUNK = 32  # k is padded to a multiple of it; a group is a multiple of it
@@ -231,14 +233,6 @@ def stack(count: int, matrix: Callable[[int], PackedWeight]) -> PackedStack:
     return PackedStack(whole, count, first.n)
 
 
-def _panels(x: Tensor, pad_value: float = 0) -> Tensor:
-    """[n, groups] -> [n'/32, groups, 32], contiguous."""
-    pad = round_up(x.shape[0], PANEL) - x.shape[0]
-    if pad:
-        x = torch.cat([x, x.new_full((pad, x.shape[1]), pad_value)])
-    return x.view(-1, PANEL, x.shape[1]).transpose(1, 2).contiguous()
-
-
 def alike(a: PackedWeight | PackedStack, b: PackedWeight | PackedStack) -> bool:
     """Whether two weights have the same codes, scales and zeros."""
     a, b = (each.whole if isinstance(each, PackedStack) else each for each in (a, b))
@@ -247,7 +241,6 @@ def alike(a: PackedWeight | PackedStack, b: PackedWeight | PackedStack) -> bool:
 
 
 _HUGE_PAGE = 1 << 21
-_CACHED = 1 << 19  # codes at a time that fit into a core's cache with their temporaries
 
 
 def _huge_pages(count: int) -> tuple[mmap.mmap, int]:
@@ -307,37 +300,23 @@ def gathered(weights: list[PackedWeight]) -> list[PackedWeight]:
 
 def pack(weight: QuantizedWeight) -> PackedWeight:
     """The packed form of ``weight``; :func:`unpack` gives back the same codes, scales and zeros."""
-    bits = weight.bits
-
-    def blocks(rows: Tensor) -> Tensor:
-        words = rows.view(torch.int32)  # four inputs of one column
-        return words[:, :16] | (words[:, 16:] << 4) if bits == 4 else words
-
-    out = _packed_codes(weight.codes, weight.k, bits, 8, blocks)
-    zeros = None if weight.zeros is None else _panels(weight.zeros)
-    return PackedWeight(out, _panels(weight.scales), zeros, weight.n, weight.k, bits, weight.group_size)
+    return _packed(weight.codes, weight.scales, weight.zeros, weight.k, weight.bits, weight.group_size, stored=8)
 
 
-def _packed_codes(codes: Tensor, k: int, bits: int, stored: int, blocks: Callable[[Tensor], Tensor]) -> Tensor:
-    """PackedWeight.codes from rows of codes of ``stored`` bits each.
+def _packed(
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, k: int, bits: int, group_size: int, *, stored: int
+) -> PackedWeight:
+    """The packed weight of checked tensors; stored: bits that a code takes in ``codes``. No temporary memory."""
+    n, operators = codes.shape[0], torch.ops.cpullm
+    out = aligned_empty((-(-n // PANEL), round_up(k, CHUNK) // STEP, 16 * bits))
+    operators.pack_codes.default(out, codes.contiguous(), k, bits, stored)
 
-    blocks: uint8 [panels, 32, w] -> int32 [panels, 16 | 32, k'/4], byte for byte what the blocks hold; w is a row's
-    width at k' inputs. Panels go in runs, which bounds the temporary memory.
-    """
-    n, kp, panels = codes.shape[0], round_up(k, CHUNK), -(-codes.shape[0] // PANEL)
-    width = kp if stored == 8 else kp // 2
-    out = aligned_empty((panels, kp // STEP, 16 * bits))
-    step = max(1, _CACHED // (PANEL * kp))
-    for first in range(0, panels, step):
-        last = min(first + step, panels)
-        rows = codes[first * PANEL : min(last * PANEL, n)]
-        if rows.shape != ((last - first) * PANEL, width):
-            padded = rows.new_zeros((last - first) * PANEL, width)
-            padded[: rows.shape[0], : rows.shape[1]] = rows
-            rows = padded
-        words = blocks(rows.contiguous().view(last - first, PANEL, width))
-        out[first:last].view(torch.int32).copy_(words.transpose(1, 2))
-    return out
+    def columns(x: Tensor) -> Tensor:
+        made = x.new_empty(out.shape[0], x.shape[1], PANEL)
+        operators.pack_columns.default(made, x.contiguous())
+        return made
+
+    return PackedWeight(out, columns(scales), None if zeros is None else columns(zeros), n, k, bits, group_size)
 
 
 def unpack(packed: PackedWeight) -> QuantizedWeight:
@@ -421,12 +400,4 @@ def pack_stored(
     if k % 2 and int(codes[:, -1].max()) > 15:
         raise ValueError("weight_codes: the unused half of a row's last byte must be zero")
 
-    def blocks(rows: Tensor) -> Tensor:
-        wide = rows.to(torch.int16)
-        odd = wide & 240
-        wide.bitwise_and_(15).bitwise_or_(odd.bitwise_left_shift_(4))  # input 2j low, 2j + 1 in the high byte
-        high = wide[:, 16:] << 4
-        return high.bitwise_or_(wide[:, :16]).view(torch.int32)
-
-    out = _packed_codes(codes, k, bits, 4, blocks)
-    return PackedWeight(out, _panels(scales), None if zeros is None else _panels(zeros), n, k, bits, group_size)
+    return _packed(codes, scales, zeros, k, bits, group_size, stored=4)

@@ -252,13 +252,15 @@ def _leave_files(model: nn.Module) -> None:
     """Copy the parameters that stay out of mapped files that are mostly something else.
 
     transformers gives each a part of the mapped checkpoint, all of which would stay mapped, and count as resident, for
-    the sake of a few norms.
+    the sake of a few norms. A mapping that is shared (``share_memory_()``) is left alone.
     """
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return
     lines = (line.split(maxsplit=5) for line in maps.read_text(errors="replace").splitlines())
-    files = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines if line[4] != "0"]
+    files = [
+        tuple(int(end, 16) for end in line[0].split("-")) for line in lines if line[4] != "0" and line[1][3] == "p"
+    ]
     originals = [m.__dict__["_original"] for _, m in packed_modules(model) if m.__dict__.get("_original") is not None]
     parameters = [
         each
