@@ -1,15 +1,18 @@
-// Many rows times a panel on the avx512 level: a run of activation blocks of a tile is one piece of assembly, and the
-// fp32 chain of a block never leaves the registers. The same chain as linear_i8-inl.h, bit for bit in what comes out.
+// Many rows times a panel on the avx512 level: a run of activation blocks of a tile is one piece of assembly, and an fp32
+// chain never leaves the registers: where every segment is a block of activations, the output's, else the block's. The
+// same chain as linear_i8-inl.h, bit for bit in what comes out.
 //
 // The codes of kManyK inputs of the panel are first unpacked to signed bytes, zero points subtracted. Activations come as
 // x + 128 (QuantizedRows::bias), so the int32 sums of every row start from the same -128 * sum of the column's bytes: a
 // copy of a register, which costs nothing, in place of one multiplication per sum and segment.
 // Ranges: zero points are codes, z <= 15, so |c - z| <= 15 at 4 bits, 128 at 8; of 128 inputs
 // |sum (x + 128) c| <= 128 * 255 * 128 < 2^23.
-// The chain starts from +0 instead of the first product: an output may differ only where that is -0, and sums of outputs
-// start from +0, which takes either.
-// Registers: zmm0-13 int32 sums of row i in 2i and 2i + 1; zmm14-27 its chains; zmm28-29 bytes of 16 columns each, then
-// scales or minima; zmm30 four inputs of a row.
+// A block's chain starts from +0 instead of the first product: an output may differ only where that is -0, and sums of
+// outputs start from +0, which takes either.
+// Activations come from L3 where they are many: the next tile's are prefetched while a tile computes, a line for every
+// two steps. So all rows share one unpacking.
+// Registers: zmm0-13 int32 sums of row i in 2i and 2i + 1; zmm14-27 its chains, the output's or the block's; zmm28-29
+// bytes of 16 columns each, then scales or minima; zmm30 four inputs of a row.
 #pragma once
 
 #include <immintrin.h>
@@ -18,7 +21,7 @@ namespace cpullm {
 namespace {
 
 constexpr int kManyRows = 7;  // most rows of a tile
-constexpr int64_t kManyK = 256;  // inputs unpacked at a time
+constexpr int64_t kManyK = 512;  // inputs unpacked at a time: 16 KiB, half of L1
 
 // What the chain needs of one segment of a panel.
 struct alignas(64) ManySegment {
@@ -36,6 +39,7 @@ struct ManyRun {
   const float* sums;  // [segments, kManyRows]: sums of the activations; null but for the minimum form
   const float* x_scale;  // [blocks, tile]
   float* y;  // [rows, 32], 64-byte aligned: chain of the output
+  int64_t ahead;  // from the run's activations to those of the next one, bytes
 };
 
 // clang-format off
@@ -52,6 +56,7 @@ struct ManyRun {
   CPULLM_IF(i, "vpbroadcastd 4*" #i "(%[x]), %%zmm30\nvpdpbusd %%zmm28, %%zmm30, %%zmm" #a   \
                "\nvpdpbusd %%zmm29, %%zmm30, %%zmm" #b "\n")
 #define CPULLM_STEP(s)                                                                                            \
+  ".ifeq " #s " & 1\nprefetcht0 (%[x],%[ahead])\n.endif\n"                                                     \
   "vmovdqa64 128*" #s "(%[codes]), %%zmm28\nvmovdqa64 128*" #s "+64(%[codes]), %%zmm29\n" CPULLM_EACH(CPULLM_DOT) \
   "add %[x_step], %[x]\n"
 #define CPULLM_CHAIN(i, a, b, c, d)                                                                        \
@@ -60,14 +65,26 @@ struct ManyRun {
 #define CPULLM_MINIMUM(i, a, b, c, d)                                           \
   CPULLM_IF(i, "vfmadd231ps 4*" #i "(%[p])%{1to16%}, %%zmm28, %%zmm" #c "\n"    \
                "vfmadd231ps 4*" #i "(%[p])%{1to16%}, %%zmm29, %%zmm" #d "\n")
+// The same where a segment is a block: its chain is the product itself, in a and b.
+#define CPULLM_PRODUCT(i, a, b, c, d)                                                      \
+  CPULLM_IF(i, "vcvtdq2ps %%zmm" #a ", %%zmm" #a "\nvcvtdq2ps %%zmm" #b ", %%zmm" #b "\n"  \
+               "vmulps %%zmm28, %%zmm" #a ", %%zmm" #a "\nvmulps %%zmm29, %%zmm" #b ", %%zmm" #b "\n")
+#define CPULLM_OF_PRODUCT(i, a, b, c, d) CPULLM_MINIMUM(i, c, d, a, b)
+#define CPULLM_ADD(i, a, b, c, d)                                                        \
+  CPULLM_IF(i, "vfmadd231ps 4*" #i "(%[x_scale])%{1to16%}, %%zmm" #a ", %%zmm" #c "\n"   \
+               "vfmadd231ps 4*" #i "(%[x_scale])%{1to16%}, %%zmm" #b ", %%zmm" #d "\n")
+#define CPULLM_LOAD(i, a, b, c, d) \
+  CPULLM_IF(i, "vmovaps 128*" #i "(%[p]), %%zmm" #c "\nvmovaps 128*" #i "+64(%[p]), %%zmm" #d "\n")
+#define CPULLM_KEEP(i, a, b, c, d) \
+  CPULLM_IF(i, "vmovaps %%zmm" #c ", 128*" #i "(%[p])\nvmovaps %%zmm" #d ", 128*" #i "+64(%[p])\n")
 #define CPULLM_OUT(i, a, b, c, d)                                                                  \
   CPULLM_IF(i, "vbroadcastss 4*" #i "(%[x_scale]), %%zmm28\n"                                      \
                "vfmadd213ps 128*" #i "(%[p]), %%zmm28, %%zmm" #c "\n"                              \
                "vfmadd213ps 128*" #i "+64(%[p]), %%zmm28, %%zmm" #d "\n"                           \
                "vmovaps %%zmm" #c ", 128*" #i "(%[p])\nvmovaps %%zmm" #d ", 128*" #i "+64(%[p])\n")
 
-// R rows x [steps, tile, 4] times the run's bytes [steps, 32, 4].
-template <int R>
+// R rows x [steps, tile, 4] times the run's bytes [steps, 32, 4]. kBlocks: every segment is a block of activations.
+template <int R, bool kBlocks>
 inline void many_run(const int8_t* codes, const int8_t* x, int64_t tile, const ManyRun& run) {
   static_assert(R >= 1 && R <= kManyRows && kChunk % (8 * kStep) == 0, "sums and chains fit, steps come in eights");
   const ManySegment* segment = run.segments;
@@ -77,8 +94,10 @@ inline void many_run(const int8_t* codes, const int8_t* x, int64_t tile, const M
   const void* p;
   int64_t steps;
   __asm__ volatile(
-      "mov %c[y](%[run]), %[p]\n" CPULLM_EACH(CPULLM_AHEAD)
-      "0:\n" CPULLM_EACH(CPULLM_CLEAR)
+      "mov %c[y](%[run]), %[p]\n"
+      ".if %c[blocks]\n" CPULLM_EACH(CPULLM_LOAD) ".else\n" CPULLM_EACH(CPULLM_AHEAD) ".endif\n"
+      "0:\n"
+      ".if !%c[blocks]\n" CPULLM_EACH(CPULLM_CLEAR) ".endif\n"
       "1:\n"
       "vmovdqa64 %c[start](%[segment]), %%zmm28\nvmovdqa64 %c[start]+64(%[segment]), %%zmm29\n"
       "mov (%[apart]), %[p]\n"
@@ -94,23 +113,30 @@ inline void many_run(const int8_t* codes, const int8_t* x, int64_t tile, const M
       "add $1024, %[codes]\n"
       "sub $8, %k[steps]\n"
       "jnz 3b\n"
-      "vmovaps %c[scale](%[segment]), %%zmm28\nvmovaps %c[scale]+64(%[segment]), %%zmm29\n" CPULLM_EACH(CPULLM_CHAIN)
+      "vmovaps %c[scale](%[segment]), %%zmm28\nvmovaps %c[scale]+64(%[segment]), %%zmm29\n"
+      ".if %c[blocks]\n" CPULLM_EACH(CPULLM_PRODUCT) ".else\n" CPULLM_EACH(CPULLM_CHAIN) ".endif\n"
       "mov %[sums], %[p]\n"
       "test %[p], %[p]\n"
       "jz 4f\n"
-      "vmovaps %c[minimum](%[segment]), %%zmm28\nvmovaps %c[minimum]+64(%[segment]), %%zmm29\n" CPULLM_EACH(CPULLM_MINIMUM)
+      "vmovaps %c[minimum](%[segment]), %%zmm28\nvmovaps %c[minimum]+64(%[segment]), %%zmm29\n"
+      ".if %c[blocks]\n" CPULLM_EACH(CPULLM_OF_PRODUCT) ".else\n" CPULLM_EACH(CPULLM_MINIMUM) ".endif\n"
       "add $%c[sums_bytes], %[sums]\n"
       "4:\n"
+      ".if %c[blocks]\n" CPULLM_EACH(CPULLM_ADD)
+      "add $%c[segment_bytes], %[segment]\n"
+      ".else\n"
       "cmpl $0, %c[ends_block](%[segment])\n"
       "lea %c[segment_bytes](%[segment]), %[segment]\n"
       "je 1b\n"
       "mov %c[y](%[run]), %[p]\n" CPULLM_EACH(CPULLM_OUT)
+      ".endif\n"
       "add %[x_step], %[x_scale]\n"
       "cmp %c[end](%[run]), %[segment]\n"
       "jne 0b\n"
+      ".if %c[blocks]\nmov %c[y](%[run]), %[p]\n" CPULLM_EACH(CPULLM_KEEP) ".endif\n"
       : [codes] "+&r"(codes), [x] "+&r"(x), [segment] "+&r"(segment), [x_scale] "+&r"(x_scale), [apart] "+&r"(apart),
         [sums] "+&r"(sums), [p] "=&r"(p), [steps] "=&r"(steps)
-      : [x_step] "r"(tile * kStep), [run] "r"(&run), [rows] "i"(R),
+      : [x_step] "r"(tile * kStep), [ahead] "r"(run.ahead), [run] "r"(&run), [rows] "i"(R), [blocks] "i"(int(kBlocks)),
         [start] "i"(__builtin_offsetof(ManySegment, start)), [scale] "i"(__builtin_offsetof(ManySegment, scale)),
         [minimum] "i"(__builtin_offsetof(ManySegment, minimum)), [steps_at] "i"(__builtin_offsetof(ManySegment, steps)),
         [segment_bytes] "i"(sizeof(ManySegment)), [ends_block] "i"(__builtin_offsetof(ManySegment, ends_block)),
@@ -130,6 +156,11 @@ inline void many_run(const int8_t* codes, const int8_t* x, int64_t tile, const M
 #undef CPULLM_STEP
 #undef CPULLM_CHAIN
 #undef CPULLM_MINIMUM
+#undef CPULLM_PRODUCT
+#undef CPULLM_OF_PRODUCT
+#undef CPULLM_ADD
+#undef CPULLM_LOAD
+#undef CPULLM_KEEP
 #undef CPULLM_OUT
 // clang-format on
 
@@ -196,15 +227,16 @@ inline void many_clear(uint32_t rows, int32_t* to) {
   for (; rows; rows &= rows - 1) memset(to + __builtin_ctz(rows) * kPanel, 0, kPanel * sizeof(int32_t));
 }
 
+template <bool kBlocks>
 void many_run(int64_t rows, const int8_t* codes, const int8_t* x, int64_t tile, const ManyRun& run) {
   switch (rows) {
-    case 1: return many_run<1>(codes, x, tile, run);
-    case 2: return many_run<2>(codes, x, tile, run);
-    case 3: return many_run<3>(codes, x, tile, run);
-    case 4: return many_run<4>(codes, x, tile, run);
-    case 5: return many_run<5>(codes, x, tile, run);
-    case 6: return many_run<6>(codes, x, tile, run);
-    case 7: return many_run<7>(codes, x, tile, run);
+    case 1: return many_run<1, kBlocks>(codes, x, tile, run);
+    case 2: return many_run<2, kBlocks>(codes, x, tile, run);
+    case 3: return many_run<3, kBlocks>(codes, x, tile, run);
+    case 4: return many_run<4, kBlocks>(codes, x, tile, run);
+    case 5: return many_run<5, kBlocks>(codes, x, tile, run);
+    case 6: return many_run<6, kBlocks>(codes, x, tile, run);
+    case 7: return many_run<7, kBlocks>(codes, x, tile, run);
     default: __builtin_trap();  // a tile this level does not make
   }
 }
@@ -220,7 +252,8 @@ void linear_i8_many(const Weight& w, const QuantizedRows& x, const Output& out, 
   };
   static_assert(sizeof(Scratch) <= kScratchBytes, "scratch memory must hold it");
   auto& mine = *static_cast<Scratch*>(scratch);
-  const int64_t block_rows = rows_per_block(x);
+  const bool blocks = w.group % kActBlock == 0 || w.groups == 1;
+  const int64_t block_rows = kBlockRows / x.tile * x.tile;
   float sums[kMostSegments * kManyRows];
   const int32_t* apart[kMostSegments] = {};
   memset(mine.apart, 0, sizeof mine.apart);
@@ -246,14 +279,17 @@ void linear_i8_many(const Weight& w, const QuantizedRows& x, const Output& out, 
           if (w.form == Zeros::minimum)
             for (int64_t s = 0; s < count; ++s)
               for (int64_t i = 0; i < rows; ++i) sums[s * kManyRows + i] = -float(x.minus[(at + s) * x.tile + i]);
+          const int8_t* q = x.q + r * x.k_padded + k0 * x.tile;
+          const bool more = r + x.tile < row_end;
+          const int64_t ahead = more ? x.tile * x.k_padded : (row0 - r) * x.k_padded + kManyK * x.tile;
           const ManyRun run{mine.segments,
                             mine.segments + count,
                             apart,
                             w.form == Zeros::minimum ? sums : nullptr,
                             x.scale + r * x.blocks + k0 / kActBlock * x.tile,
-                            mine.partial + (r - row0) * kPanel};
-          const int8_t* q = x.q + r * x.k_padded + k0 * x.tile;
-          many_run(rows, mine.bytes, q, x.tile, run);
+                            mine.partial + (r - row0) * kPanel,
+                            ahead};
+          blocks ? many_run<true>(rows, mine.bytes, q, x.tile, run) : many_run<false>(rows, mine.bytes, q, x.tile, run);
           for (int64_t s = 0; any && s < count; ++s) {
             apart[s] = nullptr;
             many_clear(apart_rows[s], mine.apart[s]);
