@@ -13,8 +13,8 @@ import torch_cpullm
 from torch_cpullm import attention, ops
 from torch_cpullm.attention import attention_forward
 
-# (batch, heads, kv heads, queries, keys, head dim). Rows of a kv head: 1 to 4 are read directly, up to 24 make one
-# block, up to 96 several, more than that make blocks of 96 over the whole length. Keys: one block is 64, one split 256.
+# (batch, heads, kv heads, queries, keys, head dim). Rows of a kv head: 1 to 4 (avx512: 8) are read directly, up to 24
+# make one block, up to 96 several, more make blocks of 96 over the whole length. Keys: a block is 64, a split 256.
 SHAPES = [
     (1, 4, 2, 1, 1, 64),
     (2, 6, 3, 1, 15, 64),  # 2 rows
@@ -22,6 +22,8 @@ SHAPES = [
     (2, 4, 4, 1, 257, 40),  # MHA, 2 splits
     (1, 71, 1, 1, 300, 64),  # 3 blocks of rows, 2 splits
     (1, 3, 1, 1, 700, 128),  # 3 rows
+    (2, 10, 2, 1, 70, 52),  # 5 rows: 3 and 2; parts of vectors on every level
+    (1, 7, 1, 1, 300, 112),  # 7 rows: 4 and 3
     (1, 4, 1, 1, 513, 256),  # 4 rows, a split of one key
     (3, 9, 3, 2, 33, 7),  # no multiple of a vector or of 4
     (1, 2, 1, 13, 13, 16),  # 26 rows: no multiple of a tile
@@ -92,7 +94,7 @@ def test_against_float64(shape, option, isa):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", SHAPES[1:10], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[1:12], ids=str)
 def test_16_bit_tensors(shape, dtype, isa):
     """Queries, caches and masks are read exactly; only the result is rounded."""
     q, k, v = inputs(shape, dtype)

@@ -35,6 +35,27 @@ static inline const float* query_of(const Attention& a, const AttentionItem& at,
   return a.q + at.b * a.q_stride[0] + p.query * a.q_stride[1] + at.g * a.q_stride[2] + p.head * a.q_stride[3];
 }
 
+// Every two whole vectors of x: elements at even places, then those at odd ones; and back.
+static inline void part_pairs(float* x, int64_t width) {
+  using S = Simd;
+  for (int64_t c = 0; c + 2 * S::kLanes <= width; c += 2 * S::kLanes) {
+    S::F a = S::load(x + c), b = S::load(x + c + S::kLanes);
+    S::part(a, b);
+    S::store(x + c, a);
+    S::store(x + c + S::kLanes, b);
+  }
+}
+
+static inline void join_pairs(float* x, int64_t width) {
+  using S = Simd;
+  for (int64_t c = 0; c + 2 * S::kLanes <= width; c += 2 * S::kLanes) {
+    S::F a = S::load(x + c), b = S::load(x + c + S::kLanes);
+    S::join(a, b);
+    S::store(x + c, a);
+    S::store(x + c + S::kLanes, b);
+  }
+}
+
 // Keys of the block that this query sees, counted from the block's first.
 static inline Range seen_in(const Attention& a, const KeyBlock& block, int64_t query) {
   const Range keys = visible_keys(a, query);
@@ -75,6 +96,7 @@ static inline void direct_rows(const Attention& a, const AttentionScratch& m, co
   };
   int64_t c = 0;
   for (; c + 4 * S::kLanes <= a.width; c += 4 * S::kLanes) values(Vecs<4>{}, c);
+  for (; c + 2 * S::kLanes <= a.width; c += 2 * S::kLanes) values(Vecs<2>{}, c);
   for (; c < a.width; c += S::kLanes) values(Vecs<1>{}, c);
 }
 
@@ -141,9 +163,9 @@ static inline void tile_rows_of(const Attention& a, const AttentionScratch& m, c
 template <CacheType kType>
 static inline void direct_pass(const Attention& a, const AttentionScratch& m, const AttentionItem& at,
                                const KeyBlock& block) {
-  const int64_t rows = at.rows.end - at.rows.begin;
+  const int64_t rows = at.rows.end - at.rows.begin, most = even_tile(rows, Simd::kDirectRows);
   for (int64_t first = 0; first < rows;) {
-    const int64_t n = min_of(rows - first, Simd::kDirectRows);
+    const int64_t n = min_of(rows - first, most);
     switch (n) {
       case 1: direct_rows<1, kType>(a, m, at, block, first); break;
       case 2: direct_rows<2, kType>(a, m, at, block, first); break;
@@ -203,6 +225,9 @@ static inline void finish_row(const Attention& a, int64_t b, int64_t g, int64_t 
     store_part(out, c, a.width - c, S::mul(S::load(sums + c), S::set1(factor)));
 }
 
+// Whether q and sums are kept parted, as load_half gives keys and values to rows that read them as they are.
+static inline bool is_parted(const Attention& a, bool direct) { return direct && a.type == CacheType::bf16; }
+
 // Scaled queries and empty sums of an item's rows: row by row, or in tiles with the rows side by side.
 static inline void load_queries(const Attention& a, const AttentionScratch& m, const AttentionItem& at, bool direct) {
   using S = Simd;
@@ -218,6 +243,7 @@ static inline void load_queries(const Attention& a, const AttentionScratch& m, c
       const float* q = query_of(a, at, at.rows.begin + r);
       for (int64_t c = 0; c < m.padded; c += S::kLanes)
         S::store(m.q + r * m.padded + c, c < a.width ? S::mul(load_part(q, c, a.width - c), scale) : S::zero());
+      if (is_parted(a, direct)) part_pairs(m.q + r * m.padded, a.width);
     }
     memset(m.sums, 0, size_t(rows * m.padded) * 4);
     return;
@@ -240,7 +266,7 @@ void attention(const Attention& a, Range items, float* scratch) {
   for (int64_t item = items.begin; item < items.end; ++item) {
     const AttentionItem at = attention_item(a, plan, item);
     const int64_t rows = at.rows.end - at.rows.begin;
-    const bool direct = plan.rows <= kDirectMost;
+    const bool direct = plan.rows <= Simd::kDirectMost;
     load_queries(a, m, at, direct);
     const Range first = visible_keys(a, place_of(a, at.rows.begin).query);
     const Range last = visible_keys(a, place_of(a, at.rows.end - 1).query);
@@ -254,7 +280,8 @@ void attention(const Attention& a, Range items, float* scratch) {
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
-      const float* sums = m.sums + r * m.padded;
+      float* sums = m.sums + r * m.padded;
+      if (is_parted(a, direct)) join_pairs(sums, a.width);
       if (plan.splits == 1) {
         finish_row(a, at.b, at.g, at.rows.begin + r, sums, m.most[r], m.total[r]);
         continue;

@@ -5,7 +5,6 @@ namespace cpullm {
 namespace {
 
 constexpr float kNever = -__builtin_inff();
-constexpr int64_t kDirectMost = 4;  // rows of a kv head that are too few for the blocks' conversion to pay
 
 template <CacheType kType>
 static inline Simd::F load_cache(const void* p, int64_t i) {
@@ -20,6 +19,15 @@ static inline Simd::F load_cache_part(const void* p, int64_t i, int64_t count) {
   alignas(64) float v[Simd::kLanes] = {};
   for (int64_t j = 0; j < count; ++j) v[j] = static_cast<const int8_t*>(p)[i + j];
   return Simd::load(v);
+}
+
+// One of the two vectors that 2 kLanes elements from i on make: of bf16 the elements at even or at odd places, which
+// takes half the instructions; else the first or the second ones.
+template <CacheType kType>
+static inline Simd::F load_half(const void* p, int64_t i, int half) {
+  if (kType != CacheType::bf16) return load_cache<kType>(p, i + half * Simd::kLanes);
+  const uint16_t* pairs = static_cast<const uint16_t*>(p) + i;
+  return half ? Simd::load_bf16_odd(pairs) : Simd::load_bf16_even(pairs);
 }
 
 // The memory of one item, cut from the caller's.
@@ -89,10 +97,24 @@ static inline void direct_scores(const float* q, int64_t padded, const void* k, 
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) sum[r][i] = S::zero();
     int64_t c = 0;
-    for (; c + S::kLanes <= width; c += S::kLanes) {
+    for (; c + 2 * S::kLanes <= width; c += 2 * S::kLanes) {
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        S::F key[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) key[i] = load_half<kType>(k, at[i] + c, half);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          const S::F x = S::load(q + r * padded + c + half * S::kLanes);
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; ++i) sum[r][i] = S::fma(x, key[i], sum[r][i]);
+        }
+      }
+    }
+    for (; c < width; c += S::kLanes) {  // unrolled, or the sums would be kept in memory
       S::F key[4];
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) key[i] = load_cache<kType>(k, at[i] + c);
+      for (int i = 0; i < 4; ++i) key[i] = load_cache_part<kType>(k, at[i] + c, width - c);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
         const S::F x = S::load(q + r * padded + c);
@@ -100,11 +122,6 @@ static inline void direct_scores(const float* q, int64_t padded, const void* k, 
         for (int i = 0; i < 4; ++i) sum[r][i] = S::fma(x, key[i], sum[r][i]);
       }
     }
-    if (c < width)
-      for (int i = 0; i < 4; ++i) {
-        const S::F key = load_cache_part<kType>(k, at[i] + c, width - c);
-        for (int r = 0; r < kRows; ++r) sum[r][i] = S::fma(S::load(q + r * padded + c), key, sum[r][i]);
-      }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r)
       S::reduce_sum4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], scores + r * kBlockKeys + j);
@@ -233,7 +250,7 @@ static inline void direct_values(const float* p, const void* v, int64_t v_stride
 #pragma GCC unroll 4
     for (int i = 0; i < kVecs; ++i)
       x[i] = kVecs == 1 ? load_cache_part<kType>(v, j * v_stride + at, width - at)
-                        : load_cache<kType>(v, j * v_stride + at + i * S::kLanes);
+                        : load_half<kType>(v, j * v_stride + at + i / 2 * 2 * S::kLanes, i % 2);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const S::F w = S::set1(p[r * kBlockKeys + j]);

@@ -100,6 +100,25 @@ struct Simd {
     return _mm256_castsi256_ps(
         _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
   }
+  // The elements at even and at odd places of 16.
+  static F load_bf16_even(const uint16_t* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 16));
+  }
+  static F load_bf16_odd(const uint16_t* p) {
+    const I v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(int32_t(0xffff0000u))));
+  }
+  // Two vectors in order to even and odd places, and back.
+  static void part(F& a, F& b) {
+    const F low = _mm256_permute2f128_ps(a, b, 0x20), high = _mm256_permute2f128_ps(a, b, 0x31);
+    a = _mm256_shuffle_ps(low, high, 0x88);
+    b = _mm256_shuffle_ps(low, high, 0xdd);
+  }
+  static void join(F& even, F& odd) {
+    const F low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+    even = _mm256_permute2f128_ps(low, high, 0x20);
+    odd = _mm256_permute2f128_ps(low, high, 0x31);
+  }
   static void store_f16(uint16_t* p, F v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
@@ -294,8 +313,9 @@ struct Simd {
 #else
   static constexpr int kTileRows = 5, kPackedRows = 10, kFloatRows = 4, kFloatPackedRows = 2;
 #endif
-  // Attention: rows of a tile, and rows whose scores are made straight from the keys.
-  static constexpr int kQueryRows = 6, kDirectRows = 2;
+  // Attention: rows of a tile, rows that read keys and values at a time as they are, and up to how many rows of a
+  // kv head do so: the conversion of blocks would not pay.
+  static constexpr int kQueryRows = 6, kDirectRows = 2, kDirectMost = 4;
 };
 
 }  // namespace

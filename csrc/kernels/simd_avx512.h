@@ -75,6 +75,26 @@ struct Simd {
     return _mm512_castsi512_ps(
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
   }
+  // The elements at even and at odd places of 32.
+  static F load_bf16_even(const uint16_t* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16));
+  }
+  static F load_bf16_odd(const uint16_t* p) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(int32_t(0xffff0000u))));
+  }
+  // Two vectors in order to even and odd places, and back.
+  static void part(F& a, F& b) {
+    const I even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const F first = _mm512_permutex2var_ps(a, even, b);
+    b = _mm512_permutex2var_ps(a, _mm512_or_si512(even, _mm512_set1_epi32(1)), b);
+    a = first;
+  }
+  static void join(F& even, F& odd) {
+    const I low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const F first = _mm512_permutex2var_ps(even, low, odd);
+    odd = _mm512_permutex2var_ps(even, _mm512_or_si512(low, _mm512_set1_epi32(8)), odd);
+    even = first;
+  }
   static void store_f16(uint16_t* p, F v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
@@ -185,8 +205,9 @@ struct Simd {
 
   // Rows per tile, and up to how many rows the packed codes are read directly instead of unpacked first.
   static constexpr int kTileRows = 14, kPackedRows = 1 << 30, kFloatRows = 12, kFloatPackedRows = 4;
-  // Attention: rows of a tile, and rows whose scores are made straight from the keys.
-  static constexpr int kQueryRows = 12, kDirectRows = 4;
+  // Attention: rows of a tile, rows that read keys and values at a time as they are, and up to how many rows of a
+  // kv head do so: the conversion of blocks would not pay.
+  static constexpr int kQueryRows = 12, kDirectRows = 4, kDirectMost = 8;
 };
 
 }  // namespace
