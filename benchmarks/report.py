@@ -384,13 +384,21 @@ def experts(found: Sequence[Row]) -> str:
 
 def plain_table(found: Sequence[Row]) -> str:
     """Rows of any other benchmark as they are: their keys are the columns, the newest date of each machine is shown."""
+    return recipe_table([row for group in machines(found) for row in group if row["date"] == max(map(_date, group))])
+
+
+def recipe_table(found: Sequence[Row]) -> str:
+    """The same of all dates: what a recipe loses is not another day's matter, as a speed is."""
     parts = []
     for group in machines(found):
-        last = [row for row in group if row["date"] == max(r["date"] for r in group)]
-        keys = dict.fromkeys(key for row in last for key in row if key not in _FACTS)
-        body = [[_plain(row.get(key)) for key in keys] for row in last]
-        parts += [short_caption(last), markdown([key.replace("_", " ") for key in keys], body)]
+        keys = dict.fromkeys(key for row in group for key in row if key not in _FACTS)
+        body = [[_plain(row.get(key)) for key in keys] for row in group]
+        parts += [short_caption(group), markdown([key.replace("_", " ") for key in keys], body)]
     return "\n\n".join(parts)
+
+
+def _date(row: Row) -> str:
+    return row["date"]
 
 
 def _plain(value: object) -> str:
@@ -417,12 +425,13 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
 
 RECIPES = ("quality", "calibration", "kld", "trained", "stories", "compute", "tasks")
 USE = ("cqil_quality", "cqil_speed", "families", "serve", "load", "context", "busy", "overhead")
-PLAIN = (*RECIPES, *USE, "ranks", "sums", "shares", "sockets")
+PLAIN = (*USE, "ranks", "sums", "shares", "sockets")
 OTHER: dict[str, Callable[[Sequence[Row]], str]] = {
     "models": models,
     "experts": experts,
     "support": support,
     **dict.fromkeys(PLAIN, plain_table),
+    **dict.fromkeys(RECIPES, recipe_table),
 }
 """Name -> the function that makes it from the rows in NAME*.jsonl."""
 
