@@ -95,8 +95,7 @@ def short_caption(found: Sequence[Row]) -> str:
 
 
 def _span(values: Sequence[float]) -> str:
-    low, high = f"{min(values):.0f}", f"{max(values):.0f}"
-    return low if low == high else f"{low}-{high}"
+    return "-".join(dict.fromkeys((f"{min(values):.0f}", f"{max(values):.0f}")))
 
 
 def machines(found: Iterable[Row]) -> list[list[Row]]:
@@ -382,11 +381,11 @@ def experts(found: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
-def plain_table(found: Sequence[Row]) -> str:
-    """Rows of any other benchmark as they are: their keys are the columns, the newest date of each machine is shown."""
+def plain_table(found: Sequence[Row], every_date: bool = True) -> str:
+    """Rows of any other benchmark as they are, their keys are the columns; or each machine's of its last date."""
     parts = []
     for group in machines(found):
-        last = [row for row in group if row["date"] == max(r["date"] for r in group)]
+        last = [row for row in group if every_date or row["date"] == max(r["date"] for r in group)]
         keys = dict.fromkeys(key for row in last for key in row if key not in _FACTS)
         body = [[_plain(row.get(key)) for key in keys] for row in last]
         parts += [short_caption(last), markdown([key.replace("_", " ") for key in keys], body)]
@@ -400,8 +399,8 @@ def _plain(value: object) -> str:
 def _with_legend(parts: Sequence[str], legend: str) -> str:
     if not parts:
         return ""
-    marked = any("\\*" in part or "~" in part for part in parts[1::2])
-    return "\n\n".join([legend + (f" {MARKS}" if marked else ""), *parts])
+    marks = f" {MARKS}" * any("\\*" in part or "~" in part for part in parts[1::2])
+    return "\n\n".join([legend + marks, *parts])
 
 
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
@@ -417,12 +416,13 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
 
 RECIPES = ("quality", "calibration", "kld", "trained", "stories", "compute", "tasks")
 USE = ("cqil_quality", "cqil_speed", "families", "serve", "load", "context", "busy", "overhead")
-PLAIN = (*RECIPES, *USE, "ranks", "sums", "shares", "sockets")
+PLAIN = (*USE, "ranks", "sums", "shares", "sockets")
 OTHER: dict[str, Callable[[Sequence[Row]], str]] = {
     "models": models,
     "experts": experts,
     "support": support,
-    **dict.fromkeys(PLAIN, plain_table),
+    **dict.fromkeys(PLAIN, lambda found: plain_table(found, every_date=False)),
+    **dict.fromkeys(RECIPES, plain_table),  # what a recipe loses is not another day's matter, as a speed is
 }
 """Name -> the function that makes it from the rows in NAME*.jsonl."""
 

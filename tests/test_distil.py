@@ -140,6 +140,28 @@ def test_folds_and_mixed_forms_stay():
         assert (learnt.parameters[name] - value).abs().max() < 0.1 * value.abs().max()
 
 
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_the_mean_over_the_last_steps_is_kept(monkeypatch, share):
+    """Values are seen after each step, where levels are put back into range."""
+    model = llama().eval()
+    ids = tokens(model, 8, 16)
+    first = calibrate(model, ids, forms_of(model, FP32), Method("gptq"), progress=False)
+    seen = {}
+    keep = _Linear.keep_in_range
+
+    def record(self):
+        keep(self)
+        seen.setdefault(self, []).append(self.change.detach().clone())
+
+    monkeypatch.setattr(_Linear, "keep_in_range", record)
+    distil(model, first, ids, codes=True, average=share, progress=False)
+    for linear, values in seen.items():
+        assert len(values) == 4
+        mean = torch.stack(values[-round(4 * share) :]).mean(0)
+        torch.testing.assert_close(linear.change.detach(), mean)
+        assert not torch.equal(mean, values[-1])
+
+
 def test_what_is_refused():
     model = llama().eval()
     ids = tokens(model, 2, 8)
@@ -151,6 +173,7 @@ def test_what_is_refused():
         (ids, {"batch": 0}, "batch must be a positive integer"),
         (ids, {"rate": 1.0}, "rate must lie between 0 and 1"),
         (ids, {"code_rate": 0.0}, "code_rate must lie between 0 and 1"),
+        (ids, {"average": 1.5}, r"average must lie in 0\.\.1, got 1.5"),
     ):
         with pytest.raises(ValueError, match=text):
             distil(model, found, given, progress=False, **options)

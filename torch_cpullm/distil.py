@@ -4,8 +4,9 @@
                                          code = round(c), Adam on c; rounding's derivative counts as one
 
 Needs the whole model, the gradients of one linear after another, and about eight times the arithmetic of a forward
-pass per token; with codes also 16 bytes per weight. Source: Chen et al. 2024, "EfficientQAT" (its second phase); the
-float model as the teacher, and codes: LLM-QAT, Liu et al. 2023.
+pass per token; with codes also 16 bytes per weight, 20 where steps are averaged. Source: Chen et al. 2024,
+"EfficientQAT" (its second phase); the float model as the teacher, and codes: LLM-QAT, Liu et al. 2023; the mean over
+steps: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima".
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def distil(
     rate: float = RATE,
     codes: bool = False,
     code_rate: float = CODE_RATE,
+    average: float = 0.0,
     batch: int | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
@@ -81,14 +83,16 @@ def distil(
     model: float, of transformers; it stays as it is. found: of :func:`torch_cpullm.layerwise.calibrate`, for it. ids:
     int64 [sequences, s], never what will be reported. rate: of Adam, relative to each value; it falls to 0 linearly.
     codes: whether codes learn as well, ``code_rate`` levels a step at first; many tokens are needed, since they can
-    learn these by heart. batch: sequences of a step; None: 2, and up to 16 where there are many. device: where both
-    models compute; None: where the model is. dtype: of products and attention, by torch.autocast; None: bfloat16 on a
-    GPU that has it, else float32. Losses, scales, codes and Adam are in float32. Zero points and
-    minima stay, and so does the size; experts are taken as float. The same arguments give the same values on one
-    machine with one number of threads.
+    learn these by heart. average: what is kept is the mean over this share of the steps, the last ones, before codes
+    are rounded; 0 for what the last step gave. It pays where there are a thousand steps, not where there are a hundred.
+    batch: sequences of a step; None: 2, and up to 16 where there are many. device: where both models compute; None:
+    where the model is. dtype: of products and attention, by torch.autocast; None: bfloat16 on a GPU that has it, else
+    float32. Losses, scales, codes and Adam are in float32. Zero points and minima stay, and so does the size; experts
+    are taken as float. The same arguments give the same values on one machine with one number of threads.
 
-    Raises ValueError: ids no tokens of the model, epochs, batch or a rate out of range, a dtype that is neither
-    bfloat16 nor float32, a model that is not of transformers, a device that is not there, a loss that is no number.
+    Raises ValueError: ids no tokens of the model, epochs, batch, a rate or average out of range, a dtype that is
+    neither bfloat16 nor float32, a model that is not of transformers, a device that is not there, a loss that is no
+    number.
     """
     ids = check_ids(ids, model)
     if ids.dim() != 2:
@@ -100,6 +104,8 @@ def distil(
     for name, number in (("rate", rate), ("code_rate", code_rate)):
         if not 0 < number < 1:
             raise ValueError(f"{name} must lie between 0 and 1, got {number!r}")
+    if not 0 <= average <= 1:
+        raise ValueError(f"average must lie in 0..1, got {average!r}")
     if not hasattr(model, "config"):
         raise ValueError(f"distilling needs a model of transformers, got {type(model).__name__}")
     if dtype not in (None, torch.bfloat16, torch.float32):
@@ -133,7 +139,7 @@ def distil(
     if codes:
         groups.append({"params": [learner.levels for learner in learners.values()], "lr": code_rate})
     steps = [rows for _ in range(epochs) for rows in ids.split(batch)]
-    _learn(model, student, steps, list(learners.values()), groups, dtype, progress)
+    _learn(model, student, steps, list(learners.values()), groups, average, dtype, progress)
     result = Calibrated(dict(found.packed), dict(found.parameters))
     result.packed |= {name: pack(learner.quantized().to("cpu")) for name, learner in learners.items()}
     result.parameters |= {name: value.detach().float().cpu() for name, value in gains.items()}
@@ -146,11 +152,16 @@ def _learn(
     steps: Sequence[Tensor],
     learners: Sequence[_Linear],
     groups: list[dict[str, Any]],
+    average: float,
     dtype: torch.dtype,
     progress: bool,
 ) -> None:
-    """Adam on what learns; the sequences of a step in parts, so that few logits are in memory: on the CPU of one."""
+    """Adam on what learns, and the mean over the last steps.
+
+    The sequences of a step go in parts, so that few logits are in memory: on the CPU of one.
+    """
     place = device_of(model)
+    learning = [value for group in groups for value in group["params"]]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(steps))
     backward = _backward(model, student, dtype)
@@ -159,10 +170,11 @@ def _learn(
     together = min(together, len(steps[0]))
     recorded = None
     if place.type == "cuda" and len(steps) >= _WORTH:
-        learning = [value for group in groups for value in group["params"]]
         recorded = _recorded(backward, steps[0][:together].to(place), learning)
+    counted = round(average * len(steps))
+    sums = [torch.zeros_like(value) for value in learning] if counted else []
     bar = tqdm(steps, desc="distil", unit="step", disable=not progress)
-    for rows in bar:
+    for number, rows in enumerate(bar):
         optimizer.zero_grad(set_to_none=recorded is None)
         total = torch.zeros((), device=place)
         for part in rows.to(place).split(together):
@@ -172,10 +184,16 @@ def _learn(
         schedule.step()
         for learner in learners:
             learner.keep_in_range()
+        if counted and number >= len(steps) - counted:
+            with torch.no_grad():
+                torch._foreach_add_(sums, learning)
         value = float(total)  # only here: a GPU is waited for once a step
         if not math.isfinite(value):
             raise ValueError(f"distilling: the loss is {value}; the quantised model or the tokens are damaged")
         bar.set_postfix(kl=f"{value:.4f}")
+    with torch.no_grad():
+        for value, total in zip(learning, sums, strict=counted > 0):
+            value.copy_(total / counted)
 
 
 _Backward = Callable[[Tensor, "float | Tensor"], Tensor]

@@ -46,7 +46,7 @@ LADDER = (
 )
 LAST = Method("gptq", "awq", sweeps=2, epochs=2, codes=True)  # where there are MANY sequences, for codes to learn from
 SEQUENCES, MANY = 64, 2048  # on the CPU, and on a faster device
-BUDGETS = (5.0, 5.5, 6.0, 6.5, 7.0, 7.5)  # bits per weight of mixtures; the last one has ``budget_bits``
+BUDGETS = (5.0, 5.5, 6.0, 6.5, 7.0, 7.5, 8.0)  # bits per weight of mixtures; the last one has ``budget_bits``
 _HOPELESS = 2.0  # a mixture foretold to miss the target by this factor is passed over
 _HELD_OUT = 8  # sequences of the default evaluation
 _WINDOW = 2048
@@ -158,9 +158,11 @@ def autotune(
     if not met:
         last = next((method for method in reversed(possible) if method.needs_data and enough(method)), methods[0])
         mixtures: list[_Mixture] = []
+        rate = 0.0  # change per nat of estimated KL, of what was tried last
         if hasattr(model, "config"):  # others give no gradients
-            mixtures = _mixtures(fast, forms, inside, experts, budget_bits, tokens(), seed, progress)
-        rate = 0.0  # change per nat of estimated KL, of the last mixture that was tried
+            mixtures, kl = _mixtures(fast, forms, inside, experts, budget_bits, tokens(), seed, progress)
+            change = next(step.change for step in tuned.steps if step.name == str(last))
+            rate = change / kl if kl > 0 else 0.0
         for budget, mixed, kl in mixtures:
             if rate * kl > _HOPELESS * target and budget != mixtures[-1][0]:
                 continue
@@ -249,8 +251,10 @@ def _mixtures(
     ids: Tensor,
     seed: int,
     progress: bool,
-) -> list[_Mixture]:
-    """Mixtures by sensitivity with more bits than ``forms``, smallest first, none of them twice."""
+) -> tuple[list[_Mixture], float]:
+    """(Mixtures by sensitivity with more bits than ``forms``, smallest first, none of them twice; the KL that
+    ``forms`` are estimated to cost, 0 where they are not among what is mixed).
+    """
     base = forms[inside[0]]
     zeros = "point" if base.zeros == "none" and base.bits == 8 else base.zeros
     choices = _choices(Settings(sym=zeros == "none", scale_dtype=base.scales))
@@ -265,7 +269,8 @@ def _mixtures(
         kl = sum(unit.kl[choices.index(chosen[unit.names[0]])] for unit in units)
         if mixed not in [forms, *(each.forms for each in found)]:
             found.append(_Mixture(budget, mixed, kl))
-    return found
+    known = all(forms[name] in choices for name in inside)
+    return found, sum(unit.kl[choices.index(forms[unit.names[0]])] for unit in units) if known else 0.0
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
