@@ -40,6 +40,11 @@ namespace {
   CPULLM_TWO(i, "vmovdqa64 128*" #i "(%[start]), %%zmm" #a, "vmovdqa64 128*" #i "+64(%[start]), %%zmm" #b)
 #define CPULLM_ZEROS(i, a, b) \
   CPULLM_TWO(i, "vpxord %%zmm" #a ", %%zmm" #a ", %%zmm" #a, "vpxord %%zmm" #b ", %%zmm" #b ", %%zmm" #b)
+#define CPULLM_BEGIN(i, a, b) \
+  CPULLM_TWO(i, "vpbroadcastd 4*" #i "(%[begin]), %%zmm" #a, "vmovdqa64 %%zmm" #a ", %%zmm" #b)
+#define CPULLM_ADD_BEGIN(i, a, b)                                                  \
+  CPULLM_TWO(i, "vpaddd 4*" #i "(%[begin])%{1to16%}, %%zmm" #a ", %%zmm" #a,       \
+                "vpaddd 4*" #i "(%[begin])%{1to16%}, %%zmm" #b ", %%zmm" #b)
 #define CPULLM_MINUS(i, a, b) \
   CPULLM_TWO(i, "vpdpwssd 4*" #i "(%[x])%{1to16%}, %%zmm28, %%zmm" #a, "vpdpwssd 4*" #i "(%[x])%{1to16%}, %%zmm29, %%zmm" #b)
 #define CPULLM_FLOAT(i, a, b) \
@@ -71,9 +76,15 @@ inline void segment_avx512(const uint8_t* codes, const int8_t* x, int64_t x_step
       CPULLM_ZERO(16) CPULLM_ZERO(17) CPULLM_ZERO(18) CPULLM_ZERO(19) CPULLM_ZERO(20) CPULLM_ZERO(21) CPULLM_ZERO(22)
       CPULLM_ZERO(23) ".endif\n"
       "test %[start], %[start]\n"
-      "jnz 2f\n" CPULLM_EACH_ROW(CPULLM_ZEROS)
+      "jnz 2f\n"
+      "test %[begin], %[begin]\n"
+      "jz 1f\n" CPULLM_EACH_ROW(CPULLM_BEGIN)
+      "jmp 3f\n"
+      "1:\n" CPULLM_EACH_ROW(CPULLM_ZEROS)
       "jmp 3f\n"
       "2:\n" CPULLM_EACH_ROW(CPULLM_START)
+      "test %[begin], %[begin]\n"
+      "jz 3f\n" CPULLM_EACH_ROW(CPULLM_ADD_BEGIN)
       "3:\n"
       ".if %c[packed]\nvpbroadcastd %k[mask], %%zmm31\n.endif\n"
       ".p2align 5\n1:\n"
@@ -90,6 +101,8 @@ inline void segment_avx512(const uint8_t* codes, const int8_t* x, int64_t x_step
       "vmovaps (%[x]), %%zmm28\nvmovaps 64(%[x]), %%zmm29\nvmovaps 128(%[x]), %%zmm30\nvmovaps 192(%[x]), %%zmm31\n"
       "mov %c[sums](%[end]), %[codes]\n"  // only the minimum form has them
       "test %[codes], %[codes]\n"
+      "jnz 4f\n"
+      "test %[begin], %[begin]\n"
       "jnz 4f\n"
       "mov %c[minus](%[end]), %[x]\n" CPULLM_EACH_ROW(CPULLM_MINUS)
       "4:\n" CPULLM_EACH_ROW(CPULLM_FLOAT)
@@ -112,7 +125,7 @@ inline void segment_avx512(const uint8_t* codes, const int8_t* x, int64_t x_step
       "mov %c[y](%[end]), %[x]\n" CPULLM_EACH_ROW(CPULLM_LAST)
       "9:\n"
       : [codes] "+&r"(codes), [x] "+&r"(x), [steps] "+&r"(steps)
-      : [x_step] "r"(x_step), [start] "r"(start), [mask] "r"(0x0f0f0f0f), [rows] "i"(R), [packed] "i"(int(kPacked)),
+      : [x_step] "r"(x_step), [start] "r"(start), [begin] "r"(end.begin), [mask] "r"(0x0f0f0f0f), [rows] "i"(R), [packed] "i"(int(kPacked)),
         [bytes] "i"(kPacked ? 128 : 256), [end] "r"(&end), [params] "i"(__builtin_offsetof(SegmentEnd, params)),
         [minus] "i"(__builtin_offsetof(SegmentEnd, minus)), [sums] "i"(__builtin_offsetof(SegmentEnd, sums)),
         [x_scale] "i"(__builtin_offsetof(SegmentEnd, x_scale)), [block] "i"(__builtin_offsetof(SegmentEnd, block)),
@@ -129,6 +142,8 @@ inline void segment_avx512(const uint8_t* codes, const int8_t* x, int64_t x_step
 #undef CPULLM_TWO
 #undef CPULLM_START
 #undef CPULLM_ZEROS
+#undef CPULLM_BEGIN
+#undef CPULLM_ADD_BEGIN
 #undef CPULLM_MINUS
 #undef CPULLM_FLOAT
 #undef CPULLM_FIRST

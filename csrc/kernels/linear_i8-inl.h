@@ -67,12 +67,15 @@ inline void clear_start(uint32_t rows, int32_t* start) {
   }
 }
 
+// The zero point of the symmetric form, as the dot products see it.
+template <Codes kCodes>
+constexpr int kSymmetricZero = kCodes == Codes::u8 ? Simd::kBias8 : 8;
+
 // SegmentEnd::params of pass h of a group.
 template <Codes kCodes>
 inline void group_params(const TileArgs& a, int64_t group, int h, float* out) {
   using S = Simd;
   constexpr int L = S::kLanes;
-  constexpr int kSymmetricZero = kCodes == Codes::u8 ? S::kBias8 : 8;
   const int64_t c0 = group * kPanel + h * L, c1 = c0 + 16;
   if (a.form == Zeros::minimum) {
     const uint16_t* minima = static_cast<const uint16_t*>(a.zeros);
@@ -81,8 +84,8 @@ inline void group_params(const TileArgs& a, int64_t group, int h, float* out) {
   } else {
     const uint8_t* zeros = static_cast<const uint8_t*>(a.zeros);
     auto* to = reinterpret_cast<int32_t*>(out);
-    S::store_i32(to, zeros ? S::load_u8_as_i32(zeros + c0) : S::iset1(kSymmetricZero));
-    S::store_i32(to + L, zeros ? S::load_u8_as_i32(zeros + c1) : S::iset1(kSymmetricZero));
+    S::store_i32(to, zeros ? S::load_u8_as_i32(zeros + c0) : S::iset1(kSymmetricZero<kCodes>));
+    S::store_i32(to + L, zeros ? S::load_u8_as_i32(zeros + c1) : S::iset1(kSymmetricZero<kCodes>));
   }
   S::store(out + 2 * L, load_scale(a.scales + c0, a.scale_type));
   S::store(out + 3 * L, load_scale(a.scales + c1, a.scale_type));
@@ -120,6 +123,7 @@ void tile_i8(const TileArgs& a) {
   alignas(64) float block[R * kPanel];
   alignas(64) int32_t start[R * 2 * L];
   float sums[R];
+  int32_t begin[R];
   bool start_is_zero = false;
   const float* ready = a.params;
   const uint8_t* codes = a.codes;
@@ -127,7 +131,16 @@ void tile_i8(const TileArgs& a) {
   const int64_t q_step = a.tile * kStep;
   const int32_t* apart = a.apart;
   const uint32_t* apart_rows = a.apart_rows;
-  SegmentEnd e{params, a.minus, a.form == Zeros::minimum ? sums : nullptr, a.x_scale, block, a.y, nullptr, 0, 0};
+  SegmentEnd e{params,
+               a.minus,
+               a.form == Zeros::minimum ? sums : nullptr,
+               a.x_scale,
+               block,
+               a.y,
+               nullptr,
+               S::kSharedZero && a.form == Zeros::symmetric ? begin : nullptr,
+               0,
+               0};
   int64_t group = a.k_begin / a.group;
   int64_t group_end = (group + 1) * a.group;
   for (int64_t k = a.k_begin; k < a.k_end;) {
@@ -138,6 +151,8 @@ void tile_i8(const TileArgs& a) {
       e.last = end == block_end;
       if (e.sums)
         for (int r = 0; r < R; ++r) sums[r] = -float(e.minus[r]);
+      if (e.begin)
+        for (int r = 0; r < R; ++r) begin[r] = e.minus[r] * kSymmetricZero<kCodes>;
       const uint32_t rows = *apart_rows;
       if (rows && !start_is_zero) {
         memset(start, 0, sizeof start);

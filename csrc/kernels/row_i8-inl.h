@@ -20,7 +20,6 @@ struct Row {
   static constexpr int H = S::kHalves, L = S::kLanes;
   static constexpr int64_t kBlockBytes = kCodes == Codes::packed4 ? 64 : 128;
   static constexpr int kHighBits = kCodes == Codes::packed4 ? S::kHighBits : 0;
-  static constexpr int kSymmetricZero = kCodes == Codes::u8 ? S::kBias8 : 8;
 
   const uint8_t* codes;
   const int8_t* q;
@@ -84,7 +83,7 @@ struct Row {
         if (kForm == Zeros::integer) {
           sum[i] = S::add_times(sum[i], S::load_u8_as_i32(zeros + at), minus);
         } else if (kForm == Zeros::symmetric) {
-          sum[i] = S::add_times(sum[i], S::iset1(kSymmetricZero), minus);
+          sum[i] = S::add_times(sum[i], S::iset1(kSymmetricZero<kCodes>), minus);
         }
         const F f = S::to_float(sum[i]), scale = load_scale(scales + at, kScale);
         F chain = first ? S::mul(f, scale) : S::fma(f, scale, block[h][i]);

@@ -188,6 +188,8 @@ struct Simd {
     }
   }
 
+  static constexpr bool kSharedZero = false;  // see SegmentEnd::begin
+
 #ifdef CPULLM_VNNI
   static constexpr const char* kName = "avx_vnni";
   static constexpr int kBias8 = 128;

@@ -192,6 +192,7 @@ struct Simd {
                       const SegmentEnd& end) {
     segment_avx512<R, kCodes == Codes::packed4>(codes, x, x_step, steps, end);
   }
+  static constexpr bool kSharedZero = true;  // see SegmentEnd::begin
   static constexpr int kBias8 = 128;  // what the int8 dot product leaves in: codes are value + 128
 
   // fp32 values of four consecutive inputs from packed codes: lane c, input i.
