@@ -54,7 +54,7 @@ void pack_codes(Tensor out, const Tensor& codes, int64_t k, int64_t bits, int64_
   constexpr const char* op = "cpullm::pack_codes";
   STD_TORCH_CHECK((bits == 4 || bits == 8) && (stored == 8 || stored == bits), op,
                   ": bits must be 4 or 8, and stored 8 or the same, got ", bits, " and ", stored);
-  STD_TORCH_CHECK(k > 0 && k < kMostSize, op, ": k must be positive, got ", k);
+  STD_TORCH_CHECK(k > 0 && k < kMostSize, op, ": k must lie in [1, 2^40), got ", k);
   const int64_t width = (k * stored + 7) / 8, k_padded = (k + kChunk - 1) / kChunk * kChunk;
   STD_TORCH_CHECK(codes.is_cpu() && codes.scalar_type() == ScalarType::Byte && codes.dim() == 2 && codes.size(0) > 0 &&
                       codes.size(1) == width && codes.is_contiguous(),

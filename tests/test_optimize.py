@@ -137,6 +137,14 @@ def test_second_call_does_nothing():
     assert torch.equal(model(IDS), want)
 
 
+def test_second_call_leaves_the_memory_of_the_weights():
+    """Those below 2 MiB were moved together by the first."""
+    model = torch_cpullm.optimize(nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(6))))
+    packed = [linear.packed for linear in model]
+    torch_cpullm.optimize(model)
+    assert all(linear.packed is kept for linear, kept in zip(model, packed, strict=True))
+
+
 OTHER = {
     "bits": 8,
     "group_size": 64,

@@ -119,8 +119,8 @@ OUT = torch.zeros(1, 8, 64, dtype=torch.uint8)
     [
         ((OUT, CODES, 32, 5, 8), "bits must be 4 or 8"),
         ((OUT, CODES, 32, 8, 4), "stored 8 or the same"),
-        ((OUT, CODES, 0, 4, 4), "k must be positive"),
-        ((OUT, CODES, 1 << 41, 4, 4), "k must be positive"),
+        ((OUT, CODES, 0, 4, 4), "k must lie in"),
+        ((OUT, CODES, 1 << 41, 4, 4), "k must lie in"),
         ((OUT, CODES, 34, 4, 4), "codes must be a contiguous"),
         ((OUT, CODES.view(torch.int8), 32, 4, 4), "codes must be a contiguous"),
         ((OUT, CODES[:0], 32, 4, 4), "codes must be a contiguous"),

@@ -25,7 +25,7 @@ from .layer import install_programs, remove_programs
 from .layer_group import Elsewhere, LayerGroup, install_groups, member_of, remove_groups
 from .layer_match import Decoder, Match, decoders, match_layer, match_layers
 from .layer_spec import LayerSpec
-from .linear import PackedLinear
+from .linear import PackedLinear, gather
 from .share import Cut, Linear, Share, SummedLinear, cut_layer, share_heads, summed_linears
 
 logger = logging.getLogger("torch_cpullm")
@@ -194,6 +194,7 @@ def _spread(
             among = ranks if size == ranks.size and index not in members else cast("Ranks", ranks.team)
             _cut_layer(layers[index], spec, among, member=index in members)
     install_groups(spread)
+    gather(model)  # or one small weight that is left would keep the memory of all
     if programs:
         install_programs(model)
     _mark(model, ranks)
@@ -308,6 +309,7 @@ def shard_tensors(
         remove_programs(model)
         for match in matches:
             _cut_layer(model.get_submodule(match.name), cast("LayerSpec", match.spec), ranks)
+        gather(model)  # or one small weight that is left would keep the memory of all
         install_programs(model)
         _mark(model, ranks)
     return model
@@ -435,7 +437,7 @@ def failing_together(share: bool) -> Iterator[None]:
             vars(error)[_TOLD] = True
             try:
                 meet(None, f"{type(error).__name__}: {error}")
-            except LostRankError as late:
+            except (LostRankError, ValueError) as late:  # ValueError: a group that cannot be told
                 logger.warning("%s", late)
         raise
 

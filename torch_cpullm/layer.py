@@ -111,6 +111,8 @@ def _stack_up(model: nn.Module, decoder: Decoder) -> None:
         each._stack = stack
     first = all_[0]
     first._others, first._stack_watch = [weakref.ref(each) for each in all_], Watch(layers, owner.config)
+    above, _, name = decoder.path.rpartition(".")
+    first._listed = weakref.ref(owner.get_submodule(above)), name
     if "forward" not in owner.__dict__:
         owner.__dict__["forward"] = DecoderStep(owner, stack, first._all_unchanged, windows)
     install_token_step(model, owner)
@@ -179,6 +181,7 @@ class LayerProgram:
         # Of the first layer of a stack: all its programs, and whether their layers are what they were.
         self._others: list[weakref.ref[LayerProgram]] = []
         self._stack_watch: Watch | None = None
+        self._listed: tuple[weakref.ref[nn.Module], str] | None = None  # where the list of the stack's layers is
         self._alibi_heads = 0
         self._reason = "not looked at yet"
         self._number = number_layer(self)
@@ -352,10 +355,13 @@ class LayerProgram:
         """Whether every program of the stack is still that of its layer."""
         watch, stack = self._stack_watch, self._stack
         found = [ref() for ref in self._others]
-        if watch is None or not watch.unchanged() or None in found:
+        holder = None if self._listed is None else self._listed[0]()
+        listed = None if holder is None else holder._modules.get(self._listed[1])  # type: ignore[index]
+        if watch is None or listed is None or len(listed._modules) != len(found) or not watch.unchanged():
             return False
-        # transformers 5.0 wraps the forward of layers whose outputs it records.
-        return all(p._stack is stack and p._layer().__dict__.get("forward") is p for p in found)  # type: ignore[union-attr]
+        # In this order. transformers 5.0 wraps the forward of layers whose outputs it records.
+        layers = zip(found, listed._modules.values(), strict=True)
+        return all(p is not None and p._stack is stack and layer.__dict__.get("forward") is p for p, layer in layers)
 
     def _traced(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What Dynamo sees: one operator, which calls this object again when it runs, or the class's forward."""

@@ -48,6 +48,7 @@ class _Learnt:
     rotary: list[int]
     norm: nn.Module
     kind: type
+    glance: Glance
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,6 @@ class DecoderStep:
         self._unchanged = unchanged  # whether the programs of the stack are still those of the layers
         self._windows, self._no_masks = windows, [-1] * len(windows)
         self._learnt: _Learnt | None = None
-        self._glance: Glance | None = None
         self._tries = TRIES
         self._last = _Last()
 
@@ -151,7 +151,7 @@ class DecoderStep:
             place = next((i for i, other in enumerate(pairs) if other is pair), -1)
             rotary += [2 * place, 2 * place + 1] if place >= 0 else [-1, -1]
         positions = tuple(Angles(*way) for way in found if way is not None)
-        self._learnt, self._glance = _Learnt(embedding, positions, rotary, norm, type(out)), Glance(owner, _SETTINGS)
+        self._learnt = _Learnt(embedding, positions, rotary, norm, type(out), Glance(owner, _SETTINGS))
 
     # ---- running ----------------------------------------------------------------------------------------------------
 
@@ -170,7 +170,7 @@ class DecoderStep:
     ) -> Tensor | None:
         """What the last layer returns in a decode step, or what ``head`` makes of it; None as of :meth:`_run`."""
         cache, mask = kwargs["past_key_values"], kwargs.get("attention_mask")
-        if self._glance is None or not self._glance.same(owner):
+        if not learnt.glance.same(owner):
             self._learnt = None  # to be learnt again from the next steps
             return None
         length = stack.length_of(cache)
@@ -193,10 +193,14 @@ class DecoderStep:
         """Whether :meth:`logits` may be called."""
         return self._stack is not None and self._stack.may_have_head
 
-    def logits(self, owner: nn.Module, kwargs: dict[str, Any], head: Head) -> Tensor | None:
-        """What ``head`` makes of a plain call of the decoder; None if the classes' forwards have to compute it."""
+    def logits(self, owner: nn.Module, kwargs: dict[str, Any], head: Head, norm: nn.Module) -> Tensor | None:
+        """What ``head``, read from this last norm, makes of a plain call of the decoder; None if the classes' forwards
+        have to compute it.
+        """
         stack, learnt = self._stack, self._learnt
-        return None if stack is None or learnt is None else self._layers(owner, stack, learnt, kwargs, head)
+        if stack is None or learnt is None or learnt.norm is not norm:
+            return None
+        return self._layers(owner, stack, learnt, kwargs, head)
 
     def want_done(self) -> None:
         """Keep this thread's next step for :meth:`take_done`."""

@@ -67,10 +67,11 @@ class TokenStep:
         learnt = self._learnt
         if learnt is None:
             return self._look_on(model, decoder, step, named, args, kwargs)
-        if not learnt.glance.same(model) or not learnt.watch.same():
-            self._learnt = None
+        norm = learnt.parts[0]
+        if not learnt.glance.same(model) or not learnt.watch.same() or step.norm not in (norm, None):
+            self._learnt = None  # None: the decoder is about to learn it again
         elif not learnt.watch.waiting() and not _hooked(decoder):
-            logits = step.logits(decoder, named, learnt.head)
+            logits = step.logits(decoder, named, learnt.head, norm)
             if logits is not None:
                 self._tries = TRIES  # what was learnt holds
                 return learnt.kind(logits=logits, past_key_values=named["past_key_values"])

@@ -70,7 +70,7 @@ def optimize(model: nn.Module, config: Settings | None = None, *, strict: bool =
     for target in progress(targets):
         swap_module(model, target, settings, packed)
     del packed  # the memory of what finish() moves is free then
-    finish(model, settings, skipped, frozen)
+    finish(model, settings, skipped, frozen, swapped=bool(targets))
     return model
 
 
@@ -95,18 +95,22 @@ def put_in_place(model: nn.Module, target: Target, new: nn.Module) -> None:
         _set_module(model, name, new)
 
 
-def finish(model: nn.Module, settings: Settings, skipped: dict[str, str], frozen: set[str]) -> None:
+def finish(
+    model: nn.Module, settings: Settings, skipped: dict[str, str], frozen: set[str], *, swapped: bool = True
+) -> None:
     """All that follows the swap: small weights into huge pages, attention, cache, layer programs, the guard, and a
     warning about what stays in float.
 
-    skipped: name -> reason for modules that stay. frozen: parameters that restore() makes trainable again.
+    skipped: name -> reason for modules that stay. frozen: parameters that restore() makes trainable again. swapped:
+    whether there are new weights.
     """
     _set_attributes(model, _cpullm_settings=settings, _cpullm_skipped=skipped, _cpullm_frozen=frozen)
     _leave_files(model)
     use_attention(model)
     if "transformers" in sys.modules:  # else the model cannot be one of its models
         _kv_cache().use_cache_class(model, settings.kv_cache)
-    gather(model)
+    if swapped:
+        gather(model)
     install_programs(model)
     _guard(model)
     _return_free_memory()
