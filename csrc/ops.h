@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <optional>
+#include <random>
 #include <string>
 
 #include "kernels/block.h"
@@ -88,6 +89,16 @@ inline Float float_type(const Tensor& t, const char* op, const char* name) {
   STD_TORCH_CHECK(type == f16, op, ": ", name, " must be float32, bfloat16 or float16");
   return Float::f16;
 }
+
+inline int64_t storage_bytes(const Tensor& t) {
+  int64_t bytes;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  return bytes;
+}
+
+// Where numbers that Python gets begin: at a random place, and none is given twice. So a number of another process, which
+// somebody has saved, or of something that is gone is an error and not something else.
+inline int64_t first_number() { return 1 + int64_t(uint64_t(std::random_device()()) << 24); }
 
 constexpr int64_t kMostSize = int64_t(1) << 40;  // of n, k and a group: products stay far from overflow
 

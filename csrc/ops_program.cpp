@@ -10,12 +10,20 @@ namespace {
 std::mutex programs_mutex;
 // Never destroyed: tensors must not be freed after torch is gone.
 auto& programs = *new std::unordered_map<int64_t, std::shared_ptr<const Program>>;
-int64_t next_program = 1;
+int64_t next_program = first_number();
+
+std::shared_ptr<const Program> make(Program::Any (*read)(const Source&), Source from) {
+  Program::Any what = read(from);
+  std::vector<Place> places;
+  for (const Tensor& t : from.tensors) {
+    STD_TORCH_CHECK(t.is_cpu(), "cpullm::layer_create: every tensor must be on the CPU");
+    places.push_back({t.const_data_ptr(), storage_bytes(t)});
+  }
+  return std::make_shared<const Program>(Program{what, read, std::move(from), std::move(places)});
+}
 
 // Keeps a program until layer_free; returns its handle.
-template <class T>
-int64_t keep(const T& what, std::vector<Tensor> tensors) {
-  auto program = std::make_shared<const Program>(Program{what, std::move(tensors)});
+int64_t keep(std::shared_ptr<const Program> program) {
   std::lock_guard lock(programs_mutex);
   programs.emplace(next_program, std::move(program));
   return next_program++;
@@ -43,7 +51,13 @@ struct Reader {
   void check_end() const { STD_TORCH_CHECK(at == ints.size() && float_at == floats.size(), op, ": too many numbers"); }
   const Tensor* tensor(const char* what) {
     const int64_t i = next(-1, int64_t(tensors.size()) - 1, what);
-    return i < 0 ? nullptr : &tensors[size_t(i)];
+    if (i < 0) return nullptr;
+    const Tensor& t = tensors[size_t(i)];
+    if (!t.is_contiguous()) return &t;  // which no caller takes
+    const int64_t bytes = storage_bytes(t), needed = (t.storage_offset() + t.numel()) * int64_t(t.element_size());
+    STD_TORCH_CHECK(bytes >= needed, op, ": the storage of a tensor of ", what, " must hold ", needed,
+                    " bytes, it has ", bytes);
+    return &t;
   }
   // fp32 [size], or null where absent.
   const float* vector(const char* what, int64_t size) {
@@ -132,9 +146,9 @@ void read_norms(Reader& in, LayerProgram& p) {
   STD_TORCH_CHECK(!whole || side_by_side, kCreate, ": norms over all heads need them side by side");
 }
 
-int64_t layer_create(std::vector<Tensor> tensors, std::vector<int64_t> ints, std::vector<double> floats) {
+Program::Any read_layer(const Source& from) {
   LayerProgram p{};
-  Reader in{kCreate, tensors, ints, floats};
+  Reader in{kCreate, from.tensors, from.ints, from.floats};
   p.hidden = in.next(1, kMost, "hidden");
   p.heads = in.next(1, 65536, "heads");
   p.kv_heads = in.next(1, p.heads, "kv_heads");
@@ -160,14 +174,14 @@ int64_t layer_create(std::vector<Tensor> tensors, std::vector<int64_t> ints, std
   p.softcap = in.next_float("softcap");
   p.residual_scale = in.next_float("residual_scale");
   in.check_end();
-  return keep(p, std::move(tensors));
+  return p;
 }
 
 // y = norm(x) W^T + bias.
-int64_t head_create(std::vector<Tensor> tensors, std::vector<int64_t> ints, std::vector<double> floats) {
+Program::Any read_head(const Source& from) {
   constexpr const char* op = "cpullm::head_create";
   HeadProgram p{};
-  Reader in{op, tensors, ints, floats};
+  Reader in{op, from.tensors, from.ints, from.floats};
   p.hidden = in.next(1, kMost, "hidden");
   const int64_t vocab = in.next(1, kMost, "the number of logits");
   p.compute = Compute(in.next(0, 2, "compute"));
@@ -175,7 +189,15 @@ int64_t head_create(std::vector<Tensor> tensors, std::vector<int64_t> ints, std:
   p.norm = in.norm("norm", p.hidden, in.next_float("eps"), layer);
   p.linear = in.linear("head", vocab, p.hidden);
   in.check_end();
-  return keep(p, std::move(tensors));
+  return p;
+}
+
+int64_t layer_create(std::vector<Tensor> tensors, std::vector<int64_t> ints, std::vector<double> floats) {
+  return keep(make(read_layer, {std::move(tensors), std::move(ints), std::move(floats)}));
+}
+
+int64_t head_create(std::vector<Tensor> tensors, std::vector<int64_t> ints, std::vector<double> floats) {
+  return keep(make(read_head, {std::move(tensors), std::move(ints), std::move(floats)}));
 }
 
 void layer_free(int64_t program) {
@@ -190,10 +212,19 @@ void layer_free(int64_t program) {
 }  // namespace
 
 std::shared_ptr<const Program> find_program(const char* op, int64_t handle) {
+  std::shared_ptr<const Program> program;
+  {
+    std::lock_guard lock(programs_mutex);
+    const auto it = programs.find(handle);
+    if (it != programs.end()) program = it->second;
+  }
+  STD_TORCH_CHECK(program, op, ": there is no program ", handle);
+  if (program->in_place()) return program;
+  auto moved = make(program->read, program->from);  // with every check
   std::lock_guard lock(programs_mutex);
   const auto it = programs.find(handle);
-  STD_TORCH_CHECK(it != programs.end(), op, ": there is no program ", handle);
-  return it->second;
+  if (it != programs.end()) it->second = moved;
+  return moved;
 }
 
 }  // namespace cpullm

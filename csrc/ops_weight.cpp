@@ -1,7 +1,6 @@
 // Packed weights that are known by a number. Each argument of a call from Python costs about 0.2 us, so an operator that
 // takes one number for the eight things that say what a weight is costs a microsecond less.
 #include <mutex>
-#include <random>
 #include <unordered_map>
 
 #include "ops.h"
@@ -22,9 +21,7 @@ struct Held {
 std::mutex held_mutex;
 // Never destroyed: tensors must not be freed after torch is gone.
 auto& held = *new std::unordered_map<int64_t, std::shared_ptr<const Held>>;
-// From a random place on, and never given twice: a number of another process, which somebody has saved, or of a weight
-// that is gone is an error and not another weight.
-int64_t next_weight = 1 + int64_t(uint64_t(std::random_device()()) << 24);
+int64_t next_weight = first_number();
 
 int64_t weight_create(const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros, int64_t n, int64_t k,
                       int64_t group_size) {

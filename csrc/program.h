@@ -11,9 +11,35 @@
 
 namespace cpullm {
 
+// What a program is made of; keeps the memory alive that it points to.
+struct Source {
+  std::vector<Tensor> tensors;
+  std::vector<int64_t> ints;
+  std::vector<double> floats;
+};
+
+// Where a tensor's memory is: a storage that is resized or moved to shared memory has another.
+struct Place {
+  const void* data;
+  int64_t bytes;  // of the storage
+
+  bool is_of(const Tensor& t) const { return storage_bytes(t) == bytes && t.const_data_ptr() == data; }
+};
+
 struct Program {
-  std::variant<LayerProgram, HeadProgram> what;
-  std::vector<Tensor> tensors;  // keeps the memory alive that the program points to
+  using Any = std::variant<LayerProgram, HeadProgram>;
+
+  Any what;
+  Any (*read)(const Source&);
+  Source from;
+  std::vector<Place> places;  // of the tensors, when their addresses were read
+
+  // Whether the addresses are still those of the tensors.
+  bool in_place() const {
+    for (size_t i = 0; i < places.size(); ++i)
+      if (!places[i].is_of(from.tensors[i])) return false;
+    return true;
+  }
 
   // The program as a T; an error that names `op` where it is of another kind.
   template <class T>
@@ -24,7 +50,7 @@ struct Program {
   }
 };
 
-// The program with this handle; where there is none, an error that names `op`.
+// The program with this handle, read again where its memory has moved; where there is none, an error that names `op`.
 std::shared_ptr<const Program> find_program(const char* op, int64_t handle);
 
 }  // namespace cpullm

@@ -9,9 +9,11 @@ import warnings
 import pytest
 import torch
 from cases import activations, quantized
+from layer_models import ALL, ids_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import torch_cpullm
 from torch_cpullm import ops
 from torch_cpullm.linear import PackedLinear
 from torch_cpullm.packing import pack
@@ -138,6 +140,35 @@ def test_what_is_recorded_holds_tensors():
     recorded = make_fx(module, tracing_mode="real")(x)
     assert "weight_linear" not in recorded.code
     assert torch.equal(recorded(x), module(x))
+
+
+def test_a_recorded_model_has_no_programs():
+    model = torch_cpullm.optimize(ALL["llama"].build(), torch_cpullm.CpuLlmConfig(compute="fp32"))
+    ids = ids_of(model, 1, 6)
+
+    def logits(ids):
+        return model(ids, use_cache=False, return_dict=True).logits
+
+    def layers(x, cos, sin):
+        for layer in model.model.layers:
+            x = layer(x, position_embeddings=(cos, sin))
+        return x
+
+    with torch.no_grad():
+        want = logits(ids)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.jit says that it is old
+            traced = torch.jit.trace(logits, (ids,), check_trace=False)
+        assert "cpullm::linear" in str(traced.inlined_graph)
+        assert "cpullm::layer" not in str(traced.inlined_graph)
+        assert (traced(ids) - want).abs().max() < 1e-4 * want.abs().max()
+        x = model.model.embed_tokens(ids)
+        given = (x, *model.model.rotary_emb(x, torch.arange(6)[None]))
+        recorded = make_fx(layers, tracing_mode="real")(*given)
+        assert "cpullm.linear" in recorded.code
+        assert "cpullm.layer" not in recorded.code
+        y = layers(*given)
+        assert (recorded(*given) - y).abs().max() < 1e-4 * y.abs().max()
 
 
 def test_weights_come_and_go_in_several_threads():

@@ -28,6 +28,7 @@ from .layer_spec import IGNORED
 from .layer_stack import LayerStack
 from .layer_token import TokenStep, install_token_step
 from .layer_watch import Watch
+from .ops import recording
 
 ONE_OP, TWO_OPS, GROUP_OP, PER_LINEAR = "one op", "two ops", "one op per group", "per-linear ops"
 IN_TORCH = "a group in plain torch"
@@ -209,6 +210,8 @@ class LayerProgram:
         """The layer's forward: arguments and result are those of its class."""
         if torch.compiler.is_compiling():
             return self._traced(args, kwargs)
+        if recording():
+            return self._plain(args, kwargs)
         stack = self._stack
         if stack is not None and len(args) == 1:
             done = self._with_others(stack, args[0], kwargs)

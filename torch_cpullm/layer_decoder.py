@@ -26,6 +26,7 @@ from .layer_spec import IGNORED
 from .layer_stack import LayerStack, Seen
 from .layer_watch import Glance
 from .linear import PackedEmbedding
+from .ops import recording
 
 _TAKEN = {"input_ids", "attention_mask", "position_ids", "past_key_values", *IGNORED}
 # Arguments that may have these values: they change nothing in a decode step.
@@ -86,7 +87,7 @@ class DecoderStep:
         """The decoder's forward: arguments and result are those of its class."""
         owner = self._owner()
         stack = self._stack
-        if stack is None or torch.compiler.is_compiling():
+        if stack is None or recording():
             return self._original(owner, *args, **kwargs)
         named = dict(zip(self._names, args, strict=False)) | kwargs
         if len(named) != len(args) + len(kwargs) or not self.plain(named):

@@ -12,7 +12,6 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from .layer_decoder import TRIES, DecoderStep, gives
@@ -20,6 +19,7 @@ from .layer_parts import NoMatchError, read_norm
 from .layer_program import Head
 from .layer_watch import Glance, Watch
 from .linear import PackedLinear
+from .ops import recording
 
 _SAME = ("input_ids", "attention_mask", "position_ids", "past_key_values")  # what the decoder gets as the model got it
 
@@ -55,7 +55,7 @@ class TokenStep:
         """The model's forward: arguments and result are those of its class."""
         model: Any = self._model()
         decoder = None if self._decoder is None else self._decoder()
-        if torch.compiler.is_compiling() or decoder is None or not (self._tries or self._learnt):
+        if recording() or decoder is None or not (self._tries or self._learnt):
             return self._original(model, *args, **kwargs)
         step = decoder.__dict__.get("forward")
         named = dict(zip(self._names, args, strict=False)) | kwargs

@@ -65,8 +65,8 @@ def linear(
     and x has many rows, and is ``"fp32"`` otherwise. Returns [.., n] of x's dtype. Raises RuntimeError naming the
     argument that is wrong.
     """
-    # No fake, no tracer: the number stays in this process, and what is recorded must last longer.
-    if type(x) is Tensor and not (_is_compiling() or _modes() or _is_tracing()):
+    # No fake: it has no memory.
+    if type(x) is Tensor and not recording():
         number = weight.__dict__.get("number") or _number(weight)
         if number:
             if bias is None and perm is None and compute == "int8":
@@ -76,6 +76,14 @@ def linear(
     return torch.ops.cpullm.linear.default(
         x, weight.codes, weight.scales, weight.zeros, bias, perm, weight.n, weight.k, weight.group, COMPUTE[compute]
     )
+
+
+def recording() -> bool:
+    """Whether Dynamo, ``torch.jit.trace`` or a dispatch mode such as make_fx's sees the operators that are called.
+
+    Then none may have a number of a weight or a program: it is of this process, and what is recorded lasts longer.
+    """
+    return _is_compiling() or _modes() > 0 or _is_tracing()
 
 
 _modes, _is_tracing = torch._C._len_torch_dispatch_stack, torch._C._is_tracing
