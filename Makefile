@@ -29,7 +29,8 @@ LLAMA_AVX2 := -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGM
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null) setup.py
 # The tests that reach the extension; the suite's model tests are too slow under the sanitizers.
 SANITIZE_TESTS ?= tests/test_ops.py tests/test_ops_fuzz.py tests/test_attention.py tests/test_linear_module.py \
-  tests/test_layer_program_bad_input.py tests/test_experts.py tests/test_experts_bad_input.py
+  tests/test_layer_program_bad_input.py tests/test_experts.py tests/test_experts_bad_input.py \
+  tests/test_packing.py tests/test_program_memory.py
 
 # One set of versions for every developer and for continuous integration. torch is not among them: see TORCH.
 define PINS
