@@ -422,7 +422,7 @@ OTHER: dict[str, Callable[[Sequence[Row]], str]] = {
     "experts": experts,
     "support": support,
     **dict.fromkeys(PLAIN, lambda found: plain_table(found, every_date=False)),
-    **dict.fromkeys(RECIPES, plain_table),  # what a recipe loses is not another day's matter, as a speed is
+    **dict.fromkeys((*RECIPES, "load"), plain_table),  # losses and memory hold on another day, unlike a speed
 }
 """Name -> the function that makes it from the rows in NAME*.jsonl."""
 

@@ -35,22 +35,13 @@ static inline const float* query_of(const Attention& a, const AttentionItem& at,
   return a.q + at.b * a.q_stride[0] + p.query * a.q_stride[1] + at.g * a.q_stride[2] + p.head * a.q_stride[3];
 }
 
-// Every two whole vectors of x: elements at even places, then those at odd ones; and back.
-static inline void part_pairs(float* x, int64_t width) {
+// change(a, b) for every two whole vectors a, b of x.
+template <class F>
+static inline void for_pairs(float* x, int64_t width, const F& change) {
   using S = Simd;
   for (int64_t c = 0; c + 2 * S::kLanes <= width; c += 2 * S::kLanes) {
     S::F a = S::load(x + c), b = S::load(x + c + S::kLanes);
-    S::part(a, b);
-    S::store(x + c, a);
-    S::store(x + c + S::kLanes, b);
-  }
-}
-
-static inline void join_pairs(float* x, int64_t width) {
-  using S = Simd;
-  for (int64_t c = 0; c + 2 * S::kLanes <= width; c += 2 * S::kLanes) {
-    S::F a = S::load(x + c), b = S::load(x + c + S::kLanes);
-    S::join(a, b);
+    change(a, b);
     S::store(x + c, a);
     S::store(x + c + S::kLanes, b);
   }
@@ -243,7 +234,7 @@ static inline void load_queries(const Attention& a, const AttentionScratch& m, c
       const float* q = query_of(a, at, at.rows.begin + r);
       for (int64_t c = 0; c < m.padded; c += S::kLanes)
         S::store(m.q + r * m.padded + c, c < a.width ? S::mul(load_part(q, c, a.width - c), scale) : S::zero());
-      if (is_parted(a, direct)) part_pairs(m.q + r * m.padded, a.width);
+      if (is_parted(a, direct)) for_pairs(m.q + r * m.padded, a.width, S::part);
     }
     memset(m.sums, 0, size_t(rows * m.padded) * 4);
     return;
@@ -281,7 +272,7 @@ void attention(const Attention& a, Range items, float* scratch) {
     }
     for (int64_t r = 0; r < rows; ++r) {
       float* sums = m.sums + r * m.padded;
-      if (is_parted(a, direct)) join_pairs(sums, a.width);
+      if (is_parted(a, direct)) for_pairs(sums, a.width, Simd::join);
       if (plan.splits == 1) {
         finish_row(a, at.b, at.g, at.rows.begin + r, sums, m.most[r], m.total[r]);
         continue;
