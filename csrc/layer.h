@@ -53,8 +53,16 @@ struct LayerProgram {
 // MLP(h). y of a part is fp32.
 enum class Stage { whole, attention, mlp };
 
-// The arguments of one run. Caches are [b, g, capacity, d] and hold `length` tokens already; k_cache null: none.
-struct LayerCall {
+// A layer's keys and values, [b, g, capacity, d]; k_cache null: none.
+struct CacheMemory {
+  void *k_cache, *v_cache;
+  float *k_scale, *v_scale;
+  CacheType cache_type;
+  int64_t k_stride[3], v_stride[3], k_scale_stride[2], v_scale_stride[2];
+};
+
+// The arguments of one run. The cache holds `length` tokens already.
+struct LayerCall : CacheMemory {
   const void* x;
   void* y;
   Float type;
@@ -66,10 +74,6 @@ struct LayerCall {
   Float mask_type;
   bool mask_is_bool;
   int64_t mask_stride[3];  // b, h, s
-  void *k_cache, *v_cache;
-  float *k_scale, *v_scale;
-  CacheType cache_type;
-  int64_t k_stride[3], v_stride[3], k_scale_stride[2], v_scale_stride[2];
   int64_t length;
   Stage stage;
 };

@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cstdlib>
 #include <optional>
-#include <random>
 #include <string>
 
 #include "kernels/block.h"
@@ -96,9 +95,13 @@ inline int64_t storage_bytes(const Tensor& t) {
   return bytes;
 }
 
-// Where numbers that Python gets begin: at a random place, and none is given twice. So a number of another process, which
-// somebody has saved, or of something that is gone is an error and not something else.
-inline int64_t first_number() { return 1 + int64_t(uint64_t(std::random_device()()) << 24); }
+// A view whose storage was shrunk behind it is an error that names `op`.
+inline void check_storage(const char* op, const char* name, const Tensor& t) {
+  int64_t elements = t.numel() ? t.storage_offset() + 1 : 0;
+  for (int64_t i = 0; i < t.dim() && elements; ++i) elements += (t.size(i) - 1) * t.stride(i);
+  const int64_t bytes = storage_bytes(t), needed = elements * int64_t(t.element_size());
+  STD_TORCH_CHECK(bytes >= needed, op, ": the storage of ", name, " must hold ", needed, " bytes, it has ", bytes);
+}
 
 constexpr int64_t kMostSize = int64_t(1) << 40;  // of n, k and a group: products stay far from overflow
 

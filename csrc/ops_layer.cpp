@@ -1,5 +1,6 @@
 // Operators that run layer programs on a token or a prompt.
 #include "layer_steps.h"
+#include "numbers.h"
 
 #include <algorithm>
 #include <optional>
@@ -41,6 +42,7 @@ void* check_cache(const Tensor& t, const char* name, const LayerProgram& p, cons
                   p.head_dim, "] with unit last stride, got ", shape_of(t));
   STD_TORCH_CHECK(c.length + c.tokens <= t.size(2), kForward, ": ", name, " has room for ", t.size(2),
                   " tokens, needed are ", c.length + c.tokens);
+  check_storage(kForward, name, t);
   for (int64_t i = 0; i < 3; ++i) stride[i] = t.stride(i);
   return t.mutable_data_ptr();
 }
@@ -50,6 +52,7 @@ float* check_cache_scale(const OptionalTensor& t, const char* name, const Tensor
                       t->size(0) == cache.size(0) && t->size(1) == cache.size(1) && t->size(2) == cache.size(2) &&
                       t->stride(2) == 1,
                   kForward, ": ", name, " must be a float32 CPU tensor of the cache's first three sizes");
+  check_storage(kForward, name, *t);
   stride[0] = t->stride(0);
   stride[1] = t->stride(1);
   return static_cast<float*>(t->mutable_data_ptr());
@@ -220,11 +223,17 @@ OptionalTensor pick(const std::vector<Tensor>& list, int64_t index, const char* 
   return index < 0 ? OptionalTensor() : OptionalTensor(list[size_t(index)]);
 }
 
+// Whether a layer's checked inputs are those of the one before. rotary: its two indices, behind those of the other.
+bool same_inputs(const LayerProgram& p, const LayerProgram& before, const int64_t* rotary) {
+  return p.hidden == before.hidden && p.heads == before.heads && p.rotary_dim == before.rotary_dim &&
+         rotary[0] == rotary[-2] && rotary[1] == rotary[-1];
+}
+
 Tensor layers_forward(std::vector<int64_t> handles, const Tensor& x, std::vector<Tensor> tensors,
                       std::vector<int64_t> rotary, std::vector<int64_t> masks, std::vector<Tensor> caches,
                       int64_t length, std::vector<int64_t> groups, int64_t bypass, std::vector<int64_t> summed,
                       const OptionalTensor& shared, int64_t rank, int64_t ranks, double timeout_s,
-                      const OptionalTensor& team_shared, int64_t team_rank, int64_t team_ranks, int64_t head) {
+                      const OptionalTensor& team_shared, int64_t team_rank, int64_t team_ranks) {
   const size_t count = handles.size();
   STD_TORCH_CHECK(count > 0 && rotary.size() == 2 * count && masks.size() == count,
                   "cpullm::layers_forward: rotary must be 2 indices and masks 1 for each of the ", count, " programs");
@@ -233,17 +242,13 @@ Tensor layers_forward(std::vector<int64_t> handles, const Tensor& x, std::vector
                   " programs, got ", caches.size());
   const size_t per = caches.size() / count;
   Steps steps;
-  steps.programs.reserve(count + 1);
+  steps.programs.reserve(count);
   steps.layers.reserve(count);
   LayerCall call{};  // a layer's, but for its cache: mostly that of the layer before
   for (size_t i = 0; i < count; ++i) {
     steps.programs.push_back(find_program(kForward, handles[i]));
     const LayerProgram& p = layer_of(steps.programs[i], handles[i]);
-    const LayerProgram* const before = i ? steps.layers[i - 1].program : nullptr;
-    const bool again = before && p.hidden == before->hidden && p.heads == before->heads &&
-                       p.rotary_dim == before->rotary_dim && masks[i] == masks[i - 1] &&
-                       rotary[2 * i] == rotary[2 * i - 2] && rotary[2 * i + 1] == rotary[2 * i - 1];
-    if (!again)
+    if (i == 0 || !same_inputs(p, *steps.layers[i - 1].program, &rotary[2 * i]) || masks[i] != masks[i - 1])
       call = check_inputs(p, x, pick(tensors, rotary[2 * i], "rotary"), pick(tensors, rotary[2 * i + 1], "rotary"),
                           pick(tensors, masks[i], "masks"), length);
     steps.layers.push_back({&p, call});
@@ -254,14 +259,7 @@ Tensor layers_forward(std::vector<int64_t> handles, const Tensor& x, std::vector
   STD_TORCH_CHECK(bool(shared) == !summed.empty(), "cpullm::layers_forward: summed and shared come together");
   const bool teams = std::any_of(summed.begin(), summed.end(), [](int64_t what) { return in_team(Summed(what)); });
   STD_TORCH_CHECK(bool(team_shared) || !teams, "cpullm::layers_forward: sums over a team need its memory");
-  const HeadProgram* last = nullptr;
-  if (head) {
-    steps.programs.push_back(find_program(kForward, head));
-    last = &steps.programs.back()->as<HeadProgram>(kForward, head, "head");
-    STD_TORCH_CHECK(last->hidden == x.size(2), kForward, ": the head reads rows of ", last->hidden, ", x has ",
-                    shape_of(x));
-  }
-  if (!shared) return run_steps(steps, x, nullptr, nullptr, last);
+  if (!shared) return run_steps(steps, x);
   LostRanks lost;
   const int64_t hidden = steps.layers[0].program->hidden;
   const RankMemory all = check_ranks("cpullm::layers_forward", *shared, rank, ranks, hidden, timeout_s, lost);
@@ -270,13 +268,115 @@ Tensor layers_forward(std::vector<int64_t> handles, const Tensor& x, std::vector
     team = check_ranks("cpullm::layers_forward", *team_shared, team_rank, team_ranks, hidden, timeout_s, lost);
     team->which = 1;
   }
-  Tensor y = run_steps(steps, x, &all, team ? &*team : nullptr, last);
+  Tensor y = run_steps(steps, x, &all, team ? &*team : nullptr);
   if (lost.any.load()) {  // the others need not find out by waiting
     all.give_up();
     if (team) team->give_up();
   }
   STD_TORCH_CHECK(!lost.any.load(), "cpullm::layers_forward: no answer in shared memory");
   return y;
+}
+
+// Layers with their caches, checked once: what the decode steps of a generation run again and again. A list of 36 layers'
+// caches alone costs 30 us to hand over and to check.
+struct Stack {
+  std::vector<int64_t> handles, groups, rotary;
+  int64_t bypass;
+  std::vector<Tensor> caches;
+  // What was made of them, good as long as take() says so. The caches outlive a model whose weights the programs keep.
+  std::vector<std::weak_ptr<const Program>> programs = {};
+  std::vector<CacheMemory> memory = {};
+  std::vector<Place> places = {};  // of the caches
+  int64_t batch = 0, room = 0;  // of the caches: sequences, and tokens each
+
+  // All programs, to be kept while they run; false where one is gone or memory has moved.
+  bool take(std::vector<std::shared_ptr<const Program>>& into) const {
+    for (size_t i = 0; i < caches.size(); ++i)
+      if (!places[i].is_of(caches[i])) return false;
+    into.clear();
+    for (const auto& program : programs) {
+      into.push_back(program.lock());
+      if (!into.back() || !into.back()->in_place()) return false;
+    }
+    return true;
+  }
+};
+
+// Its programs and caches, looked at (again).
+std::shared_ptr<const Stack> made(Stack s) {
+  constexpr const char* op = "cpullm::stack_create";
+  const size_t count = s.handles.size(), per = count ? s.caches.size() / count : 0;
+  STD_TORCH_CHECK(count > 0 && s.rotary.size() == 2 * count, op, ": rotary must be 2 indices for each of the ", count,
+                  " programs");
+  STD_TORCH_CHECK(s.caches.size() == per * count && (per == 0 || per == 2 || per == 4), op,
+                  ": caches must be none, or 2 or 4 tensors for each of the ", count, " programs, got ",
+                  s.caches.size());
+  s.programs.clear();
+  s.memory.clear();
+  s.places.clear();
+  s.batch = per && s.caches[0].dim() ? s.caches[0].size(0) : 0;
+  s.room = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const auto program = find_program(kForward, s.handles[i]);
+    s.programs.push_back(program);
+    LayerCall call{};
+    call.batch = s.batch;
+    const auto cache = [&](size_t j) { return j < per ? OptionalTensor(s.caches[i * per + j]) : OptionalTensor(); };
+    check_caches(layer_of(program, s.handles[i]), cache(0), cache(1), cache(2), cache(3), call);
+    s.memory.push_back(call);
+    for (size_t j = 0; j < per; ++j) {
+      const Tensor& t = s.caches[i * per + j];
+      s.room = i + j ? std::min(s.room, t.size(2)) : t.size(2);
+      s.places.push_back({t.const_data_ptr(), storage_bytes(t)});
+    }
+  }
+  return std::make_shared<const Stack>(std::move(s));
+}
+
+auto& stacks = *new Numbered<Stack>;
+
+int64_t stack_create(std::vector<int64_t> handles, std::vector<Tensor> caches, std::vector<int64_t> rotary,
+                     std::vector<int64_t> groups, int64_t bypass) {
+  return stacks.keep(made({std::move(handles), std::move(groups), std::move(rotary), bypass, std::move(caches)}));
+}
+
+void stack_free(int64_t stack) { stacks.free(stack); }
+
+Tensor stack_forward(int64_t stack, const Tensor& x, std::vector<Tensor> angles, const OptionalTensor& mask,
+                     int64_t length, int64_t head) {
+  constexpr const char* op = "cpullm::stack_forward";
+  std::shared_ptr<const Stack> s = stacks.find(stack);
+  STD_TORCH_CHECK(s, op, ": there is no stack ", stack);
+  const size_t count = s->handles.size();
+  Steps steps;
+  steps.programs.reserve(count + 1);
+  steps.layers.reserve(count);
+  while (!s->take(steps.programs)) {  // an error once one is gone
+    s = made(*s);
+    stacks.replace(stack, s);
+  }
+  LayerCall call{};
+  for (size_t i = 0; i < count; ++i) {
+    const LayerProgram& p = layer_of(steps.programs[i], s->handles[i]);
+    const int64_t* const rotary = &s->rotary[2 * i];
+    if (i == 0 || !same_inputs(p, *steps.layers[i - 1].program, rotary))
+      call = check_inputs(p, x, pick(angles, rotary[0], "rotary"), pick(angles, rotary[1], "rotary"), mask, length);
+    static_cast<CacheMemory&>(call) = s->memory[i];
+    steps.layers.push_back({&p, call});
+  }
+  if (s->caches.empty()) {
+    STD_TORCH_CHECK(length == 0, op, ": length must be 0 without caches, got ", length);
+  } else {
+    STD_TORCH_CHECK(call.batch == s->batch, op, ": the caches are of ", s->batch, " sequences, x has ", call.batch);
+    STD_TORCH_CHECK(call.tokens <= s->room - length, op, ": the caches have room for ", s->room, " tokens, needed are ",
+                    length + call.tokens);
+  }
+  steps.group(s->groups, s->bypass, {});
+  if (!head) return run_steps(steps, x);
+  steps.programs.push_back(find_program(op, head));
+  const HeadProgram& last = steps.programs.back()->as<HeadProgram>(op, head, "head");
+  STD_TORCH_CHECK(last.hidden == x.size(2), op, ": the head reads rows of ", last.hidden, ", x has ", shape_of(x));
+  return run_steps(steps, x, nullptr, nullptr, &last);
 }
 
 // Barriers that the last run started by this thread passed.
@@ -304,12 +404,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cpullm, m) {
   // layer, or k, v and their scales; all hold `length` tokens. summed: what of each group is summed over the ranks of one
   // host: 0 nothing, 1 attention's output and the MLP's of a layer that is cut, 2 what the group's members here add to x,
   // 3 as 1 over a team of the ranks, 4 as 2 of members that are cut among a team, over which attention's output is summed;
-  // shared, rank, ranks, timeout_s: as of shared_sum, an error where a rank did not come in time; team: of the team. head:
-  // of head_create, 0 for none: the result is what it makes of the last layer's.
+  // shared, rank, ranks, timeout_s: as of shared_sum, an error where a rank did not come in time; team: of the team.
   m.def(
       "layers_forward(int[] programs, Tensor x, Tensor[] tensors, int[] rotary, int[] masks, Tensor(a!)[] caches, int "
       "length, int[] groups, int bypass, int[] summed=[], Tensor(b!)? shared=None, int rank=0, int ranks=1, float "
-      "timeout_s=0., Tensor(c!)? team_shared=None, int team_rank=0, int team_ranks=1, int head=0) -> Tensor");
+      "timeout_s=0., Tensor(c!)? team_shared=None, int team_rank=0, int team_ranks=1) -> Tensor");
+  // Several layers with what stays the same from token to token: programs, caches, rotary, groups and bypass as of
+  // layers_forward; the number is good until stack_free, and the caches are kept as long.
+  m.def("stack_create(int[] programs, Tensor[] caches, int[] rotary, int[] groups, int bypass) -> int");
+  m.def("stack_free(int stack) -> ()");
+  // rotary's indices point into angles; mask: of every layer. The caches of the stack take the new tokens. head: of
+  // head_create, 0 for none: the result is what it makes of the last layer's, [b, s, n].
+  m.def("stack_forward(int stack, Tensor x, Tensor[] angles, Tensor? mask, int length, int head=0) -> Tensor");
   m.def("layer_barriers() -> int");
 }
 
@@ -318,8 +424,11 @@ STABLE_TORCH_LIBRARY_IMPL(cpullm, CPU, m) {
   m.impl("layers_forward", TORCH_BOX(&cpullm::layers_forward));
   m.impl("layer_attention", TORCH_BOX(&cpullm::layer_attention));
   m.impl("layer_mlp", TORCH_BOX(&cpullm::layer_mlp));
+  m.impl("stack_forward", TORCH_BOX(&cpullm::stack_forward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cpullm, CompositeExplicitAutograd, m) {
   m.impl("layer_barriers", TORCH_BOX(&cpullm::layer_barriers));
+  m.impl("stack_create", TORCH_BOX(&cpullm::stack_create));
+  m.impl("stack_free", TORCH_BOX(&cpullm::stack_free));
 }

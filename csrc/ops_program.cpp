@@ -1,16 +1,11 @@
 // Operators that build programs from tensors and numbers, and free them.
+#include "numbers.h"
 #include "program.h"
-
-#include <mutex>
-#include <unordered_map>
 
 namespace cpullm {
 namespace {
 
-std::mutex programs_mutex;
-// Never destroyed: tensors must not be freed after torch is gone.
-auto& programs = *new std::unordered_map<int64_t, std::shared_ptr<const Program>>;
-int64_t next_program = first_number();
+auto& programs = *new Numbered<Program>;
 
 std::shared_ptr<const Program> make(Program::Any (*read)(const Source&), Source from) {
   Program::Any what = read(from);
@@ -20,13 +15,6 @@ std::shared_ptr<const Program> make(Program::Any (*read)(const Source&), Source 
     places.push_back({t.const_data_ptr(), storage_bytes(t)});
   }
   return std::make_shared<const Program>(Program{what, read, std::move(from), std::move(places)});
-}
-
-// Keeps a program until layer_free; returns its handle.
-int64_t keep(std::shared_ptr<const Program> program) {
-  std::lock_guard lock(programs_mutex);
-  programs.emplace(next_program, std::move(program));
-  return next_program++;
 }
 
 // Takes the numbers of a program in their order; torch_cpullm/layer_program.py writes them.
@@ -54,9 +42,7 @@ struct Reader {
     if (i < 0) return nullptr;
     const Tensor& t = tensors[size_t(i)];
     if (!t.is_contiguous()) return &t;  // which no caller takes
-    const int64_t bytes = storage_bytes(t), needed = (t.storage_offset() + t.numel()) * int64_t(t.element_size());
-    STD_TORCH_CHECK(bytes >= needed, op, ": the storage of a tensor of ", what, " must hold ", needed,
-                    " bytes, it has ", bytes);
+    check_storage(op, (std::string("a tensor of ") + what).c_str(), t);
     return &t;
   }
   // fp32 [size], or null where absent.
@@ -193,37 +179,23 @@ Program::Any read_head(const Source& from) {
 }
 
 int64_t layer_create(std::vector<Tensor> tensors, std::vector<int64_t> ints, std::vector<double> floats) {
-  return keep(make(read_layer, {std::move(tensors), std::move(ints), std::move(floats)}));
+  return programs.keep(make(read_layer, {std::move(tensors), std::move(ints), std::move(floats)}));
 }
 
 int64_t head_create(std::vector<Tensor> tensors, std::vector<int64_t> ints, std::vector<double> floats) {
-  return keep(make(read_head, {std::move(tensors), std::move(ints), std::move(floats)}));
+  return programs.keep(make(read_head, {std::move(tensors), std::move(ints), std::move(floats)}));
 }
 
-void layer_free(int64_t program) {
-  std::shared_ptr<const Program> last;  // its memory is freed after the lock
-  std::lock_guard lock(programs_mutex);
-  const auto it = programs.find(program);
-  if (it == programs.end()) return;
-  last = std::move(it->second);
-  programs.erase(it);
-}
+void layer_free(int64_t program) { programs.free(program); }
 
 }  // namespace
 
 std::shared_ptr<const Program> find_program(const char* op, int64_t handle) {
-  std::shared_ptr<const Program> program;
-  {
-    std::lock_guard lock(programs_mutex);
-    const auto it = programs.find(handle);
-    if (it != programs.end()) program = it->second;
-  }
+  std::shared_ptr<const Program> program = programs.find(handle);
   STD_TORCH_CHECK(program, op, ": there is no program ", handle);
   if (program->in_place()) return program;
   auto moved = make(program->read, program->from);  // with every check
-  std::lock_guard lock(programs_mutex);
-  const auto it = programs.find(handle);
-  if (it != programs.end()) it->second = moved;
+  programs.replace(handle, moved);
   return moved;
 }
 

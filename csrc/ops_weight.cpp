@@ -1,8 +1,6 @@
 // Packed weights that are known by a number. Each argument of a call from Python costs about 0.2 us, so an operator that
 // takes one number for the eight things that say what a weight is costs a microsecond less.
-#include <mutex>
-#include <unordered_map>
-
+#include "numbers.h"
 #include "ops.h"
 
 namespace cpullm {
@@ -18,37 +16,19 @@ struct Held {
   int64_t n, k, group;
 };
 
-std::mutex held_mutex;
-// Never destroyed: tensors must not be freed after torch is gone.
-auto& held = *new std::unordered_map<int64_t, std::shared_ptr<const Held>>;
-int64_t next_weight = first_number();
+auto& weights = *new Numbered<Held>;
 
 int64_t weight_create(const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros, int64_t n, int64_t k,
                       int64_t group_size) {
   check_weight(kCreate, codes, scales, zeros, n, k, group_size);
-  auto weight = std::make_shared<const Held>(Held{codes, scales, zeros, n, k, group_size});
-  std::lock_guard lock(held_mutex);
-  held.emplace(next_weight, std::move(weight));
-  return next_weight++;
+  return weights.keep(std::make_shared<const Held>(Held{codes, scales, zeros, n, k, group_size}));
 }
 
-void weight_free(int64_t weight) {
-  std::shared_ptr<const Held> last;  // its memory is freed after the lock
-  std::lock_guard lock(held_mutex);
-  const auto it = held.find(weight);
-  if (it == held.end()) return;
-  last = std::move(it->second);
-  held.erase(it);
-}
+void weight_free(int64_t weight) { weights.free(weight); }
 
 Tensor weight_linear(const Tensor& x, int64_t weight, const OptionalTensor& bias, const OptionalTensor& perm,
                      int64_t compute) {
-  std::shared_ptr<const Held> h;
-  {
-    std::lock_guard lock(held_mutex);
-    const auto it = held.find(weight);
-    if (it != held.end()) h = it->second;
-  }
+  const std::shared_ptr<const Held> h = weights.find(weight);
   STD_TORCH_CHECK(h, "cpullm::weight_linear: there is no weight ", weight);
   return linear_of(kLinear, x, check_weight(kLinear, h->codes, h->scales, h->zeros, h->n, h->k, h->group), bias, perm,
                    compute);

@@ -11,7 +11,7 @@ from test_cqil import IDS, NO_SPLIT, SPLIT, grouped, llama, logits
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import torch_cpullm
-from torch_cpullm import cli, cqil, layer_program, layer_stack
+from torch_cpullm import cli, cqil, layer_program
 from torch_cpullm.kv_cache import CpuLlmCache
 from torch_cpullm.layer import GROUP_OP, IN_TORCH, ONE_OP, PER_LINEAR, layer_levels, remove_programs
 from torch_cpullm.linear import PackedLinear
@@ -50,7 +50,7 @@ def counts(monkeypatch):
         return call
 
     monkeypatch.setattr(layer_program, "run_all", counting("groups", layer_program.run_all))
-    monkeypatch.setattr(layer_stack, "run_all", counting("steps", layer_stack.run_all))
+    monkeypatch.setattr(layer_program.Stack, "__call__", counting("steps", layer_program.Stack.__call__))
     return found
 
 

@@ -12,6 +12,8 @@ import torch_cpullm
 from torch_cpullm import ops
 from torch_cpullm.kv_cache import CpuLlmCache
 from torch_cpullm.layer import LayerProgram
+from torch_cpullm.layer_program import Stack
+from torch_cpullm.layer_stack import BUFFERS
 
 
 def optimised(name="llama", **settings):
@@ -39,15 +41,13 @@ def without(model):
 
 def counted(monkeypatch):
     """The number of steps that ran as one operator, as a list of one."""
-    from torch_cpullm import layer_stack
-
-    count, real = [0], layer_stack.run_all
+    count, real = [0], Stack.__call__
 
     def forward(*args):
         count[0] += 1
         return real(*args)
 
-    monkeypatch.setattr(layer_stack, "run_all", forward)
+    monkeypatch.setattr(Stack, "__call__", forward)
     return count
 
 
@@ -225,3 +225,69 @@ def test_bad_arguments_of_the_operator():
         args[place] = value
         with pytest.raises(RuntimeError, match=text):
             ops.layers_forward(*args)
+
+
+def test_a_stack_with_its_caches():
+    """The bits of ops.layers_forward; again after the caches or weights have moved."""
+    model = optimised()
+    handles = [program._run.handle for program in programs(model)]
+    cache, count = warm(model), len(handles)
+    x = torch.randn(1, 1, model.config.hidden_size)
+    cos, sin = model.model.rotary_emb(x, torch.tensor([[7]]))
+    buffers = [t for layer in cache.layers for t in (layer.k, layer.v)]
+    rest = [[1] * count, 0]
+    stack = Stack(handles, buffers, [0, 1] * count, *rest)
+    want = ops.layers_forward(handles, x, [cos, sin], [0, 1] * count, [-1] * count, buffers, 7, *rest)
+    assert torch.equal(stack(x, [cos, sin], None, 7), want)
+    mask = torch.ones(1, 1, 1, 8, dtype=torch.bool)
+    assert torch.equal(stack(x, [cos, sin], mask, 7), want)
+    for moved in (buffers[0], buffers[-1], next(m for m in model.modules() if hasattr(m, "packed")).packed.codes):
+        before = moved.data_ptr()
+        moved.share_memory_()
+        assert moved.data_ptr() != before
+        assert torch.equal(stack(x, [cos, sin], None, 7), want)
+    for given, text in (
+        ((x, [cos, sin], None, 10**6), "have room for"),
+        ((x, [cos, sin], None, -1), "length must not be negative"),
+        ((x.expand(2, 1, -1), [cos, sin], None, 7), "the caches are of 1 sequences, x has 2"),
+        ((x, [cos], None, 7), "rotary must be -1 or an index below 1"),
+        ((x, [cos, sin], mask[..., 1:], 7), "mask must be"),
+        ((x[..., 1:], [cos, sin], None, 7), "x must be"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            stack(*given)
+    for given, text in (
+        (([], [], [], [], 0), "for each of the 0 programs"),
+        ((handles, buffers[1:], [0, 1] * count, *rest), "caches must be none, or 2 or 4"),
+        ((handles, buffers, [0, 1], *rest), "rotary must be 2 indices"),
+        ((handles, [buffers[0][0], *buffers[1:]], [0, 1] * count, *rest), "k_cache must be"),
+        ((handles, [buffers[0][..., 1:], *buffers[1:]], [0, 1] * count, *rest), "k_cache must be"),
+        (([*handles[1:], 7], buffers, [0, 1] * count, *rest), "there is no program 7"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            Stack(*given)
+    with pytest.raises(RuntimeError, match="groups must hold"):
+        Stack(handles, buffers, [0, 1] * count, [1], 0)(x, [cos, sin], None, 7)
+    with pytest.raises(RuntimeError, match="there is no stack 7"):
+        ops.stack_forward(7, x, [cos, sin], None, 7)
+    alone = Stack(handles, [], [0, 1] * count, *rest)
+    with pytest.raises(RuntimeError, match="length must be 0 without caches"):
+        alone(x, [cos, sin], None, 7)
+    buffers[1].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="the storage of v_cache must hold"):
+        stack(x, [cos, sin], None, 7)
+
+
+def test_a_cache_that_outlives_its_model_keeps_no_weights():
+    model = optimised()
+    cache = warm(model)
+    stack = cache.__dict__[BUFFERS].stack
+    codes = weakref.ref(model.model.layers[0].self_attn.o_proj.packed.codes.untyped_storage())
+    assert isinstance(stack, Stack)
+    assert codes() is not None
+    assert BUFFERS not in cache.__getstate__()
+    size = model.config.hidden_size
+    del model
+    gc.collect()
+    with pytest.raises(RuntimeError, match="there is no program"):
+        stack(torch.zeros(1, 1, size), [], None, 7)

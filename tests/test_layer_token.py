@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import torch_cpullm
 from torch_cpullm import ops
 from torch_cpullm.kv_cache import CpuLlmCache
-from torch_cpullm.layer_program import Head, Program, encode
+from torch_cpullm.layer_program import Head, Program, Stack, encode
 from torch_cpullm.layer_spec import Norm
 from torch_cpullm.layer_token import TokenStep
 
@@ -45,6 +46,12 @@ def layers_of(count=2, **kwargs):
     return programs, handles, rest
 
 
+def logits(handles, x, rest, head=None):
+    """What ``head`` makes of ``ops.layers_forward(handles, x, *rest)``."""
+    angles, rotary, _, caches, length, groups = rest
+    return Stack(handles, caches, rotary, groups, 0)(x, angles, None, length, head)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("compute", ["int8", "fp32"])
 def test_the_same_bits_as_norm_and_linear(compute, dtype, isa):
@@ -60,7 +67,7 @@ def test_the_same_bits_as_norm_and_linear(compute, dtype, isa):
                 ops.rms_norm(y, norm.gain, 1e-5) if norm.bias is None else ops.layer_norm(y, norm.gain, norm.bias, 1e-5)
             )
             want = ops.linear(normed, matrix.packed, matrix.bias, matrix.order, compute).to(dtype)
-            got = ops.layers_forward(handles, x, *rest(tokens), head=head.handle)
+            got = logits(handles, x, rest(tokens), head)
             assert got.dtype == dtype
             assert torch.equal(got, want), (case, tokens)
     assert len(programs) == 2
@@ -73,8 +80,8 @@ def test_one_layer_and_one_thread():
     want = matrix(ops.rms_norm(ops.layers_forward(handles, x, *rest(1)), norm.gain, 1e-5))
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        assert torch.equal(ops.layers_forward(handles, x, *rest(1), head=head.handle), want)
-    assert ops.layers_forward(handles, x[:0], *rest(1), head=head.handle).shape == (0, 1, 70)
+        assert torch.equal(logits(handles, x, rest(1), head), want)
+    assert logits(handles, x[:0], rest(1), head).shape == (0, 1, 70)
     assert len(programs) == 1
 
 
@@ -84,18 +91,18 @@ def test_what_does_not_fit_is_an_error():
     x = torch.zeros(1, 1, 96)
     for handle, text in ((10**9, "there is no program"), (handles[0], "is no head"), (-1, "there is no program")):
         with pytest.raises(RuntimeError, match=text):
-            ops.layers_forward(handles, x, *rest(1), head=handle)
+            logits(handles, x, rest(1), SimpleNamespace(handle=handle))
     with pytest.raises(RuntimeError, match="is no layer"):
         ops.layers_forward([handles[0], head.handle], x, *rest(1))
     with pytest.raises(RuntimeError, match="is no layer"):
         ops.layer_mlp(head.handle, x)
     wide, _, _ = head_of(k=128)
     with pytest.raises(RuntimeError, match="the head reads rows of 128"):
-        ops.layers_forward(handles, x, *rest(1), head=wide.handle)
+        logits(handles, x, rest(1), wide)
     with pytest.raises(ValueError, match="norm must be a contiguous float32 CPU tensor"):
         Head("rms", 1e-5, Norm(torch.ones(95)), matrix)
     with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(RuntimeError, match="not known while tracing"):
-        ops.layers_forward(handles, x, *rest(1), head=head.handle)
+        logits(handles, x, rest(1), head)
     assert len(programs) == 2
 
 

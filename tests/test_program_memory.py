@@ -10,8 +10,7 @@ from layer_models import ALL, counted, ids_of
 from layer_programs import call, linear, spec
 
 import torch_cpullm
-from torch_cpullm import ops
-from torch_cpullm.layer_program import Head, Program
+from torch_cpullm.layer_program import Head, Program, Stack
 from torch_cpullm.layer_spec import Norm
 
 
@@ -99,8 +98,10 @@ def test_a_head():
         call(layer, 1, 1),
     )
 
+    stack = Stack([program.handle], [], [0, 1], [1], 0)
+
     def run():
-        return ops.layers_forward([program.handle], x, [cos, sin], [0, 1], [-1], [], 0, [1], 0, head=head.handle)
+        return stack(x, [cos, sin], None, 0, head)
 
     want = run()
     matrix.packed.scales.share_memory_()

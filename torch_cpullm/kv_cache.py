@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from .config import KV_CACHES
 from .layer import all_in_programs
 from .layer_graph import number_cache
-from .layer_stack import forget_buffers
+from .layer_stack import BUFFERS, forget_buffers
 
 CHUNK = 256
 DOUBLE_FROM = 4096
@@ -316,7 +316,7 @@ class CpuLlmCache(DynamicCache):
         forget_buffers(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "number"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("number", BUFFERS)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy is a cache of its own."""

@@ -41,7 +41,7 @@ _SETTINGS = ("output_hidden_states", "_output_attentions", "output_attentions", 
 class _Learnt:
     """The modules of a decoder that a step needs beside its layers, and the class of its result.
 
-    positions: of each kind of position embeddings; rotary: see :func:`ops.layers_forward`.
+    positions: of each kind of position embeddings; rotary: see :class:`layer_program.Stack`.
     """
 
     embedding: nn.Module
@@ -78,7 +78,7 @@ class DecoderStep:
         self._names = list(inspect.signature(self._original).parameters)[1:]
         self._stack = stack  # None: of a copied decoder, which computes by its class's forward
         self._unchanged = unchanged  # whether the programs of the stack are still those of the layers
-        self._windows, self._no_masks = windows, [-1] * len(windows)
+        self._windows = windows
         self._learnt: _Learnt | None = None
         self._tries = TRIES
         self._last = _Last()
@@ -178,9 +178,9 @@ class DecoderStep:
         if length < 0 or (mask is not None and (mask.shape[1] != length + 1 or not bool(mask.all()))):
             return None
         x = learnt.embedding(kwargs["input_ids"])
-        tensors = [t for angles in learnt.positions for t in angles(x, kwargs["position_ids"])]
+        angles = [t for each in learnt.positions for t in each(x, kwargs["position_ids"])]
         self._tries = TRIES  # what was learnt holds
-        return stack.run(self._unchanged, x, tensors, learnt.rotary, self._no_masks, cache, head)
+        return stack.run(self._unchanged, x, angles, learnt.rotary, None, cache, head)
 
     # ---- for a step of the whole model ------------------------------------------------------------------------------
 

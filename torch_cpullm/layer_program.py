@@ -16,6 +16,7 @@ from .ops import COMPUTE
 
 _forward = torch.ops.cpullm.layer_forward.default
 _group_forward = torch.ops.cpullm.layers_forward.default
+_stack_forward = torch.ops.cpullm.stack_forward.default
 MOST_MEMBERS = 8  # of a group: kMostMembers in csrc/layer.h
 
 
@@ -63,7 +64,7 @@ class Program:
 
 
 class Head:
-    """The last norm and the output head of a model, for :func:`ops.layers_forward`: ``logits = norm(x) W^T + bias``.
+    """The last norm and the output head of a model, for :class:`Stack`: ``logits = norm(x) W^T + bias``.
 
     kind, eps, norm: as :func:`layer_parts.read_norm` gives them. Raises ValueError where the sizes do not fit.
     """
@@ -78,6 +79,27 @@ class Head:
         except RuntimeError as error:
             raise ValueError(str(error).split("\n")[0].split("head_create: ")[-1]) from None
         weakref.finalize(self, torch.ops.cpullm.layer_free.default, self.handle).atexit = False
+
+
+class Stack:
+    """Layers in groups and the caches they write, checked once: ``stack(x, angles, mask, length, head) -> y``.
+
+    programs, groups, bypass, caches, rotary: as of :func:`ops.layers_forward`, whose result it is; rotary's indices are
+    those of angles. x [b, s, hidden]; mask [1 or b, 1 or h, s, length + s] of every layer; length: tokens that the
+    caches hold. With a head its logits [b, s, n], of x's dtype. Raises RuntimeError for what does not fit.
+    """
+
+    def __init__(
+        self, programs: Sequence[int], caches: list[Tensor], rotary: list[int], groups: list[int], bypass: int
+    ) -> None:
+        self._number = torch.ops.cpullm.stack_create.default(programs, caches, rotary, groups, bypass)
+        weakref.finalize(self, torch.ops.cpullm.stack_free.default, self._number).atexit = False
+
+    def __call__(
+        self, x: Tensor, angles: list[Tensor], mask: Tensor | None, length: int, head: Head | None = None
+    ) -> Tensor:
+        """Run all layers once; the caches take the new tokens."""
+        return _stack_forward(self._number, x, angles, mask, length, 0 if head is None else head.handle)
 
 
 def run_group(programs: Sequence[Program], bypass: int, calls: Sequence[tuple], ranks: Any = None) -> Tensor | None:
@@ -150,10 +172,10 @@ def sums_of(groups: Sequence[Sequence[Program]], spread: Sequence[Any]) -> Sums 
     return Sums(ranks, summed, (over_all, over_team))
 
 
-def run_all(arguments: tuple, sums: Sums | None = None, head: Head | None = None) -> Tensor:
-    """``layers_forward(*arguments)``, with the sums of its programs; head: only where there are none."""
+def run_all(arguments: tuple, sums: Sums | None = None) -> Tensor:
+    """``layers_forward(*arguments)``, with the sums of its programs."""
     if sums is None:
-        return _group_forward(*arguments) if head is None else _group_forward(*arguments, head=head.handle)
+        return _group_forward(*arguments)
     return sums.ranks.run(_group_forward, (*arguments, sums.summed), arguments[1], *sums.counts)
 
 

@@ -19,10 +19,10 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
-from .layer_program import Head, Program, Sums, fitting, run_all
+from .layer_program import Head, Program, Stack, Sums, fitting, run_all
 
 MOST_TOKENS = 8  # of a sequence in one step; beyond, the operators' own cost does not matter
-_BUFFERS = "_stack_buffers"  # attribute of a cache: whose, tokens it has room for, its keys, all its buffers in order
+BUFFERS = "_stack_buffers"  # attribute of a cache: a _Buffers
 _DEPTH = 12  # frames between a layer's forward and its decoder's
 
 
@@ -38,9 +38,25 @@ class Seen:
     y: Tensor
 
 
+@dataclass(frozen=True)
+class _Buffers:
+    """The memory of a cache that a stack writes its tokens to.
+
+    whose: the handles of the stack's programs; rotary: see :func:`ops.layers_forward`; room: in tokens; keys: of each
+    layer; all: in the operators' order; stack: with them, where no sums come from other ranks.
+    """
+
+    whose: list[int]
+    rotary: list[int]
+    room: int
+    keys: list[Tensor]
+    all: list[Tensor]
+    stack: Stack | None
+
+
 def forget_buffers(cache: Any) -> None:
     """Let go of the memory that a stack has written the tokens of ``cache`` to."""
-    cache.__dict__.pop(_BUFFERS, None)
+    cache.__dict__.pop(BUFFERS, None)
 
 
 class _Step(threading.local):
@@ -78,6 +94,7 @@ class LayerStack:
         self._handles = [program.handle for program in self._programs]
         self._groups, self._bypass, self._alike = [len(run) for run in programs], bypass, alike
         self._places, self._sums = places, sums
+        self._one_rotary, self._no_rotary = [0, 1] * len(self._programs), [-1] * 2 * len(self._programs)
         self._last = len(layers) - 1
         self._code = inspect.unwrap(type(owner).forward).__code__
         self._step = _Step()
@@ -135,10 +152,8 @@ class LayerStack:
         if not frame:
             return None
         mask, cache, count = shared[0], shared[2], len(self._programs)
-        tensors = [t for t in (*rotary, mask) if t is not None]
-        places = [-1, -1] if rotary[0] is None else [0, 1]
-        masks = [-1 if mask is None else len(tensors) - 1] * count
-        y = self.run(unchanged, x, tensors, places * count, masks, cache)
+        angles = [t for t in rotary if t is not None]
+        y = self.run(unchanged, x, angles, self._one_rotary if angles else self._no_rotary, mask, cache)
         if y is not None:
             step.out, step.frame, step.shared, step.last = y, frame, shared, Seen(x, (shared[:2],) * count, y)
         return y
@@ -147,27 +162,31 @@ class LayerStack:
         self,
         unchanged: Any,
         x: Tensor,
-        tensors: list[Tensor],
+        angles: list[Tensor],
         rotary: list[int],
-        masks: list[int],
+        mask: Tensor | None,
         cache: Any,
         head: Head | None = None,
     ) -> Tensor | None:
         """The output of all layers, or what ``head`` makes of it; None if each has to be called.
 
-        unchanged: as in :meth:`begin`. tensors, rotary, masks: as :func:`ops.layers_forward` takes them. head: see
-        :attr:`may_have_head`.
+        unchanged: as in :meth:`begin`. angles, rotary: see :class:`layer_program.Stack`; mask: of every layer. head:
+        see :attr:`may_have_head`.
         """
         if self._hooked() or not unchanged():
             return None
-        ready = self._reserve(cache, x, x.shape[1])
+        ready = self._reserve(cache, x, rotary)
         if ready is None:
             return None
         held, buffers, length = ready
-        for place in {*masks} - {-1}:
-            tensors[place] = cast("Tensor", fitting(tensors[place], length + x.shape[1]))
-        arguments = (self._handles, x, tensors, rotary, masks, buffers, length, self._groups, self._bypass)
-        y = run_all(arguments, self._sums, head)
+        mask = fitting(mask, length + x.shape[1])
+        if buffers.stack is not None:
+            y = buffers.stack(x, angles, mask, length, head)
+        else:
+            tensors = angles if mask is None else [*angles, mask]
+            masks = [-1 if mask is None else len(angles)] * len(self._programs)
+            arguments = (self._handles, x, tensors, rotary, masks, buffers.all, length, self._groups, self._bypass)
+            y = run_all(arguments, self._sums)
         length += x.shape[1]
         for each in held:
             each.length = length  # advance() would look again whether there is room
@@ -214,8 +233,8 @@ class LayerStack:
         """Whether somebody waits for the call of a layer."""
         return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks or any(self._waiting))
 
-    def _reserve(self, cache: Any, x: Tensor, tokens: int) -> tuple[list[Any], list[Tensor], int] | None:
-        """(layers of the cache, their buffers in the operator's order, length), or None if it cannot be written."""
+    def _reserve(self, cache: Any, x: Tensor, rotary: list[int]) -> tuple[list[Any], _Buffers, int] | None:
+        """(layers of the cache, their memory, length), or None if it cannot be written."""
         held = getattr(cache, "layers", None)
         if held is None or len(held) != self._last + 1:
             return None
@@ -224,17 +243,26 @@ class LayerStack:
             length = held[0].length
             if any(each.length != length for each in held):
                 return None
-            mine, room, keys, buffers = cache.__dict__.get(_BUFFERS, (None, 0, [], []))
+            buffers = cache.__dict__.get(BUFFERS)
             if (
-                mine is not self._handles
-                or length + tokens > room
-                or x.shape[0] != keys[0].shape[0]
-                or not all(map(operator.is_, [each.k for each in held], keys))
+                buffers is None
+                or buffers.whose is not self._handles
+                or buffers.rotary is not rotary
+                or length + x.shape[1] > buffers.room
+                or x.shape[0] != buffers.keys[0].shape[0]
+                or not all(map(operator.is_, [each.k for each in held], buffers.keys))
             ):
-                made = [p.reserve(each, x) for p, each in zip(self._programs, held, strict=True)]
-                buffers = [t for each in made for t in each[:4] if t is not None]
-                keys = [each[0] for each in made]
-                cache.__dict__[_BUFFERS] = self._handles, min(key.shape[2] for key in keys), keys, buffers
+                buffers = cache.__dict__[BUFFERS] = self._make(held, x, rotary)
         except AttributeError:  # a cache of another make
             return None
         return held, buffers, length
+
+    def _make(self, held: list[Any], x: Tensor, rotary: list[int]) -> _Buffers:
+        """The memory of these layers of a cache, with room for x's tokens."""
+        made = [program.reserve(each, x) for program, each in zip(self._programs, held, strict=True)]
+        buffers = [t for each in made for t in each[:4] if t is not None]
+        keys = [each[0] for each in made]
+        stack = None
+        if self._sums is None:
+            stack = Stack(self._handles, buffers, rotary, self._groups, self._bypass)
+        return _Buffers(self._handles, rotary, min(key.shape[2] for key in keys), keys, buffers, stack)

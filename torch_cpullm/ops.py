@@ -300,7 +300,6 @@ def layers_forward(
     team_shared: Tensor | None = None,
     team_rank: int = 0,
     team_ranks: int = 1,
-    head: int = 0,
 ) -> Tensor:
     """The programs of several layers, in groups of these sizes, each on the output of the one before.
 
@@ -311,13 +310,18 @@ def layers_forward(
     what of each group is summed over ranks: 0 nothing, 1 attention's output and the MLP's of a layer that is cut (of a
     parallel layer, their sum), 2 the sum_l above, of whose members this rank has some, 3 as 1, over a team of the
     ranks, 4 as 2, where a team cuts each member among its ranks and so sums attention's output too; shared, rank,
-    ranks, timeout_s: as of :func:`shared_sum`; team_shared, team_rank, team_ranks: the same of this rank's team. head:
-    of a :class:`layer_program.Head`, 0 for none: the result is then ``norm(y) W^T + bias`` [b, s, n], of x's dtype.
-    Raises RuntimeError for what does not fit, and where a rank did not come.
+    ranks, timeout_s: as of :func:`shared_sum`; team_shared, team_rank, team_ranks: the same of this rank's team. Raises
+    RuntimeError for what does not fit, and where a rank did not come.
     """
-    arguments = (programs, x, tensors, rotary, masks, caches, length, groups, bypass, summed)
-    sums = shared, rank, ranks, timeout_s, team_shared, team_rank, team_ranks
-    return torch.ops.cpullm.layers_forward.default(*arguments, *sums, head=head)
+    given = programs, x, tensors, rotary, masks, caches, length, groups, bypass, summed, shared, rank, ranks, timeout_s
+    return torch.ops.cpullm.layers_forward.default(*given, team_shared, team_rank, team_ranks)
+
+
+def stack_forward(
+    stack: int, x: Tensor, angles: list[Tensor], mask: Tensor | None, length: int, head: int = 0
+) -> Tensor:
+    """What a :class:`layer_program.Stack` calls, which says what the arguments are. Raises RuntimeError as it does."""
+    return torch.ops.cpullm.stack_forward.default(stack, x, angles, mask, length, head)
 
 
 def layer_attention(
@@ -466,10 +470,15 @@ def _layer_forward_fake(program, x, cos, sin, mask, k_cache, v_cache, k_scale, v
 @torch.library.register_fake("cpullm::layers_forward")
 def _layers_forward_fake(
     programs, x, tensors, rotary, masks, caches, length, groups, bypass, summed=(),
-    shared=None, rank=0, ranks=1, timeout_s=0.0, team_shared=None, team_rank=0, team_ranks=1, head=0,
+    shared=None, rank=0, ranks=1, timeout_s=0.0, team_shared=None, team_rank=0, team_ranks=1,
 ):  # fmt: skip
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("cpullm::stack_forward")
+def _stack_forward_fake(stack, x, angles, mask, length, head=0):
     if head:
-        raise RuntimeError("cpullm::layers_forward: how many logits a head gives is not known while tracing")
+        raise RuntimeError("cpullm::stack_forward: how many logits a head gives is not known while tracing")
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -486,5 +495,6 @@ def _layer_mlp_fake(program, x):
 __all__ = [
     "COMPUTE", "PANEL", "STEP", "activation", "attention", "cache_append", "check_compute", "dequantize", "embedding",
     "experts", "isa", "isa_levels", "layer_attention", "layer_forward", "layer_mlp", "layer_norm", "layers_forward",
-    "linear", "quantize_activations", "quantize_weights", "rms_norm", "rope", "use_isa", "weight_linear",
+    "linear", "quantize_activations", "quantize_weights", "rms_norm", "rope", "stack_forward", "use_isa",
+    "weight_linear",
 ]  # fmt: skip
