@@ -75,11 +75,11 @@ def test_many_rows_have_the_bits_of_few(form, bits, group, isa):
     inputs than are unpacked at a time.
     """
     case = Case("many rows", n=72, k=672, group=group, form=form, bits=bits)
-    weight, x, bias, perm = tensors(case, 515)
+    weight, x, bias, perm = tensors(case, 519)
     x[::3, 5] *= 40
     x[1::5, 200:204] *= -30
     few = torch.cat([ops.linear(part, weight, bias, perm) for part in x.split(9)])
-    for m in (29, 30, 31, *range(128, 135), *range(256, 263), 511, 515):  # 511: a block of rows
+    for m in (29, 30, 31, *range(64, 71), *range(96, 103), 518, 519):  # 518: most rows of a block, 519: two even ones
         assert torch.equal(ops.linear(x[:m], weight, bias, perm), few[:m]), f"m={m}"
 
 

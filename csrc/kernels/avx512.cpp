@@ -57,7 +57,7 @@ void linear_bf16(const Weight& w, const Bf16Rows& x, const Output& out, Range pa
 
 // Many rows have tiles of their own: from these counts on they are faster (measured on Zen 4).
 TileShape tile_rows_i8_avx512(int64_t m, int64_t group) {
-  const int64_t least = group < 64 ? 29 : group < kActBlock ? 128 : 256;
+  const int64_t least = group < 64 ? 29 : group < kActBlock ? 64 : 96;
   return m >= least ? TileShape{even_tile(m, kManyRows), kStep, 128} : tile_rows_i8(m, group);
 }
 
