@@ -78,8 +78,8 @@ namespace {
   CPULLM_IF(i, CPULLM_FOUR(i, at) "vpmaddubsw %%ymm14, %%ymm12, %%ymm" #a "\nvpmaddubsw %%ymm14, %%ymm13, %%ymm" #b "\n")
 #define CPULLM_DOT(i, at, a, b)                                                                           \
   CPULLM_IF(i, CPULLM_FOUR(i, at)                                                                         \
-            "vpmaddubsw %%ymm14, %%ymm12, %%ymm15\nvpaddw %%ymm15, %%ymm" #a ", %%ymm" #a "\n"            \
-            "vpmaddubsw %%ymm14, %%ymm13, %%ymm15\nvpaddw %%ymm15, %%ymm" #b ", %%ymm" #b "\n")
+            "vpmaddubsw %%ymm14, %%ymm12, %%ymm15\nvpmaddubsw %%ymm14, %%ymm13, %%ymm14\n"            \
+            "vpaddw %%ymm15, %%ymm" #a ", %%ymm" #a "\nvpaddw %%ymm14, %%ymm" #b ", %%ymm" #b "\n")
 #define CPULLM_FIRST_STEP(at) CPULLM_DOT_FIRST(0, at, 0, 1) CPULLM_DOT_FIRST(1, at, 2, 3) CPULLM_DOT_FIRST(2, at, 4, 5) \
   CPULLM_DOT_FIRST(3, at, 6, 7) CPULLM_DOT_FIRST(4, at, 8, 9) CPULLM_DOT_FIRST(5, at, 10, 11)
 #define CPULLM_NEXT_STEP(at) CPULLM_DOT(0, at, 0, 1) CPULLM_DOT(1, at, 2, 3) CPULLM_DOT(2, at, 4, 5) \

@@ -289,13 +289,10 @@ struct Simd {
   template <int R, Codes kCodes>
   static void segment(const uint8_t* codes, int half, const int8_t* x, int64_t x_step, int64_t steps,
                       const SegmentEnd& end) {
-    SegmentEnd pass = end;
-    pass.block += kLanes * half;
-    pass.y += kLanes * half;
 #ifndef CPULLM_VNNI
-    if (kCodes == Codes::u8) return segment_wide<R>(codes + 32 * half, x, x_step, steps, pass);
+    if (kCodes == Codes::u8) return segment_wide<R>(codes + 32 * half, x, x_step, steps, end);
 #endif
-    segment_256<R, kCodes == Codes::packed4, kCodes == Codes::u8>(codes + 32 * half, x, x_step, steps, pass);
+    segment_256<R, kCodes == Codes::packed4, kCodes == Codes::u8>(codes + 32 * half, x, x_step, steps, end);
   }
 
   static I shift_right(I v, int bits) { return _mm256_srli_epi32(v, bits); }
