@@ -5,8 +5,9 @@
 // Without VNNI (codes 0..15): a pair of products is at most 2 * 15 * 127 = 3810, so the 8 steps of a chunk stay below
 // 8 * 3810 = 30480 in int16, and the first one needs no addition. Chunks of a segment but the last are added up in
 // memory: a tile of 6 rows leaves no register for their int32 sums.
-// Bounds of a chunk of a sum on Zen 4: 9 multiplications on two of four units, 4.5 cycles; with 8 additions and the
-// chain's at group 32 (an addition, conversion, fma) 20 operations on four units, 5 cycles.
+// Bounds of a chunk of 8 columns of a row on Zen 4: 9 multiplications on two of its four units, 4.5 cycles; 7 + 1
+// additions make 17 operations on all four, 4.25 cycles; the zero point, conversion and fma of a segment (of every chunk
+// at group 32) 3 more, 5 cycles. Loads come beside them: 33 of 36 instructions that a step of 6 rows can dispatch.
 // Registers: ymm0-11 sums of row i in 2i and 2i + 1; with VNNI and at most 3 rows those of odd steps in 6 + 2i and 7 + 2i.
 // ymm12-13 codes, ymm14 four inputs of a row, ymm15 pairs of products; in the chain ymm12-13 zero points, scales or
 // minima, ymm14 a number of a row.
@@ -41,8 +42,6 @@ namespace {
   "lea (%[x],%[x_step],4), %[x]\n"                                                                    \
   "add $%c[bytes], %[codes]\n"                                                                        \
   "sub $8, %[steps]\n"
-#define CPULLM_START(i, a, b) \
-  CPULLM_IF(i, "vmovdqa 64*" #i "(%[start]), %%ymm" #a "\nvmovdqa 64*" #i "+32(%[start]), %%ymm" #b "\n")
 #define CPULLM_ADD_BEGIN(i, a, b)                                     \
   CPULLM_IF(i, "vpbroadcastd 4*" #i "(%[begin]), %%ymm14\n"           \
                "vpaddd %%ymm14, %%ymm" #a ", %%ymm" #a "\nvpaddd %%ymm14, %%ymm" #b ", %%ymm" #b "\n")
@@ -56,6 +55,8 @@ namespace {
 #define CPULLM_ODD(at)                                                                                    \
   ".if %c[rows] > 3\n" CPULLM_EVEN(at) ".else\n"                                                          \
   CPULLM_DOT(0, at, 6, 7) CPULLM_DOT(1, at, 8, 9) CPULLM_DOT(2, at, 10, 11) ".endif\n"
+#define CPULLM_START(i, a, b) \
+  CPULLM_IF(i, "vmovdqa 64*" #i "(%[start]), %%ymm" #a "\nvmovdqa 64*" #i "+32(%[start]), %%ymm" #b "\n")
 #define CPULLM_BEGIN(i, a, b) \
   CPULLM_IF(i, "vpbroadcastd 4*" #i "(%[begin]), %%ymm" #a "\nvmovdqa %%ymm" #a ", %%ymm" #b "\n")
 #define CPULLM_ZERO(n) "vpxor %%ymm" #n ", %%ymm" #n ", %%ymm" #n "\n"
@@ -86,22 +87,23 @@ namespace {
   CPULLM_DOT(3, at, 6, 7) CPULLM_DOT(4, at, 8, 9) CPULLM_DOT(5, at, 10, 11)
 #define CPULLM_WIDEN(i, a, b) \
   CPULLM_IF(i, "vpmaddwd %[ones], %%ymm" #a ", %%ymm" #a "\nvpmaddwd %[ones], %%ymm" #b ", %%ymm" #b "\n")
-#define CPULLM_ADD(i, a, b) CPULLM_IF(i, "vpaddd 64*" #i "(%[sums]), %%ymm" #a ", %%ymm" #a "\n" \
-  "vpaddd 64*" #i "+32(%[sums]), %%ymm" #b ", %%ymm" #b "\n")
+#define CPULLM_ADD(i, a, b)                                                \
+  CPULLM_IF(i, "vpaddd 64*" #i "(%[sums]), %%ymm" #a ", %%ymm" #a "\n"     \
+               "vpaddd 64*" #i "+32(%[sums]), %%ymm" #b ", %%ymm" #b "\n")
+#define CPULLM_ADD_START(i, a, b)                                          \
+  CPULLM_IF(i, "vpaddd 64*" #i "(%[start]), %%ymm" #a ", %%ymm" #a "\n"    \
+               "vpaddd 64*" #i "+32(%[start]), %%ymm" #b ", %%ymm" #b "\n")
 #define CPULLM_PUT(i, a, b) \
   CPULLM_IF(i, "vmovdqa %%ymm" #a ", 64*" #i "(%[sums])\nvmovdqa %%ymm" #b ", 64*" #i "+32(%[sums])\n")
-// The first chunk's sums, the ones that the segment starts from, and those of further chunks.
+// Chunk after chunk, each but the last one to memory; then what the segment starts from.
 #define CPULLM_DOTS                                                                                        \
   ".p2align 5\n1:\n" CPULLM_STEPS(CPULLM_FIRST_STEP, CPULLM_NEXT_STEP, CPULLM_NEXT_STEP)                   \
-  CPULLM_EACH(CPULLM_WIDEN) \
-  "test %[more], %[more]\njz 2f\n" CPULLM_EACH(CPULLM_ADD) \
-  "2:\nmov $1, %k[more]\n" \
-  "cmp $0, %[steps]\njz 3f\n" CPULLM_EACH(CPULLM_PUT) "jmp 1b\n"                                                   \
-  "3:\n" \
-  "test %[start], %[start]\njz 4f\n" CPULLM_EACH(CPULLM_ADD_START)                                         \
+  CPULLM_EACH(CPULLM_WIDEN)                                                                                \
+  "test %[more], %[more]\njz 2f\n" CPULLM_EACH(CPULLM_ADD)                                                 \
+  "2:\nmov $1, %k[more]\n"                                                                                 \
+  "test %[steps], %[steps]\njz 3f\n" CPULLM_EACH(CPULLM_PUT) "jmp 1b\n"                                    \
+  "3:\ntest %[start], %[start]\njz 4f\n" CPULLM_EACH(CPULLM_ADD_START)                                     \
   "4:\ntest %[begin], %[begin]\njz 5f\n" CPULLM_EACH(CPULLM_ADD_BEGIN) "5:\n"
-#define CPULLM_ADD_START(i, a, b) CPULLM_IF(i, "vpaddd 64*" #i "(%[start]), %%ymm" #a ", %%ymm" #a "\n" \
-  "vpaddd 64*" #i "+32(%[start]), %%ymm" #b ", %%ymm" #b "\n")
 #endif
 
 #define CPULLM_MINUS(i, a, b)                                                                             \

@@ -34,7 +34,6 @@ struct TileArgs {
   // Only of many rows:
   const BlockSegment* segments;
   int64_t segment_count;
-  int64_t ahead;  // from the tile's activations to those of the next one, bytes
 };
 
 // The codes of input j for the columns of pass h, one per lane.
@@ -289,7 +288,6 @@ inline int64_t rows_per_block(const QuantizedRows& x) {
           a.apart = x.apart + r * x.segments + segment * x.tile;
           a.apart_rows = x.apart_rows + r / x.tile * x.segments + segment;
           a.y = partial + (r - row0) * kPanel;
-          a.ahead = r + x.tile < row_end ? x.tile * x.k_padded : (row0 - r) * x.k_padded + block_k * x.tile;
           const int64_t rows = min_of(x.tile, x.m - r);
           if (w.bits == 8) {
             run_tile<Codes::u8>(rows, a);

@@ -51,9 +51,6 @@ void tile_many_i8(const TileArgs& a) {
         start_apart<Codes::unpacked4>(rows, a.apart + s * a.tile, codes, h, start);
         e.start = start;
       }
-      if (h == 0)
-        for (int64_t i = 0; i < segment.steps * q_step; i += 64)
-          _mm_prefetch(reinterpret_cast<const char*>(q) + a.ahead + i, _MM_HINT_T0);
       S::template segment<R, Codes::unpacked4>(codes, h, q, q_step, segment.steps, e);
       clear_start(rows, start);
       codes += segment.steps * kStep * kPanel;
