@@ -1,5 +1,5 @@
 // The avx2 level: AVX2, FMA and F16C; int8 products by pmaddubsw.
-#define CPULLM_TILE_ROWS 5
+#define CPULLM_TILE_ROWS 6
 #include "simd_avx2.h"
 //
 #include "rows-inl.h"

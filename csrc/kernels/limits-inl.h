@@ -4,6 +4,8 @@
 namespace cpullm {
 namespace {
 
+// Without VNNI a step is vpmaddubsw and vpaddw, a chunk ends by vpmaddwd and vpaddd: 18 operations. The kernel's first
+// step adds nothing, so it needs 17 of them and could pass this peak by a twentieth.
 // `rounds` rounds of 8-step chunks on independent accumulators, as many as stay in registers beside the operands; returns
 // the multiplications and additions done.
 int64_t dot_peak(int64_t rounds, int32_t* sink) {

@@ -12,6 +12,11 @@ namespace {
 
 constexpr int64_t kBlockK = 512;  // inputs unpacked at a time: a multiple of kActBlock
 
+// A segment of a K block: inputs / 4, whether it is the first and the last one of its activation block.
+struct BlockSegment {
+  int32_t steps, first, last;
+};
+
 // What one tile needs to know. Pointers stand at the tile's first row, the panel and k_begin.
 struct TileArgs {
   const uint8_t* codes;  // blocks
@@ -26,6 +31,9 @@ struct TileArgs {
   int64_t k_begin, k_end, group, tile;
   Zeros form;
   Float scale_type;
+  // Only of many rows:
+  const BlockSegment* segments;
+  int64_t segment_count;
 };
 
 // The codes of input j for the columns of pass h, one per lane.
@@ -110,12 +118,15 @@ inline void block_params(const TileArgs& a, float* out) {
 }  // namespace cpullm
 
 #include "row_i8-inl.h"
+//
+#include "tile_many_i8-inl.h"
 
 namespace cpullm {
 namespace {
 
 template <int R, Codes kCodes>
 void tile_i8(const TileArgs& a) {
+  if constexpr (kCodes == Codes::unpacked4) return tile_many_i8<R>(a);
   using S = Simd;
   constexpr int H = S::kHalves, L = S::kLanes;
   constexpr int64_t kBlockBytes = kCodes == Codes::packed4 ? 64 : 128;
@@ -167,6 +178,8 @@ void tile_i8(const TileArgs& a) {
           group_params<kCodes>(a, group, h, params);
         }
         if (rows) start_apart<kCodes>(rows, apart, codes, h, start);
+        e.block = block + h * L;
+        e.y = a.y + h * L;
         S::template segment<R, kCodes>(codes, h, q, q_step, (end - k) / kStep, e);
       }
       clear_start(rows, start);
@@ -237,9 +250,11 @@ inline int64_t rows_per_block(const QuantizedRows& x) {
   float* partial = reinterpret_cast<float*>(bytes + 64 * 1024);
   const int64_t block_bytes = 16 * w.bits;
   const bool many = x.m > 2 * x.tile;
-  const int64_t block_rows = rows_per_block(x);
+  const int64_t block_rows = unpack ? kBlockRows / x.tile * x.tile : rows_per_block(x);
   const int64_t block_k = x.m <= x.tile ? w.k_padded : kBlockK;  // one tile: the stream of codes must not pause
+  BlockSegment segments[kMostSegments];
   TileArgs a;
+  a.segments = segments;
   a.group = w.group;
   a.tile = x.tile;
   a.form = w.form;
@@ -261,6 +276,7 @@ inline int64_t rows_per_block(const QuantizedRows& x) {
         a.codes = panel_codes + k0 / kStep * block_bytes;
         if (unpack) {
           unpack_block(a.codes, a.k_end - k0, bytes);
+          a.segment_count = block_segments(k0, a.k_end, w.group, segments);
           a.codes = bytes;
         }
         a.params = many ? params : nullptr;

@@ -12,8 +12,8 @@ struct SegmentEnd {
   const int32_t* minus;  // [R]: -sum of the row's activations over the segment
   const float* sums;  // [R]: the sums as floats, where the weight has minima; else null
   const float* x_scale;  // [R]
-  float* block;  // [R, C], 64-byte aligned: chain of the activation block
-  float* y;  // [R, C], 64-byte aligned: chain of the output
+  float* block;  // [R, 32] from the pass's first column on: chain of the activation block
+  float* y;  // the same of the output
   const int32_t* start;  // [R, C], 64-byte aligned: what the dot products start from; null: zero
   const int32_t*
       begin;  // [R]: what all sums of a row start from besides: `minus` times the zero point all columns share,

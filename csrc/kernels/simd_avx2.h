@@ -188,7 +188,7 @@ struct Simd {
     }
   }
 
-  static constexpr bool kSharedZero = false;  // see SegmentEnd::begin
+  static constexpr bool kSharedZero = true;  // see SegmentEnd::begin
 
 #ifdef CPULLM_VNNI
   static constexpr const char* kName = "avx_vnni";
@@ -215,10 +215,6 @@ struct Simd {
     void end_chunk() {}
     I result() const { return acc; }
   };
-  template <int R, Codes kCodes>
-  static void dot_tile(const uint8_t* codes, const int8_t* x, int64_t x_step, int64_t steps, int32_t* out) {
-    dot_tile_avx_vnni<R, kCodes == Codes::packed4, kCodes != Codes::unpacked4>(codes, x, x_step, steps, out);
-  }
 #else
   static constexpr const char* kName = "avx2";
   static constexpr int kBias8 = 0;
@@ -246,9 +242,9 @@ struct Simd {
     I result() const { return acc; }
   };
   // 8-bit codes (value + 128) without VNNI: |value| * (+-x), a pair is at most 2 * 128 * 127 = 32512 < 32768, widened at
-  // every step; the bias of 128 is gone (kBias8 = 0).
+  // every step; the bias of 128 is gone (kBias8 = 0), and the symmetric form has no other zero point.
   template <int R>
-  static void dot_tile_wide(const uint8_t* codes, const int8_t* x, int64_t x_step, int64_t steps, int32_t* out) {
+  static void dot_wide(const uint8_t* codes, const int8_t* x, int64_t x_step, int64_t steps, int32_t* out) {
     I acc[R][2];
     for (auto& row : acc) row[0] = row[1] = izero();
     for (int64_t s = 0; s < steps; ++s, codes += 128, x += x_step) {
@@ -259,9 +255,7 @@ struct Simd {
       const I lo_size = _mm256_abs_epi8(lo), hi_size = _mm256_abs_epi8(hi);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        int32_t four;
-        memcpy(&four, x + 4 * r, 4);
-        const I v = iset1(four);
+        const I v = broadcast4(x + kStep * r);
         acc[r][0] = iadd(acc[r][0], _mm256_madd_epi16(_mm256_maddubs_epi16(lo_size, _mm256_sign_epi8(v, lo)), ones));
         acc[r][1] = iadd(acc[r][1], _mm256_madd_epi16(_mm256_maddubs_epi16(hi_size, _mm256_sign_epi8(v, hi)), ones));
       }
@@ -271,38 +265,34 @@ struct Simd {
       store_i32(out + 16 * r + 8, acc[r][1]);
     }
   }
-  template <int R, Codes kCodes>
-  static void dot_tile(const uint8_t* codes, const int8_t* x, int64_t x_step, int64_t steps, int32_t* out) {
-    if (kCodes == Codes::u8) return dot_tile_wide<R>(codes, x, x_step, steps, out);
-    dot_tile_avx2<R, kCodes == Codes::packed4, kCodes == Codes::packed4>(codes, x, x_step, steps, out);
+  template <int R>
+  static void segment_wide(const uint8_t* codes, const int8_t* x, int64_t x_step, int64_t steps,
+                           const SegmentEnd& end) {
+    alignas(64) int32_t acc[R * 16];
+    constexpr int kFirst = R > 4 ? R / 2 : R;  // more rows at a time would spill
+    dot_wide<kFirst>(codes, x, x_step, steps, acc);
+    if constexpr (R > kFirst) dot_wide<R - kFirst>(codes, x + kStep * kFirst, x_step, steps, acc + 16 * kFirst);
+    for (int i = 0; i < 2; ++i) {
+      const F scale = load(static_cast<const float*>(end.params) + 16 + 8 * i);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) {
+        I sum = load_i32(acc + 16 * r + 8 * i);
+        if (end.start) sum = iadd(sum, load_i32(end.start + 16 * r + 8 * i));
+        float *block = end.block + kPanel * r + 16 * i, *y = end.y + kPanel * r + 16 * i;
+        const F f = to_float(sum), chain = end.first ? mul(f, scale) : fma(f, scale, load(block));
+        end.last ? store(y, fma(chain, set1(end.x_scale[r]), load(y))) : store(block, chain);
+      }
+    }
   }
 #endif
 
   template <int R, Codes kCodes>
   static void segment(const uint8_t* codes, int half, const int8_t* x, int64_t x_step, int64_t steps,
                       const SegmentEnd& end) {
-    alignas(64) int32_t acc[R * 16];
-    dot_tile<R, kCodes>(codes + 32 * half, x, x_step, steps, acc);
-    const auto* params = static_cast<const float*>(end.params);
-    for (int i = 0; i < 2; ++i) {
-      const F zero = load(params + 8 * i), scale = load(params + 16 + 8 * i);  // zero points or minima
-      const int col = 8 * half + 16 * i;
-#pragma GCC unroll 6
-      for (int r = 0; r < R; ++r) {
-        I sum = load_i32(acc + 16 * r + 8 * i);
-        if (end.start) sum = iadd(sum, load_i32(end.start + 16 * r + 8 * i));
-        if (!end.sums) sum = add_times(sum, _mm256_castps_si256(zero), end.minus + r);
-        const F f = to_float(sum);
-        F chain = end.first ? mul(f, scale) : fma(f, scale, load(end.block + kPanel * r + col));
-        if (end.sums) chain = fma(zero, set1(end.sums[r]), chain);
-        float* y = end.y + kPanel * r + col;
-        if (end.last) {
-          store(y, fma(chain, set1(end.x_scale[r]), load(y)));
-        } else {
-          store(end.block + kPanel * r + col, chain);
-        }
-      }
-    }
+#ifndef CPULLM_VNNI
+    if (kCodes == Codes::u8) return segment_wide<R>(codes + 32 * half, x, x_step, steps, end);
+#endif
+    segment_256<R, kCodes == Codes::packed4, kCodes == Codes::u8>(codes + 32 * half, x, x_step, steps, end);
   }
 
   static I shift_right(I v, int bits) { return _mm256_srli_epi32(v, bits); }
@@ -310,11 +300,7 @@ struct Simd {
   static F code8_to_float(I v) { return _mm256_cvtepi32_ps(_mm256_and_si256(v, _mm256_set1_epi32(255))); }
 
   // Rows per tile, and up to how many rows the packed codes are read directly instead of unpacked first.
-#ifdef CPULLM_VNNI
   static constexpr int kTileRows = 6, kPackedRows = 12, kFloatRows = 4, kFloatPackedRows = 2;
-#else
-  static constexpr int kTileRows = 5, kPackedRows = 10, kFloatRows = 4, kFloatPackedRows = 2;
-#endif
   // Attention: rows of a tile, rows that read keys and values at a time as they are, and up to how many rows of a
   // kv head do so: the conversion of blocks would not pay.
   static constexpr int kQueryRows = 6, kDirectRows = 2, kDirectMost = 4;
