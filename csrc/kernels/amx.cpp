@@ -59,7 +59,6 @@ struct Segment {
   Simd::F scale[2], minimum[2];
 };
 
-constexpr int64_t kMostSegments = kBlockK / kChunk;
 constexpr int64_t kUnitSegments = kActBlock / kChunk;
 constexpr int64_t kSegmentSums = 2 * kTile * kTile;  // int32 of one segment of a unit
 
