@@ -161,57 +161,11 @@ struct LayerRun {
     append(part.keys(p.layout.v_start), a.v, a.v_scale, a.v_stride, a.v_scale_stride);
   }
 
-  Attention attention_of(const Part& part) const {
-    const LayerProgram& p = *part.p;
-    const LayerCall& call = *part.c;
-    const int64_t d = p.head_dim, g = p.kv_heads, per = p.heads / g;
-    const bool cached = call.k_cache != nullptr;
-    const int64_t fresh[3] = {g * c.tokens * d, c.tokens * d, d};
-    Attention a{};
-    a.q = part.qkv;
-    a.k = cached ? call.k_cache : part.fresh_k;
-    a.v = cached ? call.v_cache : part.fresh_v;
-    a.k_scale = call.k_scale;
-    a.v_scale = call.v_scale;
-    a.mask = call.mask;
-    a.sinks = p.sinks;
-    a.out = part.attended;
-    a.partial = part.partial;
-    a.batch = c.batch;
-    a.queries = c.tokens;
-    a.heads = p.heads;
-    a.kv_heads = g;
-    a.length = c.length + c.tokens;
-    a.width = d;
-    // Query head i of kv head c is head c * per + i; q_per_group is heads, per or 1.
-    const QkvLayout& l = p.layout;
-    const int64_t head_stride = l.q_per_group == 1 ? l.group_stride : d;
-    const int64_t q_stride[4] = {c.tokens * part.qkv_width, part.qkv_width,
-                                 l.q_per_group == per && per > 1 ? l.group_stride : per * head_stride, head_stride};
-    std::copy_n(q_stride, 4, a.q_stride);
-    std::copy_n(cached ? call.k_stride : fresh, 3, a.k_stride);
-    std::copy_n(cached ? call.v_stride : fresh, 3, a.v_stride);
-    if (cached) {
-      std::copy_n(call.k_scale_stride, 2, a.k_scale_stride);
-      std::copy_n(call.v_scale_stride, 2, a.v_scale_stride);
-    }
-    std::copy_n(call.mask_stride, 3, a.mask_stride);
-    const int64_t out_stride[3] = {c.tokens * p.heads * d, p.heads * d, d};
-    std::copy_n(out_stride, 3, a.out_stride);
-    a.scale = p.scale;
-    a.softcap = p.softcap;
-    a.window = p.window;
-    a.type = cached ? call.cache_type : CacheType::f32;
-    a.mask_type = call.mask_type;
-    a.mask_is_bool = call.mask_is_bool;
-    return a;
-  }
-
   void attend() {
     bool whole = false;
     int64_t items = 0, combine_items = 0;
     for (Part& part : *this) {
-      part.a = attention_of(part);
+      part.a = part.attention();
       if (part.p->qk_norm_whole) norm_whole_rows(part);
       whole |= part.p->qk_norm_whole;
       items += part.plan.items;

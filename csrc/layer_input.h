@@ -172,6 +172,53 @@ struct Part {
   }
   Heads queries() const { return heads_of(0, p->heads, p->layout.q_per_group, p->layout.group_stride); }
   Heads keys(int64_t start) const { return heads_of(start, p->kv_heads, 1, p->layout.kv_stride); }
+
+  // Attention over what qkv holds once keys and values are placed.
+  Attention attention() const {
+    const LayerCall& call = *c;
+    const int64_t d = p->head_dim, g = p->kv_heads, per = p->heads / g;
+    const bool cached = call.k_cache != nullptr;
+    const int64_t fresh[3] = {g * call.tokens * d, call.tokens * d, d};
+    Attention a{};
+    a.q = qkv;
+    a.k = cached ? call.k_cache : fresh_k;
+    a.v = cached ? call.v_cache : fresh_v;
+    a.k_scale = call.k_scale;
+    a.v_scale = call.v_scale;
+    a.mask = call.mask;
+    a.sinks = p->sinks;
+    a.out = attended;
+    a.partial = partial;
+    a.batch = call.batch;
+    a.queries = call.tokens;
+    a.heads = p->heads;
+    a.kv_heads = g;
+    a.length = call.length + call.tokens;
+    a.width = d;
+    // Query head i of kv head c is head c * per + i; q_per_group is heads, per or 1.
+    const QkvLayout& l = p->layout;
+    const int64_t head_stride = l.q_per_group == 1 ? l.group_stride : d;
+    const int64_t q_stride[4] = {call.tokens * qkv_width, qkv_width,
+                                 l.q_per_group == per && per > 1 ? l.group_stride : per * head_stride, head_stride};
+    std::copy_n(q_stride, 4, a.q_stride);
+    std::copy_n(cached ? call.k_stride : fresh, 3, a.k_stride);
+    std::copy_n(cached ? call.v_stride : fresh, 3, a.v_stride);
+    if (cached) {
+      std::copy_n(call.k_scale_stride, 2, a.k_scale_stride);
+      std::copy_n(call.v_scale_stride, 2, a.v_scale_stride);
+    }
+    std::copy_n(call.mask_stride, 3, a.mask_stride);
+    const int64_t out_stride[3] = {call.tokens * p->heads * d, p->heads * d, d};
+    std::copy_n(out_stride, 3, a.out_stride);
+    a.scale = p->scale;
+    a.softcap = p->softcap;
+    a.window = p->window;
+    a.type = cached ? call.cache_type : CacheType::f32;
+    a.mask_type = call.mask_type;
+    a.mask_is_bool = call.mask_is_bool;
+    a.exact = p->compute == Compute::fp32;
+    return a;
+  }
 };
 
 }  // namespace

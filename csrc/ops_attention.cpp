@@ -92,7 +92,7 @@ void load_query(Attention& a, const Tensor& q) {
 // out[b, i, h] = softmax(mask(cap(q[b, h, i] K[b, g]^T scale))) V[b, g], g = h / (heads / kv heads).
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask, double scale,
                  double softcap, int64_t window, const OptionalTensor& sinks, const OptionalTensor& k_scale,
-                 const OptionalTensor& v_scale, std::optional<int64_t> some) {
+                 const OptionalTensor& v_scale, std::optional<int64_t> some, bool exact) {
   check_heads(q, "q");
   check_heads(k, "k");
   check_heads(v, "v");
@@ -125,6 +125,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Option
   a.scale = float(scale);
   a.softcap = float(softcap);
   a.window = window;
+  a.exact = exact;
   const int64_t sizes[] = {a.batch, a.queries, a.heads, a.width};
   Tensor out = empty_cpu(sizes, 4, q.scalar_type());
   if (out.numel() == 0) return out;
@@ -163,10 +164,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cpullm, m) {
   // q [b, h, s, d], k and v [b, g, capacity, d], of which the first `length` tokens (none: all) are read; any strides but a unit
   // last one. k and v of one float type, or int8 with scales float32 [b, g, capacity]. mask bool (true: attend) or float
   // (added), [b | 1, h | 1, s | 1, length]; none: causal, aligned to the last key, and limited to `window` keys if that
-  // is not 0. softcap 0: none. sinks float32 [h]. Returns [b, s, h, d] of q's type.
+  // is not 0. softcap 0: none. sinks float32 [h]. Not exact: over bf16 and int8 caches q and the
+  // probabilities may be rounded to bf16. Returns [b, s, h, d] of q's type.
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, float softcap, int window, Tensor? sinks, "
-      "Tensor? k_scale, Tensor? v_scale, SymInt? length) -> Tensor");
+      "Tensor? k_scale, Tensor? v_scale, SymInt? length, bool exact=True) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cpullm, CPU, m) { m.impl("attention", TORCH_BOX(&cpullm::attention)); }

@@ -127,6 +127,70 @@ def test_int8_cache(shape, isa):
         assert torch.allclose(got.double(), expected(q, *exact, scale=0.3, **given), atol=4e-5)
 
 
+def rounded_bound(q, k, v, scale):
+    """|error| where scaled queries and probabilities are rounded to bf16: 2^-9 of each, to first order.
+
+    A score is off by at most 2^-9 scale |q| |k| (by elements), a probability by twice the largest of these, and by 2^-9
+    where it is rounded. softcap and masks do not widen a difference of scores.
+    """
+    heads = q.shape[1] // k.shape[1]
+    sizes = q.double().abs() @ k.double().abs().repeat_interleave(heads, 1).transpose(2, 3)
+    most = (scale * sizes.amax(-1) * 2.0**-9).transpose(1, 2)[..., None]  # [b, s, h, 1]
+    return ((2 * most).expm1() + 2.0**-8) * v.abs().max().double()
+
+
+@pytest.mark.parametrize("cache", ["bf16", "i8"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_queries_and_probabilities_may_be_rounded(shape, cache, isa):
+    """Not exact: within the rounding of q and of the probabilities to bf16; few rows and other levels stay exact."""
+    q, k, v = inputs(shape, torch.float32)
+    b, h, g, s, t, d = shape
+    dtype, scales = torch.bfloat16, [None, None]
+    if cache == "i8":
+        dtype, scales = torch.int8, [torch.full((b, g, t + 1), math.nan) for _ in range(2)]
+    caches = [torch.full((b, g, t + 1, d), 77, dtype=dtype) for _ in range(2)]
+    for x, into, into_scale in zip((k, v), caches, scales, strict=True):
+        ops.cache_append(x.transpose(1, 2).contiguous(), into, into_scale, 0)
+    k, v = (x[:, :, :t].double() for x in caches)
+    if cache == "i8":
+        k, v = (x * scale[:, :, :t, None] for x, scale in zip((k, v), scales, strict=True))
+    for option in OPTIONS:
+        given = options(option, shape, torch.float32)
+        call = functools.partial(ops.attention, q, *caches, scale=0.3, length=t, **given)
+        got = call(k_scale=scales[0], v_scale=scales[1], exact=False)
+        assert bool(((got - expected(q, k, v, scale=0.3, **given)).abs() <= rounded_bound(q, k, v, 0.3)).all())
+        if isa not in ("avx512", "amx") or h // g * s <= 8:
+            assert torch.equal(got, call(k_scale=scales[0], v_scale=scales[1]))
+
+
+def test_rounded_rows_do_not_depend_on_their_neighbours(isa):
+    """A row of a tile, of another tile and of another batch: the same bits."""
+    q, k, v = (x.to(torch.bfloat16) for x in inputs((1, 3, 1, 40, 90, 64), torch.float32))
+    one = functools.partial(ops.attention, scale=0.125, exact=False)
+    whole = one(q.float(), k, v)
+    both = one(*(torch.cat([x, x]) for x in (q.float(), k, v)))
+    assert torch.equal(both, torch.cat([whole, whole]))
+    for first in (7, 25):  # the queries from here on
+        assert torch.equal(one(q[:, :, first:].float(), k, v), whole[:, first:])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_rounded_rows_show_what_is_not_finite(bad, isa):
+    """A query that is not finite gives nan in its row and nowhere else; so does a value, to the rows that see it."""
+    q, k, v = inputs((1, 2, 1, 64, 64, 32), torch.float32)
+    k, v = k.to(torch.bfloat16), v.to(torch.bfloat16)
+    q = q.contiguous()
+    q[0, 1, 20, 3] = bad
+    got = ops.attention(q, k, v, scale=0.2, exact=False)
+    assert bool(got[0, 20, 1].isnan().all())
+    got[0, 20, 1] = 0.0
+    assert bool(got.isfinite().all())
+    v[0, 0, 30, 5] = bad
+    got = ops.attention(q, k, v, scale=0.2, exact=False)
+    assert not bool(got[0, 40:, :, 5].isfinite().any())
+    assert bool(got[0, 40:, :, 6].isfinite().all())
+
+
 @pytest.mark.parametrize("layout", ["[b, t, g, d]", "expanded", "capacity"])
 def test_strides(layout, isa):
     for shape in ((2, 6, 2, 1, 70, 64), (2, 6, 2, 40, 70, 24)):

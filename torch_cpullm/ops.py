@@ -172,6 +172,7 @@ def attention(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     length: int | None = None,
+    exact: bool = True,
 ) -> Tensor:
     """``softmax(mask(cap(q K^T scale))) V``; query head h reads kv head ``h g // heads``.
 
@@ -180,10 +181,13 @@ def attention(
     ``length`` tokens of them are read (default: all). Any strides but a unit last one. mask: bool (true: attend) or
     float (added), [b | 1, h | 1, s | 1, length]; without one attention is causal, and limited to the last ``window``
     keys if that is not 0. softcap, if not 0: ``cap(x) = softcap tanh(x / softcap)``. sinks: float32 [h], a logit more
-    in each denominator. A row without any key gives zeros. Computed in float32. Returns [b, s, h, d] of q's dtype.
-    Raises RuntimeError naming the argument that is wrong.
+    in each denominator. A row without any key gives zeros. Computed in float32; not ``exact``: over bfloat16 and int8
+    caches the scaled q and the probabilities may be rounded to bfloat16 first, where that is faster. Returns [b, s, h,
+    d] of q's dtype. Raises RuntimeError naming the argument that is wrong.
     """
-    return torch.ops.cpullm.attention.default(q, k, v, mask, scale, softcap, window, sinks, k_scale, v_scale, length)
+    return torch.ops.cpullm.attention.default(
+        q, k, v, mask, scale, softcap, window, sinks, k_scale, v_scale, length, exact
+    )
 
 
 def rms_norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
@@ -403,7 +407,7 @@ def _experts_fake(
 
 
 @torch.library.register_fake("cpullm::attention")
-def _attention_fake(q, k, v, mask, scale, softcap, window, sinks, k_scale, v_scale, length):
+def _attention_fake(q, k, v, mask, scale, softcap, window, sinks, k_scale, v_scale, length, exact=True):
     _check_one_device("attention", q=q, k=k, v=v, mask=mask, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
     b, h, s, d = q.shape
     return q.new_empty((b, s, h, d))

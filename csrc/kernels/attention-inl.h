@@ -118,6 +118,18 @@ static inline void convert_block(const Attention& a, const AttentionScratch& m, 
   }
 }
 
+// Keys of the block that any of the rows [first, first + rows) of the item sees; seen [rows]: that each sees.
+static inline Range seen_by_tile(const Attention& a, const AttentionItem& at, const KeyBlock& block, int64_t first,
+                                 int64_t rows, Range* seen) {
+  Range any{kBlockKeys, 0};
+  for (int64_t r = 0; r < rows; ++r) {
+    seen[r] = seen_in(a, block, place_of(a, at.rows.begin + first + r).query);
+    any.begin = min_of(any.begin, seen[r].begin);
+    any.end = seen[r].end > any.end ? seen[r].end : any.end;
+  }
+  return any;
+}
+
 // kQueryRows rows from row `first` of the item on, over the converted block; rows that do not exist are computed too.
 static inline void tile_rows_of(const Attention& a, const AttentionScratch& m, const AttentionItem& at,
                                 const KeyBlock& block, int64_t first) {
@@ -125,12 +137,7 @@ static inline void tile_rows_of(const Attention& a, const AttentionScratch& m, c
   constexpr int kRows = S::kQueryRows;
   const int64_t rows = min_of(kRows, at.rows.end - at.rows.begin - first);
   Range seen[kRows];
-  int64_t begin = kBlockKeys, end = 0;
-  for (int64_t r = 0; r < rows; ++r) {
-    seen[r] = seen_in(a, block, place_of(a, at.rows.begin + first + r).query);
-    begin = min_of(begin, seen[r].begin);
-    end = seen[r].end > end ? seen[r].end : end;
-  }
+  const auto [begin, end] = seen_by_tile(a, at, block, first, rows, seen);
   if (begin >= end) return;
   const float* q = m.q + first * m.padded;
   for (int64_t j = begin / (2 * S::kLanes) * (2 * S::kLanes); j < end; j += 2 * S::kLanes)
@@ -170,8 +177,35 @@ static inline void direct_pass(const Attention& a, const AttentionScratch& m, co
   }
 }
 
+// Tiles of many rows in fp32.
+struct FloatTiles {
+  // Scaled queries of an item, in tiles with the rows side by side.
+  static void load(const Attention& a, const AttentionScratch& m, const AttentionItem& at) {
+    constexpr int kRows = Simd::kQueryRows;
+    const int64_t rows = at.rows.end - at.rows.begin;
+    for (int64_t r = 0; r < rows; r += kRows) {
+      const float* q[kRows];
+      for (int64_t i = 0; i < kRows; ++i) q[i] = query_of(a, at, at.rows.begin + min_of(r + i, rows - 1));
+      float* to = m.q + r * m.padded;
+      for (int64_t c = 0; c < a.width; ++c, to += kRows)
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i) to[i] = q[i][c] * a.scale;
+    }
+  }
+
+  template <CacheType kType>
+  static void convert(const Attention& a, const AttentionScratch& m, const KeyBlock& block, bool ask) {
+    convert_block<kType>(a, m, block, ask);
+  }
+
+  static void rows_of(const Attention& a, const AttentionScratch& m, const AttentionItem& at, const KeyBlock& block,
+                      int64_t first) {
+    tile_rows_of(a, m, at, block, first);
+  }
+};
+
 // The keys [keys.begin, keys.end) of an item, block by block.
-template <CacheType kType>
+template <CacheType kType, class Tiles>
 static void all_blocks(const Attention& a, const AttentionScratch& m, const AttentionItem& at, Range keys,
                        bool direct) {
   constexpr int64_t kBytes = kType == CacheType::f32 ? 4 : kType == CacheType::i8 ? 1 : 2;
@@ -193,9 +227,9 @@ static void all_blocks(const Attention& a, const AttentionScratch& m, const Atte
       direct_pass<kType>(a, m, at, block);
     } else {
       // Many rows find the next block in a cache: their other blocks have read it.
-      convert_block<kType>(a, m, block, at.rows.end - at.rows.begin <= kFewBlockRows);
+      Tiles::template convert<kType>(a, m, block, at.rows.end - at.rows.begin <= kFewBlockRows);
       for (int64_t row = 0; row < at.rows.end - at.rows.begin; row += Simd::kQueryRows)
-        tile_rows_of(a, m, at, block, row);
+        Tiles::rows_of(a, m, at, block, row);
     }
   }
 }
@@ -216,58 +250,52 @@ static inline void finish_row(const Attention& a, int64_t b, int64_t g, int64_t 
     store_part(out, c, a.width - c, S::mul(S::load(sums + c), S::set1(factor)));
 }
 
+// Rows in whole tiles.
+static inline int64_t round_rows(int64_t rows) {
+  return (rows + Simd::kQueryRows - 1) / Simd::kQueryRows * Simd::kQueryRows;
+}
+
 // Whether q and sums are kept parted, as load_half gives keys and values to rows that read them as they are.
 static inline bool is_parted(const Attention& a, bool direct) { return direct && a.type == CacheType::bf16; }
 
-// Scaled queries and empty sums of an item's rows: row by row, or in tiles with the rows side by side.
+// Scaled queries and empty sums of an item's rows.
+template <class Tiles>
 static inline void load_queries(const Attention& a, const AttentionScratch& m, const AttentionItem& at, bool direct) {
   using S = Simd;
-  constexpr int kRows = S::kQueryRows;
-  const int64_t rows = at.rows.end - at.rows.begin;
-  const S::F scale = S::set1(a.scale);
-  for (int64_t r = 0; r < rows; ++r) {
+  const int64_t rows = at.rows.end - at.rows.begin, padded_rows = direct ? rows : round_rows(rows);
+  for (int64_t r = 0; r < padded_rows; ++r) {
     m.most[r] = kNever;
     m.total[r] = 0.0f;
   }
-  if (direct) {
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* q = query_of(a, at, at.rows.begin + r);
-      for (int64_t c = 0; c < m.padded; c += S::kLanes)
-        S::store(m.q + r * m.padded + c, c < a.width ? S::mul(load_part(q, c, a.width - c), scale) : S::zero());
-      if (is_parted(a, direct)) for_pairs(m.q + r * m.padded, a.width, S::part);
-    }
-    memset(m.sums, 0, size_t(rows * m.padded) * 4);
-    return;
+  memset(m.sums, 0, size_t(padded_rows * m.padded) * 4);
+  if (!direct) return Tiles::load(a, m, at);
+  const S::F scale = S::set1(a.scale);
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* q = query_of(a, at, at.rows.begin + r);
+    for (int64_t c = 0; c < m.padded; c += S::kLanes)
+      S::store(m.q + r * m.padded + c, c < a.width ? S::mul(load_part(q, c, a.width - c), scale) : S::zero());
+    if (is_parted(a, direct)) for_pairs(m.q + r * m.padded, a.width, S::part);
   }
-  const int64_t tiled = (rows + kRows - 1) / kRows * kRows;
-  for (int64_t r = 0; r < tiled; r += kRows) {
-    const float* q[kRows];
-    for (int64_t i = 0; i < kRows; ++i) q[i] = query_of(a, at, at.rows.begin + min_of(r + i, rows - 1));
-    float* to = m.q + r * m.padded;
-    for (int64_t c = 0; c < a.width; ++c, to += kRows)
-#pragma GCC unroll 16
-      for (int i = 0; i < kRows; ++i) to[i] = q[i][c] * a.scale;
-  }
-  memset(m.sums, 0, size_t(tiled * m.padded) * 4);
 }
 
-void attention(const Attention& a, Range items, float* scratch) {
+template <class Tiles>
+static void attention_with(const Attention& a, Range items, float* scratch) {
   const AttentionPlan plan = plan_attention(a);
   const AttentionScratch m(plan, a.width, scratch);
   for (int64_t item = items.begin; item < items.end; ++item) {
     const AttentionItem at = attention_item(a, plan, item);
     const int64_t rows = at.rows.end - at.rows.begin;
     const bool direct = plan.rows <= Simd::kDirectMost;
-    load_queries(a, m, at, direct);
+    load_queries<Tiles>(a, m, at, direct);
     const Range first = visible_keys(a, place_of(a, at.rows.begin).query);
     const Range last = visible_keys(a, place_of(a, at.rows.end - 1).query);
     const Range keys{first.begin > at.keys.begin ? first.begin : at.keys.begin, min_of(last.end, at.keys.end)};
     if (keys.begin < keys.end) {
       switch (a.type) {
-        case CacheType::f32: all_blocks<CacheType::f32>(a, m, at, keys, direct); break;
-        case CacheType::bf16: all_blocks<CacheType::bf16>(a, m, at, keys, direct); break;
-        case CacheType::f16: all_blocks<CacheType::f16>(a, m, at, keys, direct); break;
-        case CacheType::i8: all_blocks<CacheType::i8>(a, m, at, keys, direct); break;
+        case CacheType::f32: all_blocks<CacheType::f32, Tiles>(a, m, at, keys, direct); break;
+        case CacheType::bf16: all_blocks<CacheType::bf16, Tiles>(a, m, at, keys, direct); break;
+        case CacheType::f16: all_blocks<CacheType::f16, Tiles>(a, m, at, keys, direct); break;
+        case CacheType::i8: all_blocks<CacheType::i8, Tiles>(a, m, at, keys, direct); break;
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
@@ -284,6 +312,8 @@ void attention(const Attention& a, Range items, float* scratch) {
     }
   }
 }
+
+void attention(const Attention& a, Range items, float* scratch) { attention_with<FloatTiles>(a, items, scratch); }
 
 void combine_attention(const Attention& a, Range items) {
   using S = Simd;

@@ -128,9 +128,13 @@ static inline void direct_scores(const float* q, int64_t padded, const void* k, 
   }
 }
 
+struct FloatProducts {
+  static Simd::F step(Simd::F x, Simd::F v, Simd::F sum) { return Simd::fma(x, v, sum); }
+};
+
 // out [kRows, 2 vectors] = (fade out) + a b: element (r, j) of a at r * kRow + j * kColumn. fade null: out = a b.
 // Registers: 2 kRows sums, 2 vectors of b; a is broadcast from memory.
-template <int kRows, int kRow, int kColumn, int kVecs>
+template <int kRows, int kRow, int kColumn, int kVecs, class Products = FloatProducts>
 static inline void tile_product(const float* a, const float* b, int64_t b_stride, int64_t count, const float* fade,
                                 float* out, int64_t out_stride) {
   using S = Simd;
@@ -148,7 +152,7 @@ static inline void tile_product(const float* a, const float* b, int64_t b_stride
     for (int r = 0; r < kRows; ++r) {
       const S::F x = S::set1(a[r * kRow]);
 #pragma GCC unroll 2
-      for (int i = 0; i < kVecs; ++i) sum[r][i] = S::fma(x, v[i], sum[r][i]);
+      for (int i = 0; i < kVecs; ++i) sum[r][i] = Products::step(x, v[i], sum[r][i]);
     }
     a += kColumn;
     b += b_stride;
@@ -181,38 +185,41 @@ alignas(64) const
                                22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
                                44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
 
+// One row of scores [kBlockKeys] after the keys' scales, softcap and mask; -inf outside of [seen.begin, seen.end).
+static inline void adjust_scores(const Attention& a, const AttentionScratch& m, const KeyBlock& block, int64_t mask_at,
+                                 Range seen, float* scores) {
+  using S = Simd;
+  alignas(64) float added[kBlockKeys];
+  if (a.mask) load_mask(a, mask_at, block.count, added);
+  const S::F begin = S::set1(float(seen.begin)), end = S::set1(float(seen.end)), never = S::set1(kNever);
+  const S::F cap = S::set1(a.softcap), inverse_cap = S::set1(a.softcap > 0.0f ? 1.0f / a.softcap : 0.0f);
+  for (int64_t j = 0; j < kBlockKeys; j += S::kLanes) {
+    S::F x = S::load(scores + j);
+    if (block.scaled) x = S::mul(x, S::load(m.k_scale + j));
+    if (a.softcap > 0.0f) x = S::mul(cap, tanh_of(S::mul(x, inverse_cap)));
+    if (a.mask) {
+      const S::F plus = S::load(added + j);
+      x = S::select_less(plus, S::set1(-0x1.fffffep127f), never, x + plus);
+    }
+    const S::F index = S::load(kIota + j);
+    S::store(scores + j, S::select_less(index, begin, never, S::select_less(index, end, x, never)));
+  }
+}
+
 // One row of scores [kBlockKeys], of which [seen.begin, seen.end) count, becomes probabilities relative to the row's new
 // maximum, times the values' scales. Returns what the sums so far shrink by.
 static inline float soften(const Attention& a, const AttentionScratch& m, const KeyBlock& block, int64_t mask_at,
                            Range seen, float* scores, float& most, float& total) {
   using S = Simd;
   constexpr int kVecs = int(kBlockKeys) / S::kLanes;
+  const bool adjust = seen.begin > 0 || seen.end < kBlockKeys || a.mask || a.softcap > 0.0f;
+  if (adjust) adjust_scores(a, m, block, mask_at, seen, scores);
   S::F top = S::set1(kNever);
-  if (seen.begin > 0 || seen.end < kBlockKeys || a.mask || a.softcap > 0.0f) {
-    alignas(64) float added[kBlockKeys];
-    if (a.mask) load_mask(a, mask_at, block.count, added);
-    const S::F begin = S::set1(float(seen.begin)), end = S::set1(float(seen.end)), never = S::set1(kNever);
-    const S::F cap = S::set1(a.softcap), inverse_cap = S::set1(a.softcap > 0.0f ? 1.0f / a.softcap : 0.0f);
-    for (int64_t j = 0; j < kBlockKeys; j += S::kLanes) {
-      S::F x = S::load(scores + j);
-      if (block.scaled) x = S::mul(x, S::load(m.k_scale + j));
-      if (a.softcap > 0.0f) x = S::mul(cap, tanh_of(S::mul(x, inverse_cap)));
-      if (a.mask) {
-        const S::F plus = S::load(added + j);
-        x = S::select_less(plus, S::set1(-0x1.fffffep127f), never, x + plus);
-      }
-      const S::F index = S::load(kIota + j);
-      x = S::select_less(index, begin, never, S::select_less(index, end, x, never));
-      top = S::max(top, x);
-      S::store(scores + j, x);
-    }
-  } else {
 #pragma GCC unroll 8
-    for (int i = 0; i < kVecs; ++i) {
-      S::F x = S::load(scores + i * S::kLanes);
-      if (block.scaled) S::store(scores + i * S::kLanes, x = S::mul(x, S::load(m.k_scale + i * S::kLanes)));
-      top = S::max(top, x);
-    }
+  for (int i = 0; i < kVecs; ++i) {
+    S::F x = S::load(scores + i * S::kLanes);
+    if (block.scaled && !adjust) S::store(scores + i * S::kLanes, x = S::mul(x, S::load(m.k_scale + i * S::kLanes)));
+    top = S::max(top, x);
   }
   const float new_top = S::reduce_max(top), new_most = new_top > most ? new_top : most;
   const S::F from = S::set1(new_most == kNever ? 0.0f : new_most);

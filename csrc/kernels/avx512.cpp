@@ -18,6 +18,8 @@
 #include "dot_bf16_avx512.h"
 #include "linear_bf16-inl.h"
 //
+#include "attention_bf16_avx512.h"
+//
 #include "weights-inl.h"
 
 namespace cpullm {
@@ -87,7 +89,7 @@ void use_avx512(Kernels& k) {
   k.append = append;
   k.activation = activation;
   k.sum = sum;
-  k.attention = attention;
+  k.attention = cpu_has_avx512_bf16() ? attention_bf16 : attention;
   k.combine_attention = combine_attention;
   k.dot_peak = dot_peak;
   k.read_memory = read_memory;

@@ -96,6 +96,9 @@ struct Attention {
   CacheType type;
   Float mask_type;
   bool mask_is_bool;
+  // Not exact: where a level has bf16 products and rows are many, queries and probabilities may be rounded to bf16 over
+  // caches whose values bf16 holds.
+  bool exact;
 };
 
 // How attention is cut into items; a function of the shapes alone. The rows of a kv head are its queries times its

@@ -10,13 +10,18 @@ namespace {
 constexpr int64_t kBf16BlockK = 512;  // 32 KiB of pairs
 constexpr int64_t kLeastBlockRows = 128;
 
-// Words: lane c = bf16 of lo[c], then of hi[c]; round to nearest even, subnormals are zero.
+// bf16 of lo, then of hi; round to nearest even, subnormals are zero.
+inline __m512i to_bf16(__m512 lo, __m512 hi) {
+  __m512i v;
+  __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(v) : "v"(lo), "v"(hi));
+  return v;
+}
+
+// Words: lane c = bf16 of lo[c], then of hi[c].
 inline __m512i pack_bf16(__m512 lo, __m512 hi) {
-  __m512i words;
-  __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(words) : "v"(lo), "v"(hi));
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                          5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return _mm512_permutexvar_epi16(order, words);
+  return _mm512_permutexvar_epi16(order, to_bf16(lo, hi));
 }
 
 // Inputs [k0, k1) of a panel as bf16 pairs.

@@ -1,0 +1,198 @@
+// Attention of many rows in bf16 products, for CPUs with AVX512_BF16: queries and probabilities are rounded to bf16, keys
+// and values are bf16 or int8 codes, which bf16 holds exactly. Sums, maxima and totals are fp32.
+//
+// Words are pairs of bf16: of neighbouring head elements for q K^T, of neighbouring keys for p V. The memory is that of
+// the fp32 tiles: q [tiles, words, kQueryRows], keys [words, kBlockKeys], values [kBlockKeys / 2, padded]. The softmax of
+// a tile is done across its rows: one exponential for what all rows' sums shrink by, and reductions four rows at a time.
+#pragma once
+
+namespace cpullm {
+namespace {
+
+struct Bf16Products {
+  static __m512 step(__m512 x, __m512 v, __m512 sum) {
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(v));
+    return sum;
+  }
+};
+
+constexpr float kLog2e = 1.44269504f;
+
+// 2^y, and 0 for -inf: 2^floor(y) times a polynomial of y - floor(y). Relative error below 5e-6: bf16 rounds to 2e-3.
+inline __m512 exp2_roughly(__m512 y) {
+  using S = Simd;
+  const S::F r = _mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  S::F p = S::set1(1.35341371e-2f);
+  p = S::fma(p, r, S::set1(5.20114899e-2f));
+  p = S::fma(p, r, S::set1(2.41442762e-1f));
+  p = S::fma(p, r, S::set1(6.93003826e-1f));
+  p = S::fma(p, r, S::set1(1.00000259f));
+  return _mm512_scalef_ps(p, y);  // takes the floor of y itself
+}
+
+// `lanes` of 16 elements from element i on as bf16 in the low halves of words; zero elsewhere.
+template <CacheType kType>
+inline __m512i load_low(const void* p, int64_t i, __mmask16 lanes) {
+  if (kType == CacheType::bf16)
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, static_cast<const uint16_t*>(p) + i));
+  const __m128i codes = _mm_maskz_loadu_epi8(lanes, static_cast<const int8_t*>(p) + i);
+  return _mm512_srli_epi32(_mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes))), 16);
+}
+
+inline __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xffff : count > 0 ? (1u << count) - 1 : 0; }
+
+// out[i] = the largest lane of v[i], i < 4.
+inline void reduce_max4(const __m512* v, float* out) {
+  const __m512 ab = _mm512_max_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+  const __m512 cd = _mm512_max_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+  const __m512 x = _mm512_max_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  const __m256 y = _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  _mm_storeu_ps(out, _mm_max_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1)));
+}
+
+struct Bf16Tiles {
+  static constexpr int kRows = Simd::kQueryRows;
+  static_assert(kRows % 4 == 0 && kRows <= 16, "rows are reduced by four and fit one vector");
+
+  // Words that hold a head's elements; a multiple of 4, as transpose4 wants it.
+  static int64_t words_of(const Attention& a) { return (a.width + 7) / 8 * 4; }
+
+  static void load(const Attention& a, const AttentionScratch& m, const AttentionItem& at) {
+    using S = Simd;
+    const int64_t rows = at.rows.end - at.rows.begin, words = words_of(a);
+    const S::F scale = S::set1(a.scale);
+    uint32_t* const row = reinterpret_cast<uint32_t*>(m.convert);  // [kRows, padded]
+    for (int64_t r = 0; r < rows; r += kRows) {
+      for (int64_t i = 0; i < kRows; ++i) {
+        const float* q = query_of(a, at, at.rows.begin + min_of(r + i, rows - 1));
+        const auto part = [&](int64_t c) {
+          return c < a.width ? S::mul(load_part(q, c, a.width - c), scale) : S::zero();
+        };
+        for (int64_t c = 0; c < 2 * words; c += 2 * S::kLanes)
+          _mm512_storeu_si512(row + i * m.padded + c / 2, to_bf16(part(c), part(c + S::kLanes)));
+      }
+      uint32_t* to = reinterpret_cast<uint32_t*>(m.q) + r * m.padded;
+      for (int64_t c = 0; c < words; ++c, to += kRows)
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i) to[i] = row[i * m.padded + c];
+    }
+  }
+
+  template <CacheType kType>
+  static void convert(const Attention& a, const AttentionScratch& m, const KeyBlock& block, bool ask) {
+    if constexpr (kType == CacheType::bf16 || kType == CacheType::i8) {
+      using S = Simd;
+      const int64_t words = words_of(a);
+      const bool whole = kType == CacheType::bf16 && a.width % 8 == 0 && a.k_stride[2] % 2 == 0;
+      for (int64_t j = 0; j < block.count; j += S::kLanes) {
+        for (int64_t i = j; ask && i < j + S::kLanes; ++i) prefetch_row<kType>(block.v, a.v_stride[2], i, a.width);
+        const float* from = reinterpret_cast<const float*>(static_cast<const uint16_t*>(block.k) + j * a.k_stride[2]);
+        int64_t stride = a.k_stride[2] / 2;
+        if (!whole || j + S::kLanes > block.count) {
+          for (int64_t i = 0; i < S::kLanes; ++i)
+            for (int64_t c = 0; c < 2 * words; c += S::kLanes) {
+              const __mmask16 lanes = j + i < block.count ? first_lanes(a.width - c) : __mmask16(0);
+              _mm256_storeu_si256(reinterpret_cast<__m256i*>(m.convert + i * m.padded + c / 2),
+                                  _mm512_cvtepi32_epi16(load_low<kType>(block.k, (j + i) * a.k_stride[2] + c, lanes)));
+            }
+          from = m.convert;
+          stride = m.padded;
+        }
+        for (int64_t c = 0; c < words; c += 4) S::transpose4(from + c, stride, m.keys + c * kBlockKeys + j, kBlockKeys);
+      }
+      for (int64_t j = 0; j < block.count; j += 2) {
+        for (int64_t i = j; ask && i < j + 2; ++i) prefetch_row<kType>(block.k, a.k_stride[2], kBlockKeys + i, a.width);
+        for (int64_t c = 0; c < m.padded; c += S::kLanes) {
+          const __mmask16 lanes = first_lanes(a.width - c);
+          const __m512i even = load_low<kType>(block.v, j * a.v_stride[2] + c, lanes);
+          const __m512i odd =
+              load_low<kType>(block.v, (j + 1) * a.v_stride[2] + c, j + 1 < block.count ? lanes : __mmask16(0));
+          _mm512_storeu_si512(m.values + j / 2 * m.padded + c, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+        }
+      }
+    } else {
+      __builtin_trap();  // attention_bf16 takes no such cache
+    }
+  }
+
+  // Scores of [begin, end), multiples of 32, of a tile become probabilities in bf16: row r at scores + r * kBlockKeys,
+  // key j the j-th of its halves of words. fade [kRows]: what the rows' sums so far shrink by.
+  static void soften_tile(const Attention& a, const AttentionScratch& m, const AttentionItem& at, const KeyBlock& block,
+                          int64_t first, int64_t rows, const Range* seen, int64_t begin, int64_t end, float* fade) {
+    using S = Simd;
+    alignas(64) float tops[16] = {}, from[16], sums[16] = {};
+    uint64_t keys[kRows];  // bit j: key j of the block counts
+    S::F top[kRows], sum[kRows];
+    const auto below = [](int64_t j) { return j >= 64 ? ~uint64_t(0) : (uint64_t(1) << j) - 1; };
+    for (int64_t r = 0; r < kRows; ++r) {
+      float* scores = m.scores + r * kBlockKeys;
+      keys[r] = r < rows ? below(seen[r].end) & ~below(seen[r].begin) : 0;
+      if (r < rows && (block.scaled || a.mask || a.softcap > 0.0f))
+        adjust_scores(a, m, block, mask_offset(a, at, place_of(a, at.rows.begin + first + r)) + block.first, seen[r],
+                      scores);
+      top[r] = S::set1(kNever);
+      for (int64_t j = begin; j < end; j += S::kLanes)
+        top[r] = _mm512_mask_max_ps(top[r], __mmask16(keys[r] >> j), top[r], S::load(scores + j));
+    }
+    for (int r = 0; r < kRows; r += 4) reduce_max4(top + r, tops + r);
+    const __mmask16 all = first_lanes(kRows);
+    const S::F most = S::load(m.most + first), next = S::max(S::load(tops), most), never = S::set1(kNever);
+    const __mmask16 none = _mm512_cmpeq_ps_mask(next, never), same = _mm512_cmpeq_ps_mask(next, most);
+    const S::F log2e = S::set1(kLog2e), least = _mm512_maskz_mov_ps(~none, S::mul(next, log2e));
+    const S::F shrink = _mm512_mask_mov_ps(exp2_roughly(S::fms(most, log2e, least)), same, S::set1(1.0f));
+    S::store(from, least);
+    for (int r = 0; r < kRows; ++r) {
+      float* scores = m.scores + r * kBlockKeys;
+      auto* to = reinterpret_cast<uint16_t*>(scores);
+      const S::F subtract = S::set1(from[r]);
+      sum[r] = S::zero();
+      for (int64_t j = begin; j < end; j += 2 * S::kLanes) {
+        S::F p[2];
+        for (int i = 0; i < 2; ++i) {
+          const int64_t at_key = j + i * S::kLanes;
+          const S::F y = S::fms(S::load(scores + at_key), log2e, subtract);
+          p[i] = _mm512_maskz_mov_ps(__mmask16(keys[r] >> at_key), exp2_roughly(y));
+          sum[r] = sum[r] + p[i];
+          if (block.scaled) p[i] = S::mul(p[i], S::load(m.v_scale + at_key));
+        }
+        _mm512_storeu_si512(to + j, to_bf16(p[0], p[1]));  // scores up to here have been read
+      }
+    }
+    for (int r = 0; r < kRows; r += 4) S::reduce_sum4(sum[r], sum[r + 1], sum[r + 2], sum[r + 3], sums + r);
+    _mm512_mask_storeu_ps(m.most + first, all, next);
+    _mm512_mask_storeu_ps(m.total + first, all, S::fma(S::load(m.total + first), shrink, S::load(sums)));
+    _mm512_mask_storeu_ps(fade, all, shrink);
+  }
+
+  static void rows_of(const Attention& a, const AttentionScratch& m, const AttentionItem& at, const KeyBlock& block,
+                      int64_t first) {
+    constexpr int64_t kStepKeys = 2 * Simd::kLanes;
+    const int64_t rows = min_of(kRows, at.rows.end - at.rows.begin - first);
+    Range seen[kRows];
+    const Range keys = seen_by_tile(a, at, block, first, rows, seen);
+    if (keys.begin >= keys.end) return;
+    const int64_t begin = keys.begin / kStepKeys * kStepKeys, end = (keys.end + kStepKeys - 1) / kStepKeys * kStepKeys;
+    for (int64_t j = begin; j < end; j += kStepKeys)
+      tile_product<kRows, 1, kRows, 2, Bf16Products>(m.q + first * m.padded, m.keys + j, kBlockKeys, words_of(a),
+                                                     nullptr, m.scores + j, kBlockKeys);
+    float fade[kRows];
+    soften_tile(a, m, at, block, first, rows, seen, begin, end, fade);
+    const int64_t word = keys.begin / 2, words = (keys.end + 1) / 2 - word;
+    float* sums = m.sums + first * m.padded;
+    const float *p = m.scores + word, *v = m.values + word * m.padded;
+    int64_t c = 0;
+    for (; c + 2 * Simd::kLanes <= m.padded; c += 2 * Simd::kLanes)
+      tile_product<kRows, int(kBlockKeys), 1, 2, Bf16Products>(p, v + c, m.padded, words, fade, sums + c, m.padded);
+    if (c < m.padded)
+      tile_product<kRows, int(kBlockKeys), 1, 1, Bf16Products>(p, v + c, m.padded, words, fade, sums + c, m.padded);
+  }
+};
+
+// What attention does where it need not be exact.
+void attention_bf16(const Attention& a, Range items, float* scratch) {
+  const bool rounds = !a.exact && (a.type == CacheType::bf16 || a.type == CacheType::i8);
+  rounds ? attention_with<Bf16Tiles>(a, items, scratch) : attention(a, items, scratch);
+}
+
+}  // namespace
+}  // namespace cpullm
