@@ -132,6 +132,27 @@ def test_recorded_states_and_hooks_are_right(monkeypatch):
     handle.remove()
 
 
+def test_a_hook_inside_a_layer_is_called_whenever_it_comes(monkeypatch):
+    """Hooks are looked for only where one has been registered since, on whatever module of the process."""
+    model = optimised()
+    cache, steps = warm(model), counted(monkeypatch)
+    ids, inner = ids_of(model, 1, 1), model.model.layers[1].mlp
+    for count in range(1, 4):
+        for _ in range(3):
+            step(model, cache, ids)
+        nn.Linear(1, 1).register_forward_hook(print)  # elsewhere: one more number
+        step(model, cache, ids)
+        seen, before = [], steps[0]
+        handle = inner.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+        step(model, cache, ids)
+        step(model, cache, ids)
+        assert (len(seen), steps[0]) == (2, before)
+        handle.remove()
+        step(model, cache, ids)
+        assert (len(seen), steps[0]) == (2, before + 1)
+        assert steps[0] == 5 * count
+
+
 def test_a_wrapped_forward_is_called(monkeypatch):
     """As transformers 5.0 wraps the layers whose outputs it records."""
     model = optimised()

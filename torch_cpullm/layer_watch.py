@@ -6,9 +6,11 @@ import operator
 import sys
 import weakref
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any, cast
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .layer_match import IRRELEVANT
 from .layer_parts import own_state
@@ -26,13 +28,13 @@ class Watch:
         inner = [module for layer in layers for path, module in layer.named_modules() if path]
         others = [module for module in inner if not isinstance(module, PackedLinear)]
         self._hooks = [hooks for module in inner for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self._own = [
-            (weakref.ref(layer), _getter(["training", *(name for name in own_state(layer) if name != "forward")]))
-            for layer in layers
-        ]
+        self._hooks_seen = self._no_hooks_at = -1  # numbers of hooks registered in the process
         self._dicts = [d for m in (*layers, *others) for d in (m._modules, m._parameters, m._buffers) if d]
-        self._copies = [dict(each) for each in self._dicts]
-        self._states = [(module.__dict__, _getter(own_state(module))) for module in others if own_state(module)]
+        self._layers = _alike(
+            (("training", *(name for name in own_state(layer) if name != "forward")), weakref.ref(layer))
+            for layer in layers
+        )
+        self._states = _alike((tuple(own_state(module)), module.__dict__) for module in others if own_state(module))
         self._all = [module.__dict__ for module in others]
         self._weights = [t for module in others for t in module.parameters(recurse=False)]
         self._versioned = [t for t in self._weights if not t.is_inference()]  # those have no version
@@ -46,13 +48,16 @@ class Watch:
         self._changes = PackedModule.changes
 
     def _look(self) -> list[Any]:
-        """What every call compares."""
-        own = [(cast("nn.Module", ref()).__dict__, get) for ref, get in self._own]
+        """What every call compares, in few and long lists: between two tokens the weights have passed through the
+        caches, and every object that is touched comes from memory.
+        """
+        own = [[cast("nn.Module", ref()).__dict__ for ref in refs] for _, refs in self._layers]
         return [
-            [get(state) for state, get in own],
-            [len(state) for state, _ in own],
-            [*map(len, self._all)],
-            [get(each) for each, get in self._states],
+            [*chain.from_iterable(map(dict.values, self._dicts))],
+            [*map(len, self._dicts)],
+            [*map(len, chain(*own, self._all))],
+            *([*map(get, states)] for (get, _), states in zip(self._layers, own, strict=True)),
+            *([*map(get, states)] for get, states in self._states),
             [t._version for t in self._versioned],
             self._settings(self._config),
         ]
@@ -72,7 +77,7 @@ class Watch:
                 if self._look_closely() != self._slow:
                     return False
                 self._changes = PackedModule.changes
-            return self._dicts == self._copies and self._look() == self._seen
+            return self._look() == self._seen
         except (AttributeError, KeyError, RuntimeError, TypeError):  # another tensor, an attribute that is gone
             return False
 
@@ -82,7 +87,15 @@ class Watch:
 
     def waiting(self) -> bool:
         """Whether there is a hook inside; see :meth:`hooked`."""
-        return any(self._hooks)
+        registered = RemovableHandle.next_id
+        if registered == self._no_hooks_at:
+            return False
+        if any(self._hooks):
+            return True
+        if registered == self._hooks_seen:  # in the call before this one: a hook has its number before it is in place
+            self._no_hooks_at = registered
+        self._hooks_seen = registered
+        return False
 
     def hooked(self) -> bool:
         """Whether a hook inside waits for the module's call.
@@ -136,3 +149,11 @@ def _texts(hook: Any) -> Iterator[Any]:
 
 def _getter(names: Iterable[str]) -> operator.itemgetter:
     return operator.itemgetter(*names)
+
+
+def _alike(named: Iterable[tuple[tuple[str, ...], Any]]) -> list[tuple[operator.itemgetter, list[Any]]]:
+    """[(names, anything)] as [(getter of those names, all that have them)]."""
+    found: dict[tuple[str, ...], list[Any]] = {}
+    for names, each in named:
+        found.setdefault(names, []).append(each)
+    return [(_getter(names), each) for names, each in found.items()]
