@@ -8,8 +8,8 @@
 
 namespace cpullm {
 
-// Where numbers that Python gets begin: at a random place, and none is given twice. So a number of another process, which
-// somebody has saved, or of something that is gone is an error and not something else.
+// Where numbers that Python gets begin: at a random place, and none is given twice. So a number that somebody has saved in
+// another process, or of something that is gone, is an error and not something else. A fork goes on from its parent's.
 inline int64_t first_number() { return 1 + int64_t(uint64_t(std::random_device()()) << 24); }
 
 // The kept Ts of one kind. Never destroyed: their tensors must not be freed after torch is gone.

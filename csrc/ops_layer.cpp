@@ -14,6 +14,7 @@ const void* check_rope(const OptionalTensor& t, const char* name, const LayerPro
                       t->size(1) == c.tokens && t->size(2) >= p.rotary_dim && t->stride(2) == 1,
                   kForward, ": ", name, " must be a CPU tensor [1 or ", c.batch, ", ", c.tokens, ", ", p.rotary_dim,
                   "] with unit last stride", t ? ", got " + shape_of(*t) : std::string());
+  check_storage(kForward, name, *t);
   c.rope_type = float_type(*t, kForward, name);
   c.rope_stride[0] = t->size(0) == 1 ? 0 : t->stride(0);
   c.rope_stride[1] = t->stride(1);
@@ -27,6 +28,7 @@ void check_mask(const Tensor& t, const LayerProgram& p, LayerCall& c) {
                       (t.stride(3) == 1 || keys == 1),
                   kForward, ": mask must be a CPU tensor [1 or ", c.batch, ", 1 or ", p.heads, ", ", c.tokens, ", ",
                   keys, "] with unit last stride, got ", shape_of(t));
+  check_storage(kForward, "mask", t);
   c.mask_is_bool = t.scalar_type() == ScalarType::Bool;
   c.mask_type = c.mask_is_bool ? Float::f32 : float_type(t, kForward, "mask");
   c.mask = t.const_data_ptr();
@@ -93,6 +95,7 @@ const LayerProgram& layer_of(const std::shared_ptr<const Program>& program, int6
 LayerCall check_input(const LayerProgram& p, const Tensor& x) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 3 && x.size(2) == p.hidden, kForward, ": x must be a CPU tensor [b, s, ",
                   p.hidden, "], got ", shape_of(x));
+  check_storage(kForward, "x", x);
   LayerCall c{};
   c.type = float_type(x, kForward, "x");
   c.batch = x.size(0);
@@ -410,7 +413,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cpullm, m) {
       "length, int[] groups, int bypass, int[] summed=[], Tensor(b!)? shared=None, int rank=0, int ranks=1, float "
       "timeout_s=0., Tensor(c!)? team_shared=None, int team_rank=0, int team_ranks=1) -> Tensor");
   // Several layers with what stays the same from token to token: programs, caches, rotary, groups and bypass as of
-  // layers_forward; the number is good until stack_free, and the caches are kept as long.
+  // layers_forward; the number is good until stack_free, and the caches are kept as long. Their shapes and strides must
+  // stay what they were; their memory may move.
   m.def("stack_create(int[] programs, Tensor[] caches, int[] rotary, int[] groups, int bypass) -> int");
   m.def("stack_free(int stack) -> ()");
   // rotary's indices point into angles; mask: of every layer. The caches of the stack take the new tokens. head: of

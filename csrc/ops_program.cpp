@@ -11,7 +11,7 @@ std::shared_ptr<const Program> make(Program::Any (*read)(const Source&), Source 
   Program::Any what = read(from);
   std::vector<Place> places;
   for (const Tensor& t : from.tensors) {
-    STD_TORCH_CHECK(t.is_cpu(), "cpullm::layer_create: every tensor must be on the CPU");
+    STD_TORCH_CHECK(t.is_cpu(), "cpullm::layer_create, head_create: every tensor must be on the CPU");
     places.push_back({t.const_data_ptr(), storage_bytes(t)});
   }
   return std::make_shared<const Program>(Program{what, read, std::move(from), std::move(places)});

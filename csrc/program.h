@@ -18,7 +18,8 @@ struct Source {
   std::vector<double> floats;
 };
 
-// Where a tensor's memory is: a storage that is resized or moved to shared memory has another.
+// Where a tensor's memory is: a storage that is resized or moved to shared memory has another. Not seen: another shape
+// or other strides inside of the same storage.
 struct Place {
   const void* data;
   int64_t bytes;  // of the storage

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -294,9 +295,48 @@ def test_a_stack_with_its_caches():
     alone = Stack(handles, [], [0, 1] * count, *rest)
     with pytest.raises(RuntimeError, match="length must be 0 without caches"):
         alone(x, [cos, sin], None, 7)
-    buffers[1].untyped_storage().resize_(0)
-    with pytest.raises(RuntimeError, match="the storage of v_cache must hold"):
-        stack(x, [cos, sin], None, 7)
+    for shrunk, name in ((x, "x"), (sin, "sin"), (mask, "mask"), (buffers[1], "v_cache")):
+        given = {"x": x, "sin": sin, "mask": mask} | {name: shrunk.clone()}
+        changed = given[name] if name != "v_cache" else shrunk
+        changed.untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match=f"the storage of {name} must hold"):
+            stack(given["x"], [cos, given["sin"]], given["mask"], 7)
+
+
+def test_a_stack_that_is_gone_keeps_nothing():
+    model = optimised()
+    cache = warm(model)
+    handles = [program._run.handle for program in programs(model)]
+    x, (cos, sin) = torch.randn(1, 1, model.config.hidden_size), torch.ones(2, 1, 1, model.config.head_dim)
+    caches = [t.clone() for layer in cache.layers for t in (layer.k, layer.v)]
+    stack = Stack(handles, caches, [0, 1] * len(handles), [1] * len(handles), 0)
+    number, storage = stack._number, weakref.ref(caches[0].untyped_storage())
+    del caches
+    ops.stack_forward(number, x, [cos, sin], None, 7)
+    assert storage() is not None
+    with pytest.raises(RuntimeError, match="trace layers_forward instead"):
+        torch.compile(lambda t: ops.stack_forward(number, t, [cos, sin], None, 7), fullgraph=True, backend="eager")(x)
+    del stack
+    gc.collect()
+    assert storage() is None
+    with pytest.raises(RuntimeError, match="there is no stack"):
+        ops.stack_forward(number, x, [cos, sin], None, 7)
+
+
+def test_threads_share_a_stack_whose_memory_moves():
+    model = optimised()
+    cache = warm(model)
+    handles = [program._run.handle for program in programs(model)]
+    x, (cos, sin) = torch.randn(1, 1, model.config.hidden_size), torch.ones(2, 1, 1, model.config.head_dim)
+    caches = [t for layer in cache.layers for t in (layer.k, layer.v)]
+    stack = Stack(handles, caches, [0, 1] * len(handles), [1] * len(handles), 0)
+    want = stack(x, [cos, sin], None, 7)
+    for _ in range(5):
+        for t in caches:  # to another place, with what it holds
+            t.untyped_storage().resize_(t.untyped_storage().nbytes() + 4096)
+        with ThreadPoolExecutor(4) as pool:
+            for got in pool.map(lambda _: stack(x, [cos, sin], None, 7), range(8)):
+                assert torch.equal(got, want)
 
 
 def test_a_cache_that_outlives_its_model_keeps_no_weights():

@@ -185,7 +185,7 @@ def fitting(mask: Tensor | None, keys: int) -> Tensor | None:
 
 
 class _Writer:
-    """Collects a program's numbers and tensors in the order in which ops_layer.cpp reads them."""
+    """Collects a program's numbers and tensors in the order in which ops_program.cpp reads them."""
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []

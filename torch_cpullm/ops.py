@@ -481,9 +481,7 @@ def _layers_forward_fake(
 
 @torch.library.register_fake("cpullm::stack_forward")
 def _stack_forward_fake(stack, x, angles, mask, length, head=0):
-    if head:
-        raise RuntimeError("cpullm::stack_forward: how many logits a head gives is not known while tracing")
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    raise RuntimeError("cpullm::stack_forward writes caches that a trace does not see: trace layers_forward instead")
 
 
 @torch.library.register_fake("cpullm::layer_attention")
