@@ -248,6 +248,7 @@ void linear_i8_amx(const Weight& w, const QuantizedRows& x, const Output& out, R
 // ---- bf16 ----------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kBf16K = 32;  // inputs of a tile
+constexpr int64_t kLeastBlockRows = 128;
 constexpr int64_t kBf16Least = 16;  // fewer rows are faster in fp32
 
 TileShape tile_rows_bf16(int64_t m) { return m < kBf16Least ? TileShape{} : TileShape{kTile, kBf16K, 0}; }
@@ -290,7 +291,10 @@ void bf16_one(const uint16_t* a, const uint16_t* b, int64_t k, float* y) {
 
 void linear_bf16_amx(const Weight& w, const Bf16Rows& x, const Output& out, Range panels, void* scratch) {
   configure(kTileK);  // 16 rows of 64 bytes everywhere
-  for_bf16_blocks(w, x, out, panels, scratch,
+  // Activations that stay in L2 while the panels pass by, but enough rows to make up for unpacking the panels again.
+  const int64_t fit = min_of(l2_bytes / 4 / w.k_padded, kBlockRows);
+  const int64_t block_rows = (fit < kLeastBlockRows ? kLeastBlockRows : fit) / kTile * kTile;
+  for_bf16_blocks(w, x, out, panels, scratch, block_rows,
                   [&](const uint16_t* pairs, int64_t k0, int64_t k1, int64_t row0, int64_t row_end, float* partial) {
                     publish(pairs);
                     for (int64_t r = row0; r < row_end; r += 2 * kTile) {
@@ -344,7 +348,7 @@ void use_amx(Kernels& k) {
   k.tile_i8 = tile_rows;
   k.linear_i8 = linear_i8_amx;
   k.tile_bf16 = tile_rows_bf16;
-  k.load_rows_bf16 = load_rows_bf16;
+  k.load_rows_bf16 = load_rows_bf16<kBf16K>;
   k.linear_bf16 = linear_bf16_amx;
   k.dot_peak = dot_peak_amx;
 }

@@ -26,34 +26,42 @@ namespace cpullm {
 namespace {
 
 constexpr int64_t kBf16Tile = 14, kBf16Least = 8;  // rows of a tile; fewer rows are faster in fp32
+constexpr int64_t kBf16Unit = 2;  // inputs of a row side by side
 
-TileShape tile_rows_bf16(int64_t m) { return m < kBf16Least ? TileShape{} : TileShape{even_tile(m, kBf16Tile), 2, 0}; }
+TileShape tile_rows_bf16(int64_t m) {
+  return m < kBf16Least ? TileShape{} : TileShape{even_tile(m, kBf16Tile), kBf16Unit, 0};
+}
 
-void bf16_tile(int64_t rows, const uint16_t* w, const uint16_t* x, int64_t x_step, int64_t pairs, float* y) {
+void bf16_tile(int64_t rows, const uint16_t* w, const uint16_t* x, int64_t x_step, int64_t next, int64_t pairs,
+               float* y) {
   switch (rows) {
-    case 1: return dot_tile_bf16<1>(w, x, x_step, pairs, y);
-    case 2: return dot_tile_bf16<2>(w, x, x_step, pairs, y);
-    case 3: return dot_tile_bf16<3>(w, x, x_step, pairs, y);
-    case 4: return dot_tile_bf16<4>(w, x, x_step, pairs, y);
-    case 5: return dot_tile_bf16<5>(w, x, x_step, pairs, y);
-    case 6: return dot_tile_bf16<6>(w, x, x_step, pairs, y);
-    case 7: return dot_tile_bf16<7>(w, x, x_step, pairs, y);
-    case 8: return dot_tile_bf16<8>(w, x, x_step, pairs, y);
-    case 9: return dot_tile_bf16<9>(w, x, x_step, pairs, y);
-    case 10: return dot_tile_bf16<10>(w, x, x_step, pairs, y);
-    case 11: return dot_tile_bf16<11>(w, x, x_step, pairs, y);
-    case 12: return dot_tile_bf16<12>(w, x, x_step, pairs, y);
-    case 13: return dot_tile_bf16<13>(w, x, x_step, pairs, y);
-    default: return dot_tile_bf16<14>(w, x, x_step, pairs, y);
+    case 1: return dot_tile_bf16<1>(w, x, x_step, next, pairs, y);
+    case 2: return dot_tile_bf16<2>(w, x, x_step, next, pairs, y);
+    case 3: return dot_tile_bf16<3>(w, x, x_step, next, pairs, y);
+    case 4: return dot_tile_bf16<4>(w, x, x_step, next, pairs, y);
+    case 5: return dot_tile_bf16<5>(w, x, x_step, next, pairs, y);
+    case 6: return dot_tile_bf16<6>(w, x, x_step, next, pairs, y);
+    case 7: return dot_tile_bf16<7>(w, x, x_step, next, pairs, y);
+    case 8: return dot_tile_bf16<8>(w, x, x_step, next, pairs, y);
+    case 9: return dot_tile_bf16<9>(w, x, x_step, next, pairs, y);
+    case 10: return dot_tile_bf16<10>(w, x, x_step, next, pairs, y);
+    case 11: return dot_tile_bf16<11>(w, x, x_step, next, pairs, y);
+    case 12: return dot_tile_bf16<12>(w, x, x_step, next, pairs, y);
+    case 13: return dot_tile_bf16<13>(w, x, x_step, next, pairs, y);
+    default: return dot_tile_bf16<14>(w, x, x_step, next, pairs, y);
   }
 }
 
+// As many rows as there are sums for share one unpacking, in even blocks: unpacking again costs more than activations
+// that come from L3, since a tile prefetches the next one's.
 void linear_bf16(const Weight& w, const Bf16Rows& x, const Output& out, Range panels, void* scratch) {
-  for_bf16_blocks(w, x, out, panels, scratch,
+  const int64_t tiles = (x.m + x.tile - 1) / x.tile, blocks = (x.m + kBlockRows - 1) / kBlockRows;
+  const int64_t block_rows = (tiles + blocks - 1) / blocks * x.tile;
+  for_bf16_blocks(w, x, out, panels, scratch, block_rows,
                   [&](const uint16_t* pairs, int64_t k0, int64_t k1, int64_t row0, int64_t row_end, float* partial) {
                     for (int64_t r = row0; r < row_end; r += x.tile)
                       bf16_tile(min_of(x.tile, x.m - r), pairs, x.x + r * x.k_padded + k0 * x.tile, 4 * x.tile,
-                                (k1 - k0) / 2, partial + (r - row0) * kPanel);
+                                2 * x.tile * x.k_padded, (k1 - k0) / 2, partial + (r - row0) * kPanel);
                   });
 }
 
@@ -78,7 +86,7 @@ void use_avx512(Kernels& k) {
   k.linear_f32 = linear_f32;
   if (cpu_has_avx512_bf16()) {
     k.tile_bf16 = tile_rows_bf16;
-    k.load_rows_bf16 = load_rows_bf16;
+    k.load_rows_bf16 = load_rows_bf16<kBf16Unit>;
     k.linear_bf16 = linear_bf16;
   }
   k.quantize_weights = quantize_weights;

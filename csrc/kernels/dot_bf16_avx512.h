@@ -1,6 +1,6 @@
 // vdpbf16ps tiles, for CPUs with AVX512_BF16: sums [R, 32] += rows x [.., 2] times pairs of bf16 weights. In assembly for
 // the reason that dot_avx512.h gives. Registers: zmm0-27 sums of row i in 2i and 2i + 1, zmm28-29 weights, zmm30 two
-// inputs of a row.
+// inputs of a row; general ones: 6 operands.
 #pragma once
 
 #include <immintrin.h>
@@ -22,11 +22,12 @@ namespace {
   ".if %c[rows] > " #i "\nvpbroadcastd 4*" #i "(%[x]), %%zmm30\n"                                         \
   "vdpbf16ps %%zmm30, %%zmm28, %%zmm" #a "\nvdpbf16ps %%zmm30, %%zmm29, %%zmm" #b "\n.endif\n"
 #define CPULLM_PAIR(at)                                                                                   \
+  "prefetcht0 (%[x], %[next])\n"                                                                           \
   "vmovups " #at "(%[w]), %%zmm28\nvmovups " #at "+64(%[w]), %%zmm29\n" CPULLM_EACH_ROW(CPULLM_ROW) "add %[x_step], %[x]\n"
 
-// `pairs` is even and positive; x_step: bytes from pair to pair.
+// `pairs` is even and positive; x_step: bytes from pair to pair; next: from these rows to those to come (prefetched).
 template <int R>
-inline void dot_tile_bf16(const uint16_t* w, const uint16_t* x, int64_t x_step, int64_t pairs, float* y) {
+inline void dot_tile_bf16(const uint16_t* w, const uint16_t* x, int64_t x_step, int64_t next, int64_t pairs, float* y) {
   static_assert(R >= 1 && R <= 14, "28 sums fit");
   __asm__ volatile(
       CPULLM_EACH_ROW(CPULLM_LOAD)
@@ -37,7 +38,7 @@ inline void dot_tile_bf16(const uint16_t* w, const uint16_t* x, int64_t x_step, 
       "jnz 1b\n"
       CPULLM_EACH_ROW(CPULLM_STORE)
       : [w] "+&r"(w), [x] "+&r"(x), [pairs] "+&r"(pairs)
-      : [x_step] "r"(x_step), [y] "r"(y), [rows] "i"(R)
+      : [x_step] "r"(x_step), [next] "r"(next), [y] "r"(y), [rows] "i"(R)
       : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12",
         "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24",
         "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "memory", "cc");

@@ -8,7 +8,6 @@ namespace cpullm {
 namespace {
 
 constexpr int64_t kBf16BlockK = 512;  // 32 KiB of pairs
-constexpr int64_t kLeastBlockRows = 128;
 
 // bf16 of lo, then of hi; round to nearest even, subnormals are zero.
 inline __m512i to_bf16(__m512 lo, __m512 hi) {
@@ -43,32 +42,44 @@ inline void dequantize_pairs(const Weight& w, int64_t panel, int64_t k0, int64_t
   }
 }
 
-[[maybe_unused]] void load_rows_bf16(const Rows& in, const Bf16Rows& out, Range rows) {
+// Rows of one tile, in turns of 128 inputs: their stores share lines, which then still are in L1.
+template <int64_t kUnit>
+void load_tile_bf16(const Rows& in, const Bf16Rows& out, Range rows) {
+  constexpr int64_t kTurn = 128;
   alignas(64) float v[kChunk];
   alignas(64) uint16_t b[kChunk];
-  for (int64_t r = rows.begin; r < rows.end; ++r) {
-    const char* row = row_address(in, r);
-    uint16_t* to = out.x + r / out.tile * out.tile * out.k_padded + r % out.tile * out.unit;
-    for (int64_t j = 0; j < out.k_padded; j += kChunk) {
-      load_chunk(in, row, j, v);
-      Simd::store_bf16(b, Simd::load(v));
-      Simd::store_bf16(b + 16, Simd::load(v + 16));
-      for (int64_t i = 0; i < kChunk; i += out.unit)
-        memcpy(to + (j + i) * out.tile, b + i, size_t(out.unit) * sizeof(uint16_t));
+  for (int64_t j0 = 0; j0 < out.k_padded; j0 += kTurn) {
+    const int64_t j1 = min_of(j0 + kTurn, out.k_padded);
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      const char* row = row_address(in, r);
+      uint16_t* to = out.x + r / out.tile * out.tile * out.k_padded + r % out.tile * kUnit;
+      for (int64_t j = j0; j < j1; j += kChunk) {
+        load_chunk(in, row, j, v);
+        for (int64_t i = 0; i < kChunk; i += Simd::kLanes) Simd::store_bf16(b + i, Simd::load(v + i));
+        for (int64_t i = 0; i < kChunk; i += kUnit)
+          memcpy(to + (j + i) * out.tile, b + i, size_t(kUnit) * sizeof(uint16_t));
+      }
     }
   }
 }
 
+template <int64_t kUnit>
+void load_rows_bf16(const Rows& in, const Bf16Rows& out, Range rows) {
+  for (int64_t r = rows.begin; r < rows.end;) {
+    const int64_t end = min_of((r / out.tile + 1) * out.tile, rows.end);
+    load_tile_bf16<kUnit>(in, out, {r, end});
+    r = end;
+  }
+}
+
 // Runs `block(pairs, k0, k1, row0, row_end, partial)` over all blocks of inputs of all panels, and stores the sums that
-// it leaves in partial [rows, 32].
+// it leaves in partial [rows, 32]. Codes are unpacked once per block_rows rows: whole tiles, at most kBlockRows and two
+// tiles.
 template <class F>
 void for_bf16_blocks(const Weight& w, const Bf16Rows& x, const Output& out, Range panels, void* scratch,
-                     const F& block) {
+                     int64_t block_rows, const F& block) {
   auto* pairs = static_cast<uint16_t*>(scratch);
   float* partial = reinterpret_cast<float*>(static_cast<char*>(scratch) + 64 * 1024);
-  // Activations that stay in L2 while the panels pass by, but enough rows to make up for unpacking the panels again.
-  const int64_t fit = min_of(l2_bytes / 4 / w.k_padded, kBlockRows);
-  const int64_t block_rows = (fit < kLeastBlockRows ? kLeastBlockRows : fit) / x.tile * x.tile;
   for (int64_t row0 = 0; row0 < x.m; row0 += block_rows) {
     const int64_t row_end = min_of(row0 + block_rows, x.m);
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
