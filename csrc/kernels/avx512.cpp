@@ -14,6 +14,7 @@
 #include "limits-inl.h"
 #include "linear_i8-inl.h"
 #include "dot_many_avx512.h"
+#include "dot_run_avx512.h"
 //
 #include "dot_bf16_avx512.h"
 #include "linear_bf16-inl.h"
@@ -57,14 +58,26 @@ void linear_bf16(const Weight& w, const Bf16Rows& x, const Output& out, Range pa
                   });
 }
 
+#ifndef LEAST32
+#define LEAST32 29
+#define LEAST64 64
+#define LEAST128 96
+#endif
 // Many rows have tiles of their own: from these counts on they are faster (measured on Zen 4).
 TileShape tile_rows_i8_avx512(int64_t m, int64_t group) {
-  const int64_t least = group < 64 ? 29 : group < kActBlock ? 64 : 96;
-  return m >= least ? TileShape{even_tile(m, kManyRows), kStep, 128} : tile_rows_i8(m, group);
+  const int64_t least = group < 64 ? LEAST32 : group < kActBlock ? LEAST64 : LEAST128;
+  return m >= least ? TileShape{even_tile(m, kManyRows), kStep, 128} : TileShape{even_tile(m, kRunRows), kStep, 0};
 }
 
 void linear_i8_avx512(const Weight& w, const QuantizedRows& x, const Output& out, Range panels, void* scratch) {
-  x.bias ? linear_i8_many(w, x, out, panels, scratch) : linear_i8(w, x, out, panels, scratch);
+  if (x.bias) return linear_i8_many(w, x, out, panels, scratch);
+  if (x.m == 1) return linear_i8(w, x, out, panels, scratch);
+  if (w.bits == 8) return linear_i8_runs<false, Zeros::symmetric>(w, x, out, panels, scratch);
+  switch (w.form) {
+    case Zeros::symmetric: return linear_i8_runs<true, Zeros::symmetric>(w, x, out, panels, scratch);
+    case Zeros::integer: return linear_i8_runs<true, Zeros::integer>(w, x, out, panels, scratch);
+    default: return linear_i8_runs<true, Zeros::minimum>(w, x, out, panels, scratch);
+  }
 }
 
 }  // namespace
