@@ -39,13 +39,14 @@ struct Run {
 static_assert(sizeof(RunSegment) == 12 && sizeof(Run) == 56, "as the assembly has it");
 
 // clang-format off
-#define CPULLM_END "%[run]"
-#define CPULLM_Y "8+%[run]"
-#define CPULLM_SCALES "16+%[run]"
-#define CPULLM_ZEROS "24+%[run]"
-#define CPULLM_PRODUCTS "32+%[run]"
-#define CPULLM_BF16 "40+%[run]"
-#define CPULLM_MASK "48+%[run]%{1to16%}"
+#define CPULLM_END "(%[run])"
+#define CPULLM_Y "8(%[run])"
+#define CPULLM_SCALES "16(%[run])"
+#define CPULLM_ZEROS "24(%[run])"
+#define CPULLM_PRODUCTS "32(%[run])"
+#define CPULLM_BF16 "40(%[run])"
+#define CPULLM_MASK_AT "48(%[run])"
+#define CPULLM_MASK CPULLM_MASK_AT "%{1to16%}"
 #define CPULLM_EACH(ROW) \
   ROW(0, 0, 1, 10, 11, 20, 21) ROW(1, 2, 3, 12, 13, 22, 23) ROW(2, 4, 5, 14, 15, 24, 25) ROW(3, 6, 7, 16, 17, 26, 27) \
   ROW(4, 8, 9, 18, 19, 28, 29)
@@ -56,27 +57,28 @@ static_assert(sizeof(RunSegment) == 12 && sizeof(Run) == 56, "as the assembly ha
   CPULLM_IF(i, "vmovaps %%zmm" #e ", 128*" #i "(%[p])\nvmovaps %%zmm" #f ", 128*" #i "+64(%[p])\n")
 #define CPULLM_CLEAR(i, a, b, c, d, e, f) \
   CPULLM_IF(i, "vpxord %%zmm" #c ", %%zmm" #c ", %%zmm" #c "\nvpxord %%zmm" #d ", %%zmm" #d ", %%zmm" #d "\n")
-// What sums start from: minus times the zero point all columns share, else 0.
-#define CPULLM_START(i, a, b, c, d, e, f)                                                                      \
-  CPULLM_IF(i, ".if %c[form] == 0\n"                                                                           \
-               "vpslld $(7-4*%c[packed]), 4*" #i "(%[minus])%{1to16%}, %%zmm" #a "\n"                             \
-               "vmovdqa64 %%zmm" #a ", %%zmm" #b "\n.else\n"                                                   \
+// What sums start from: minus times the zero point, in the minimum form 0.
+#define CPULLM_START(i, a, b, c, d, e, f)                                                                     \
+  CPULLM_IF(i, ".if %c[form] == 0\n"                                                                          \
+               "vpslld $(7-4*%c[packed]), 4*" #i "(%[minus])%{1to16%}, %%zmm" #a "\n"                         \
+               "vmovdqa64 %%zmm" #a ", %%zmm" #b "\n.elseif %c[form] == 1\n"                                   \
+               "vpbroadcastd 4*" #i "(%[minus]), %%zmm" #a "\nvpmaddwd %%zmm31, %%zmm" #a ", %%zmm" #b "\n"    \
+               "vpmaddwd %%zmm30, %%zmm" #a ", %%zmm" #a "\n.else\n"                                           \
                "vpxord %%zmm" #a ", %%zmm" #a ", %%zmm" #a "\nvpxord %%zmm" #b ", %%zmm" #b ", %%zmm" #b "\n.endif\n")
 #define CPULLM_DOT(i, a, b, c, d, e, f)                                        \
   CPULLM_IF(i, "vpdpbusd 4*" #i "(%[x])%{1to16%}, %%zmm30, %%zmm" #a "\n"      \
                "vpdpbusd 4*" #i "(%[x])%{1to16%}, %%zmm31, %%zmm" #b "\n")
+#define CPULLM_PART(mask) \
+  "vpandd " mask ", %%zmm31, %%zmm30\nvpsrlw $4, %%zmm31, %%zmm31\nvpandd " mask ", %%zmm31, %%zmm31\n"
 #define CPULLM_STEP(s)                                                                                               \
   ".if %c[packed]\nvmovdqu64 64*" #s "(%[codes]), %%zmm31\n"                                                         \
-  "vpandd " CPULLM_MASK ", %%zmm31, %%zmm30\nvpsrlw $4, %%zmm31, %%zmm31\n"                                      \
-  "vpandd " CPULLM_MASK ", %%zmm31, %%zmm31\nprefetcht0 (%[ask])\nadd %[ask_step], %[ask]\n.else\n"              \
+  ".if %c[rows] > 4\n" CPULLM_PART(CPULLM_MASK) ".else\n" CPULLM_PART("%%zmm28") ".endif\n" \
+  "prefetcht0 (%[ask])\nadd %[ask_step], %[ask]\n.else\n"              \
   "vmovdqu64 128*" #s "(%[codes]), %%zmm30\nvmovdqu64 128*" #s "+64(%[codes]), %%zmm31\n"                            \
   "prefetcht0 (%[ask])\nprefetcht0 (%[ask],%[ask_step])\nlea (%[ask],%[ask_step],2), %[ask]\n.endif\n"               \
   CPULLM_EACH(CPULLM_DOT) "add %[x_step], %[x]\n"
 #define CPULLM_APART(i, a, b, c, d, e, f) \
   CPULLM_IF(i, "vpaddd 128*" #i "(%[p]), %%zmm" #a ", %%zmm" #a "\nvpaddd 128*" #i "+64(%[p]), %%zmm" #b ", %%zmm" #b "\n")
-#define CPULLM_MINUS(i, a, b, c, d, e, f)                                        \
-  CPULLM_IF(i, "vpdpwssd 4*" #i "(%[minus])%{1to16%}, %%zmm30, %%zmm" #a "\n"    \
-               "vpdpwssd 4*" #i "(%[minus])%{1to16%}, %%zmm31, %%zmm" #b "\n")
 #define CPULLM_FLOAT(i, a, b, c, d, e, f) \
   CPULLM_IF(i, "vcvtdq2ps %%zmm" #a ", %%zmm" #a "\nvcvtdq2ps %%zmm" #b ", %%zmm" #b "\n")
 #define CPULLM_CHAIN(i, a, b, c, d, e, f) \
@@ -105,9 +107,13 @@ inline void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const i
   int64_t steps, at = 0;
   __asm__ volatile(
       "mov " CPULLM_Y ", %[p]\n" CPULLM_EACH(CPULLM_LOAD)
+      ".if %c[rows] <= 4\nvpbroadcastd " CPULLM_MASK_AT ", %%zmm28\n.endif\n"
       "0:\n" CPULLM_EACH(CPULLM_CLEAR)
       "1:\n"
-      "mov (%[segment]), %k[steps]\n" CPULLM_EACH(CPULLM_START)
+      "mov (%[segment]), %k[steps]\n"
+      ".if %c[form] == 1\nmov " CPULLM_ZEROS ", %[p]\n"
+      "vpmovzxbd (%[p],%[at]), %%zmm30\nvpmovzxbd 16(%[p],%[at]), %%zmm31\nprefetcht0 128(%[p],%[at])\n.endif\n"
+      CPULLM_EACH(CPULLM_START)
       ".p2align 5\n2:\n"
       CPULLM_STEP(0) CPULLM_STEP(1) CPULLM_STEP(2) CPULLM_STEP(3)
       CPULLM_STEP(4) CPULLM_STEP(5) CPULLM_STEP(6) CPULLM_STEP(7)
@@ -117,11 +123,7 @@ inline void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const i
       "cmpl $0, (%[apart_rows])\n"
       "jne 8f\n"
       "3:\n"
-      "add $4, %[apart_rows]\n"
-      ".if %c[form] == 1\n"
-      "mov " CPULLM_ZEROS ", %[p]\n"
-      "vpmovzxbd (%[p],%[at]), %%zmm30\nvpmovzxbd 16(%[p],%[at]), %%zmm31\nprefetcht0 128(%[p],%[at])\n"
-      CPULLM_EACH(CPULLM_MINUS) ".endif\n" CPULLM_EACH(CPULLM_FLOAT)
+      "add $4, %[apart_rows]\n" CPULLM_EACH(CPULLM_FLOAT)
       "mov " CPULLM_SCALES ", %[p]\n" CPULLM_WIDEN CPULLM_EACH(CPULLM_CHAIN)
       ".if %c[form] == 2\n"
       "mov " CPULLM_ZEROS ", %[p]\n" CPULLM_WIDEN CPULLM_EACH(CPULLM_MINIMUM) ".endif\n"
@@ -142,8 +144,8 @@ inline void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const i
       "9:\n"
       "mov " CPULLM_Y ", %[p]\n" CPULLM_EACH(CPULLM_KEEP)
       : [codes] "+&r"(codes), [x] "+&r"(x), [segment] "+&r"(segment), [x_scale] "+&r"(x_scale), [minus] "+&r"(minus),
-        [apart_rows] "+&r"(apart_rows), [ask] "+&r"(ask), [at] "+&r"(at), [p] "=&r"(p), [steps] "=&r"(steps), [run] "+m"(run)
-      : [x_step] "r"(tile * kStep), [ask_step] "r"(ask_step), [rows] "i"(R), [packed] "i"(int(kPacked)),
+        [apart_rows] "+&r"(apart_rows), [ask] "+&r"(ask), [at] "+&r"(at), [p] "=&r"(p), [steps] "=&r"(steps)
+      : [run] "r"(&run), [x_step] "r"(tile * kStep), [ask_step] "r"(ask_step), [rows] "i"(R), [packed] "i"(int(kPacked)),
         [form] "i"(int(kForm))
       : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12",
         "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24",
@@ -165,7 +167,6 @@ inline void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const i
 #undef CPULLM_DOT
 #undef CPULLM_STEP
 #undef CPULLM_APART
-#undef CPULLM_MINUS
 #undef CPULLM_FLOAT
 #undef CPULLM_CHAIN
 #undef CPULLM_MINIMUM
@@ -254,7 +255,7 @@ void linear_i8_runs(const Weight& w, const QuantizedRows& x, const Output& out, 
         const int64_t at = (panel * w.groups + k0 / w.group) * kPanel;
         run.scales = w.scales + at;
         if (kForm != Zeros::symmetric) run.zeros = static_cast<const char*>(w.zeros) + at * zero_bytes;
-        const uint8_t* ask = codes + (tiles == 1 ? kRunBytes / 2 : inputs * kBytes);
+        const uint8_t* ask = codes + kRunBytes;
         for (int64_t r = row0; r < row_end; r += x.tile, ask += inputs * kBytes / 64 * ask_step) {
           const int64_t rows = min_of(x.tile, x.m - r), s = r * x.segments + first * x.tile;
           const uint32_t* apart_rows = x.apart_rows + r / x.tile * x.segments + first;
