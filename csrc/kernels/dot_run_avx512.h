@@ -1,18 +1,21 @@
-// Rows of a tile times a panel on the avx512 level: a run of segments is one piece of assembly, in which the int32 sums,
-// the fp32 chains of the block and of the output all stay in registers. The same chain as ref.cpp, bit for bit in what
-// comes out.
+// Tiles of the avx512 level, 2 rows and more: a run of segments of a tile is one piece of assembly, in which int32 sums, the
+// fp32 chain of the activation block and that of the output never leave the registers. The chain of ref.cpp, bit for bit
+// in what comes out.
 //
-// In assembly because GCC 12 moves and spills sums kept in arrays by intrinsics. A tile of 4 rows and both vectors of
-// columns is the largest one whose sums and chains fit: with 8 rows chains are in memory, and at groups of 32 their stores
-// (two cycles each on Zen 4) took a quarter of the time. The packed codes are parted once per tile, from L1 but for the
-// first tile: tiles pass over the codes of kRunK inputs in turns, and meanwhile each asks for its share of the next ones.
+// In assembly because GCC 12 moves and spills sums kept in arrays by intrinsics. 4 or 5 rows x 32 columns is what fits: of 8
+// rows the chain is in memory, whose stores of 64 bytes take two cycles each on Zen 4; at group 32 that were 20 % of the
+// time. Nibbles are parted once per tile, on units the dot products leave free, and from L1: all tiles pass over the codes
+// of a run before the next one, and meanwhile each asks for its share of those. Ends of segments overlap with the next
+// products by themselves: the core has two segments in flight. Bound on Zen 4 (dot products and fma share two units), 4 rows,
+// groups of 32: 64 of 74 slots, 86 %; of 128: 94 %.
 // A block's chain starts from +0 instead of the first product: an output may differ only where that is -0, and sums of
 // outputs start from +0, which takes either.
-// Registers: zmm0-9 int32 sums of row i in 2i and 2i + 1; zmm10-19 chains of the block; zmm20-29 of the output; zmm30-31
-// codes, then zero points, scales, minima. Inputs and the mask are broadcast from memory.
+// Registers: zmm0-9 sums of row i in 2i and 2i + 1; zmm10-19 the block's chains; zmm20-29 the output's, of up to 4 rows
+// zmm28 the mask 15; zmm30-31 codes of 16 columns each, zero points, scales, minima. Inputs of a row come from memory.
 #pragma once
 
 #include <immintrin.h>
+#include <stddef.h>
 
 namespace cpullm {
 namespace {
@@ -23,10 +26,12 @@ constexpr int64_t kRunBytes = 8192;  // codes of a run: with the next ones, half
 // One segment of a run.
 struct RunSegment {
   int32_t steps;  // inputs / 4, a multiple of 8
-  int32_t ends_block, ends_group;  // ends_group: kPanel, else 0
+  int32_t ends_block;  // whether it is the last one of its activation block
+  int32_t ends_group;  // the same of its group: kPanel, else 0
+  int32_t begin;  // its first input, counted from the run's
 };
 
-// What a run needs besides, in an order that the assembly knows.
+// What a run needs besides.
 struct Run {
   const RunSegment* end;
   float* y;  // [rows, 32], 64-byte aligned
@@ -34,9 +39,13 @@ struct Run {
   const void* zeros;  // the same
   const int32_t* apart;  // [segments that have some, rows, 32], 64-byte aligned: inputs kept apart times their codes
   int64_t bf16;  // whether scales and minima are
-  int64_t mask;  // 0x0f0f0f0f
+  int64_t mask;
 };
-static_assert(sizeof(RunSegment) == 12 && sizeof(Run) == 56, "as the assembly has it");
+static_assert(offsetof(Run, y) == 8 && offsetof(Run, scales) == 16 && offsetof(Run, zeros) == 24 &&
+                  offsetof(Run, apart) == 32 && offsetof(Run, bf16) == 40 && offsetof(Run, mask) == 48 &&
+                  offsetof(RunSegment, ends_block) == 4 && offsetof(RunSegment, ends_group) == 8 &&
+                  sizeof(RunSegment) == 16,
+              "as the assembly has them");
 
 // clang-format off
 #define CPULLM_END "(%[run])"
@@ -45,8 +54,7 @@ static_assert(sizeof(RunSegment) == 12 && sizeof(Run) == 56, "as the assembly ha
 #define CPULLM_ZEROS "24(%[run])"
 #define CPULLM_PRODUCTS "32(%[run])"
 #define CPULLM_BF16 "40(%[run])"
-#define CPULLM_MASK_AT "48(%[run])"
-#define CPULLM_MASK CPULLM_MASK_AT "%{1to16%}"
+#define CPULLM_MASK "48(%[run])"
 #define CPULLM_EACH(ROW) \
   ROW(0, 0, 1, 10, 11, 20, 21) ROW(1, 2, 3, 12, 13, 22, 23) ROW(2, 4, 5, 14, 15, 24, 25) ROW(3, 6, 7, 16, 17, 26, 27) \
   ROW(4, 8, 9, 18, 19, 28, 29)
@@ -72,7 +80,7 @@ static_assert(sizeof(RunSegment) == 12 && sizeof(Run) == 56, "as the assembly ha
   "vpandd " mask ", %%zmm31, %%zmm30\nvpsrlw $4, %%zmm31, %%zmm31\nvpandd " mask ", %%zmm31, %%zmm31\n"
 #define CPULLM_STEP(s)                                                                                               \
   ".if %c[packed]\nvmovdqu64 64*" #s "(%[codes]), %%zmm31\n"                                                         \
-  ".if %c[rows] > 4\n" CPULLM_PART(CPULLM_MASK) ".else\n" CPULLM_PART("%%zmm28") ".endif\n" \
+  ".if %c[rows] > 4\n" CPULLM_PART(CPULLM_MASK "%{1to16%}") ".else\n" CPULLM_PART("%%zmm28") ".endif\n" \
   "prefetcht0 (%[ask])\nadd %[ask_step], %[ask]\n.else\n"              \
   "vmovdqu64 128*" #s "(%[codes]), %%zmm30\nvmovdqu64 128*" #s "+64(%[codes]), %%zmm31\n"                            \
   "prefetcht0 (%[ask])\nprefetcht0 (%[ask],%[ask_step])\nlea (%[ask],%[ask_step],2), %[ask]\n.endif\n"               \
@@ -96,7 +104,7 @@ static_assert(sizeof(RunSegment) == 12 && sizeof(Run) == 56, "as the assembly ha
   "vpslld $16, %%zmm30, %%zmm30\nvpslld $16, %%zmm31, %%zmm31\njmp 5f\n"                                \
   "4:\nvcvtph2ps (%[p],%[at],2), %%zmm30\nvcvtph2ps 32(%[p],%[at],2), %%zmm31\n5:\nprefetcht0 256(%[p],%[at],2)\n"
 
-// R rows x [steps, tile, 4] times the run's codes. minus [segments, tile]: -sum of the activations; x_scale [blocks, tile].
+// R rows x [steps, tile, 4] times the run's codes. All pointers stand at the run's begin: minus and x_scale [.., tile].
 // ask: codes to bring to L1 meanwhile, ask_step bytes for each 64 of codes.
 template <int R, bool kPacked, Zeros kForm>
 inline void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const int32_t* minus, const float* x_scale,
@@ -107,7 +115,7 @@ inline void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const i
   int64_t steps, at = 0;
   __asm__ volatile(
       "mov " CPULLM_Y ", %[p]\n" CPULLM_EACH(CPULLM_LOAD)
-      ".if %c[rows] <= 4\nvpbroadcastd " CPULLM_MASK_AT ", %%zmm28\n.endif\n"
+      ".if %c[rows] <= 4\nvpbroadcastd " CPULLM_MASK ", %%zmm28\n.endif\n"
       "0:\n" CPULLM_EACH(CPULLM_CLEAR)
       "1:\n"
       "mov (%[segment]), %k[steps]\n"
@@ -131,7 +139,7 @@ inline void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const i
       "movslq 8(%[segment]), %[p]\n"
       "add %[p], %[at]\n"
       "cmpl $0, 4(%[segment])\n"
-      "lea 12(%[segment]), %[segment]\n"
+      "lea 16(%[segment]), %[segment]\n"
       "je 1b\n" CPULLM_EACH(CPULLM_BLOCK)
       "add %[x_step], %[x_scale]\n"
       "cmp " CPULLM_END ", %[segment]\n"
@@ -165,6 +173,7 @@ inline void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const i
 #undef CPULLM_CLEAR
 #undef CPULLM_START
 #undef CPULLM_DOT
+#undef CPULLM_PART
 #undef CPULLM_STEP
 #undef CPULLM_APART
 #undef CPULLM_FLOAT
@@ -182,7 +191,7 @@ inline int64_t run_segments(int64_t k0, int64_t k1, int64_t group, RunSegment* o
   int64_t group_end = (k0 / group + 1) * group;
   for (int64_t k = k0; k < k1; ++out) {
     const int64_t block_end = min_of((k / kActBlock + 1) * kActBlock, k1), end = min_of(group_end, block_end);
-    *out = {int32_t((end - k) / kStep), end == block_end, end == group_end ? int32_t(kPanel) : 0};
+    *out = {int32_t((end - k) / kStep), end == block_end, end == group_end ? int32_t(kPanel) : 0, int32_t(k - k0)};
     k = end;
     if (k == group_end) group_end += group;
   }
@@ -194,19 +203,22 @@ template <Codes kCodes>
 inline void run_apart(const RunSegment* segments, int64_t count, const uint32_t* apart_rows, const int32_t* apart,
                       int64_t tile, int64_t rows, const uint8_t* codes, int32_t* to) {
   using S = Simd;
-  for (int64_t s = 0; s < count; codes += segments[s++].steps * (kCodes == Codes::packed4 ? 64 : 128))
-    if (apart_rows[s])
-      for (int64_t r = 0; r < rows; ++r, to += kPanel) {
-        S::I lo = S::izero(), hi = S::izero();
-        if (apart_rows[s] >> r & 1) {
-          const int32_t value = apart[s * tile + r];
-          code_column<kCodes>(codes, value & 255, 0, lo, hi);
-          lo = S::imul16(lo, value >> 8);
-          hi = S::imul16(hi, value >> 8);
-        }
-        S::store_i32(to, lo);
-        S::store_i32(to + 16, hi);
+  static_assert(kRunSegments <= 16, "one vector of words");
+  const __m512i words = _mm512_maskz_loadu_epi32(__mmask16((1u << count) - 1), apart_rows);
+  for (uint32_t some = _mm512_test_epi32_mask(words, words); some; some &= some - 1) {
+    const int64_t s = __builtin_ctz(some);
+    for (int64_t r = 0; r < rows; ++r, to += kPanel) {
+      S::I lo = S::izero(), hi = S::izero();
+      if (apart_rows[s] >> r & 1) {
+        const int32_t value = apart[s * tile + r];
+        code_column<kCodes>(codes, segments[s].begin + (value & 255), 0, lo, hi);
+        lo = S::imul16(lo, value >> 8);
+        hi = S::imul16(hi, value >> 8);
       }
+      S::store_i32(to, lo);
+      S::store_i32(to + 16, hi);
+    }
+  }
 }
 
 template <bool kPacked, Zeros kForm>
@@ -229,13 +241,15 @@ struct alignas(64) RunScratch {
 };
 static_assert(sizeof(RunScratch) <= kScratchBytes, "scratch memory must hold it");
 
+// linear_i8 of 2 and more rows.
 template <bool kPacked, Zeros kForm>
 void linear_i8_runs(const Weight& w, const QuantizedRows& x, const Output& out, Range panels, void* scratch) {
   auto& mine = *static_cast<RunScratch*>(scratch);
   constexpr Codes kCodes = kPacked ? Codes::packed4 : Codes::u8;
   constexpr int64_t kBytes = kPacked ? 16 : 32;  // of an input's codes
   constexpr int64_t kRunK = kRunBytes / kBytes;
-  const int64_t block_rows = rows_per_block(x), zero_bytes = kForm == Zeros::integer ? 1 : 2;
+  constexpr int64_t kZeroBytes = kForm == Zeros::integer ? 1 : 2;
+  const int64_t block_rows = even_tile((x.m + x.tile - 1) / x.tile, rows_per_block(x) / x.tile) * x.tile;
   RunSegment segments[kRunSegments];
   Run run{};
   run.bf16 = w.scale_type == Float::bf16;
@@ -254,7 +268,7 @@ void linear_i8_runs(const Weight& w, const QuantizedRows& x, const Output& out, 
         run.end = segments + count;
         const int64_t at = (panel * w.groups + k0 / w.group) * kPanel;
         run.scales = w.scales + at;
-        if (kForm != Zeros::symmetric) run.zeros = static_cast<const char*>(w.zeros) + at * zero_bytes;
+        if (kForm != Zeros::symmetric) run.zeros = static_cast<const char*>(w.zeros) + at * kZeroBytes;
         const uint8_t* ask = codes + kRunBytes;
         for (int64_t r = row0; r < row_end; r += x.tile, ask += inputs * kBytes / 64 * ask_step) {
           const int64_t rows = min_of(x.tile, x.m - r), s = r * x.segments + first * x.tile;
@@ -263,7 +277,8 @@ void linear_i8_runs(const Weight& w, const QuantizedRows& x, const Output& out, 
           run_apart<kCodes>(segments, count, apart_rows, x.apart + s, x.tile, rows, codes, mine.apart);
           run.y = mine.y + (r - row0) * kPanel;
           dot_run<kPacked, kForm>(rows, codes, x.q + r * x.k_padded + k0 * x.tile, x.tile, x.minus + s,
-                                  x.scale + r * x.blocks + k0 / kActBlock * x.tile, segments, apart_rows, ask, ask_step, run);
+                                  x.scale + r * x.blocks + k0 / kActBlock * x.tile, segments, apart_rows, ask, ask_step,
+                                  run);
         }
         codes += inputs * kBytes;
       }

@@ -96,16 +96,8 @@ void tile_i8(const TileArgs& a) {
   const int64_t q_step = a.tile * kStep;
   const int32_t* apart = a.apart;
   const uint32_t* apart_rows = a.apart_rows;
-  SegmentEnd e{params,
-               a.minus,
-               a.form == Zeros::minimum ? sums : nullptr,
-               a.x_scale,
-               block,
-               a.y,
-               nullptr,
-               a.form == Zeros::symmetric ? begin : nullptr,
-               0,
-               0};
+  SegmentEnd e{params, a.minus, a.form == Zeros::minimum ? sums : nullptr,    a.x_scale, block,
+               a.y,    nullptr, a.form == Zeros::symmetric ? begin : nullptr, 0,         0};
   int64_t group = a.k_begin / a.group;
   int64_t group_end = (group + 1) * a.group;
   for (int64_t k = a.k_begin; k < a.k_end;) {
