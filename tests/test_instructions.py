@@ -180,7 +180,7 @@ def test_inner_loops_have_no_spills(level):
 
 
 def test_sums_of_a_full_tile_are_all_in_registers():
-    """avx512: 5 rows x 32 columns, eight steps: 80 dot products, and beside them 7 instructions a step and few others."""
+    """avx512: 5 rows x 32 columns, eight steps: 80 dot products, beside them 7 instructions a step and few others."""
     found = [
         len(loop)
         for code in objdump(OBJECTS / "avx512.o").values()

@@ -71,8 +71,8 @@ def test_linear(case, compute, isa):
 @pytest.mark.parametrize(("form", "bits"), [("sym", 4), ("zero", 4), ("minimum", 4), ("sym", 8)])
 @pytest.mark.parametrize("group", [32, 64, 96, 128, 192, -1])
 def test_many_rows_have_the_bits_of_one(form, bits, group, isa):
-    """Tiles of every number of rows, full and short ones, one and more blocks of rows: each row has the bits it has alone,
-    for which there is another kernel. Blocks where one input outgrows the others, more inputs than in a run.
+    """Tiles of every number of rows, full and short ones, one and more blocks of rows: a row has the bits it has alone,
+    from another kernel. Blocks where one input outgrows the others, more inputs than in a run.
     """
     case = Case("many rows", n=72, k=672, group=group, form=form, bits=bits)
     weight, x, bias, perm = tensors(case, 519)

@@ -15,7 +15,6 @@
 #pragma once
 
 #include <immintrin.h>
-#include <stddef.h>
 
 namespace cpullm {
 namespace {
@@ -41,9 +40,10 @@ struct Run {
   int64_t bf16;  // whether scales and minima are
   int64_t mask;
 };
-static_assert(offsetof(Run, y) == 8 && offsetof(Run, scales) == 16 && offsetof(Run, zeros) == 24 &&
-                  offsetof(Run, apart) == 32 && offsetof(Run, bf16) == 40 && offsetof(Run, mask) == 48 &&
-                  offsetof(RunSegment, ends_block) == 4 && offsetof(RunSegment, ends_group) == 8 &&
+static_assert(__builtin_offsetof(Run, y) == 8 && __builtin_offsetof(Run, scales) == 16 &&
+                  __builtin_offsetof(Run, zeros) == 24 && __builtin_offsetof(Run, apart) == 32 &&
+                  __builtin_offsetof(Run, bf16) == 40 && __builtin_offsetof(Run, mask) == 48 &&
+                  __builtin_offsetof(RunSegment, ends_block) == 4 && __builtin_offsetof(RunSegment, ends_group) == 8 &&
                   sizeof(RunSegment) == 16,
               "as the assembly has them");
 
