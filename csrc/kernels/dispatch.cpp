@@ -86,12 +86,13 @@ int64_t read_l2_bytes() {
   return 512 * 1024;  // unknown: what the smallest servers of ten years have
 }
 
-int64_t read_codes_ahead() {
-#ifndef CPULLM_REF_ONLY
+bool made_by_amd() {
+#ifdef CPULLM_REF_ONLY
+  return false;
+#else
   unsigned highest, b, c, d;
-  if (__get_cpuid(0, &highest, &b, &c, &d) && b == signature_AMD_ebx) return 0;
+  return __get_cpuid(0, &highest, &b, &c, &d) && b == signature_AMD_ebx;
 #endif
-  return 8192;
 }
 
 // One table per level, built once and never written again: other threads may be reading it.
@@ -122,7 +123,7 @@ bool cpu_has_avx512_bf16() {
 }
 
 const int64_t l2_bytes = read_l2_bytes();
-const int64_t codes_ahead = read_codes_ahead();
+const bool prefetch_codes = !made_by_amd();
 
 const Kernels* select_kernels(const char* cap, const char** error) {
   int top = kLevels - 1;

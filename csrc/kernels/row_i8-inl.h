@@ -27,7 +27,7 @@ struct Row {
   const uint32_t* apart_rows;
   const uint16_t *scales, *minima;
   const uint8_t* zeros;
-  int64_t ahead;  // codes_ahead
+  bool prefetch;  // prefetch_codes
   F block[H][2];
 
   // One segment of `chunks` chunks; kApart: an input may be kept apart.
@@ -45,9 +45,12 @@ struct Row {
       const uint8_t* w = codes;
       const int8_t* x = q;
       for (int64_t c = 0; c < chunks; ++c) {
-        if (kCodes == Codes::packed4 && h == 0 && ahead)
-#pragma GCC unroll 8
-          for (int s = 0; s < 8; ++s) _mm_prefetch(reinterpret_cast<const char*>(w) + ahead + 64 * s, _MM_HINT_T0);
+        if (h == 0 && prefetch)
+#pragma GCC unroll 16
+          for (int64_t at = 0; at < 8 * kBlockBytes; at += 64) {
+            _mm_prefetch(reinterpret_cast<const char*>(w) + kCodesToL2 + at, _MM_HINT_T1);
+            if (kCodes == Codes::packed4) _mm_prefetch(reinterpret_cast<const char*>(w) + kCodesToL1 + at, _MM_HINT_T0);
+          }
 #pragma GCC unroll 8
         for (int s = 0; s < 8; ++s) {
           I lo, hi;
@@ -113,7 +116,7 @@ template <Codes kCodes, Zeros kForm, Float kScale, int kChunks>
   using R = Row<kCodes, kForm, kScale>;
   constexpr int H = R::H, L = R::L;
   const int64_t column = a.k_begin / a.group * kPanel;
-  R row{a.codes, a.q, a.minus, a.apart, a.apart_rows, a.scales + column, nullptr, nullptr, codes_ahead, {}};
+  R row{a.codes, a.q, a.minus, a.apart, a.apart_rows, a.scales + column, nullptr, nullptr, prefetch_codes, {}};
   if (kForm == Zeros::integer) row.zeros = static_cast<const uint8_t*>(a.zeros) + column;
   if (kForm == Zeros::minimum) row.minima = static_cast<const uint16_t*>(a.zeros) + column;
   int64_t group_end = (a.k_begin / a.group + 1) * a.group;
