@@ -1,17 +1,16 @@
-// Tiles of the avx512 level, 2 rows and more: a run of segments of a tile is one piece of assembly, in which int32 sums, the
-// fp32 chain of the activation block and that of the output never leave the registers. The chain of ref.cpp, bit for bit
-// in what comes out.
+// Tiles of the avx512 level, 2 rows and more: a run of segments of a tile is one piece of assembly, in which int32 sums,
+// the fp32 chain of the activation block and that of the output never leave the registers. The chain of ref.cpp, bit for
+// bit in what comes out.
 //
-// In assembly because GCC 12 moves and spills sums kept in arrays by intrinsics. 4 or 5 rows x 32 columns is what fits: of 8
-// rows the chain is in memory, whose stores of 64 bytes take two cycles each on Zen 4; at group 32 that were 20 % of the
-// time. Nibbles are parted once per tile, on units the dot products leave free, and from L1: all tiles pass over the codes
-// of a run before the next one, and meanwhile each asks for its share of those. Ends of segments overlap with the next
-// products by themselves: the core has two segments in flight. Bound on Zen 4 (dot products and fma share two units), 4 rows,
-// groups of 32: 64 of 74 slots, 86 %; of 128: 94 %.
+// In assembly because GCC 12 moves and spills sums kept in arrays by intrinsics. 4 or 5 rows x 32 columns is what fits: of
+// 8 rows the chains are in memory, where a store of 64 bytes takes two cycles of Zen 4; that cost 15 % at group 32.
+// Nibbles are parted once per tile, on units that the dot products leave free. All tiles pass over the codes of a run, in
+// L1, before the next run, and meanwhile each asks for its share of that one's.
+// Bound on Zen 4, where dot products and fma share two units: 64 of 74 slots at group 32 and 4 rows, 86 %; 94 % at 128.
 // A block's chain starts from +0 instead of the first product: an output may differ only where that is -0, and sums of
 // outputs start from +0, which takes either.
-// Registers: zmm0-9 sums of row i in 2i and 2i + 1; zmm10-19 the block's chains; zmm20-29 the output's, of up to 4 rows
-// zmm28 the mask 15; zmm30-31 codes of 16 columns each, zero points, scales, minima. Inputs of a row come from memory.
+// Registers: zmm0-9 sums of row i in 2i and 2i + 1; zmm10-19 the block's chains; zmm20-29 the output's, but zmm28 of up
+// to 4 rows the mask 15; zmm30-31 codes of 16 columns each, zero points, scales, minima. Inputs come from memory.
 #pragma once
 
 #include <immintrin.h>

@@ -1,5 +1,5 @@
-// y[m, n] = x[m, k] W[n, k]^T with int8 activations, same chain as ref.cpp, bit for bit: what all levels have in common, and
-// one row. More rows: tile_i8-inl.h, dot_run_avx512.h, amx.cpp.
+// y[m, n] = x[m, k] W[n, k]^T with int8 activations, same chain as ref.cpp, bit for bit: what the levels have in common,
+// and one row. More rows: tile_i8-inl.h, dot_run_avx512.h, amx.cpp.
 //
 // Zero points: sum q (c - z) = sum q c - z sum q: one multiplication of the row's sum, counted by quantize_rows.
 // Ranges: a segment is at most 128 inputs, 127 of them |q| <= 127 and one kept apart |q| <= 16256: |sum q c| <= 255 *
