@@ -77,13 +77,14 @@ static_assert(__builtin_offsetof(Run, y) == 8 && __builtin_offsetof(Run, scales)
                "vpdpbusd 4*" #i "(%[x])%{1to16%}, %%zmm31, %%zmm" #b "\n")
 #define CPULLM_PART(mask) \
   "vpandd " mask ", %%zmm31, %%zmm30\nvpsrlw $4, %%zmm31, %%zmm31\nvpandd " mask ", %%zmm31, %%zmm31\n"
-#define CPULLM_STEP(s)                                                                                               \
-  ".if %c[packed]\nvmovdqu64 64*" #s "(%[codes]), %%zmm31\n"                                                         \
-  ".if %c[rows] > 4\n" CPULLM_PART(CPULLM_MASK "%{1to16%}") ".else\n" CPULLM_PART("%%zmm28") ".endif\n" \
-  "prefetcht0 (%[ask])\nadd %[ask_step], %[ask]\n.else\n"              \
-  "vmovdqu64 128*" #s "(%[codes]), %%zmm30\nvmovdqu64 128*" #s "+64(%[codes]), %%zmm31\n"                            \
-  "prefetcht0 (%[ask])\nprefetcht0 (%[ask],%[ask_step])\nlea (%[ask],%[ask_step],2), %[ask]\n.endif\n"               \
-  CPULLM_EACH(CPULLM_DOT) "add %[x_step], %[x]\n"
+#define CPULLM_STEP(s)                                                                                        \
+  ".if %c[packed]\nvmovdqu64 64*" #s "(%[codes]), %%zmm31\n"                                                  \
+  ".if %c[rows] > 4\n" CPULLM_PART(CPULLM_MASK "%{1to16%}") ".else\n" CPULLM_PART("%%zmm28") ".endif\n"       \
+  "prefetcht0 (%[ask])\n.if %c[alone]\nprefetcht1 8192(%[ask])\n.endif\nadd %[ask_step], %[ask]\n.else\n"     \
+  "vmovdqu64 128*" #s "(%[codes]), %%zmm30\nvmovdqu64 128*" #s "+64(%[codes]), %%zmm31\n"                     \
+  "prefetcht0 (%[ask])\nprefetcht0 (%[ask],%[ask_step])\n"                                                    \
+  ".if %c[alone]\nprefetcht1 8192(%[ask])\nprefetcht1 8192(%[ask],%[ask_step])\n.endif\n"                     \
+  "lea (%[ask],%[ask_step],2), %[ask]\n.endif\n" CPULLM_EACH(CPULLM_DOT) "add %[x_step], %[x]\n"
 #define CPULLM_APART(i, a, b, c, d, e, f) \
   CPULLM_IF(i, "vpaddd 128*" #i "(%[p]), %%zmm" #a ", %%zmm" #a "\nvpaddd 128*" #i "+64(%[p]), %%zmm" #b ", %%zmm" #b "\n")
 #define CPULLM_FLOAT(i, a, b, c, d, e, f) \
@@ -104,8 +105,9 @@ static_assert(__builtin_offsetof(Run, y) == 8 && __builtin_offsetof(Run, scales)
   "4:\nvcvtph2ps (%[p],%[at],2), %%zmm30\nvcvtph2ps 32(%[p],%[at],2), %%zmm31\n5:\nprefetcht0 256(%[p],%[at],2)\n"
 
 // R rows x [steps, tile, 4] times the run's codes. All pointers stand at the run's begin: minus and x_scale [.., tile].
-// ask: codes to bring to L1 meanwhile, ask_step bytes for each 64 of codes.
-template <int R, bool kPacked, Zeros kForm>
+// ask: codes to bring to L1 meanwhile, ask_step bytes for each 64 of codes. kAlone: no other tile is there, memory is what
+// the run waits for: those of the run after to L2, on whose way may be more lines than on that to L1.
+template <int R, bool kPacked, Zeros kForm, bool kAlone>
 inline void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const int32_t* minus, const float* x_scale,
                     const RunSegment* segment, const uint32_t* apart_rows, const uint8_t* ask, int64_t ask_step,
                     Run& run) {
@@ -153,7 +155,7 @@ inline void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const i
       : [codes] "+&r"(codes), [x] "+&r"(x), [segment] "+&r"(segment), [x_scale] "+&r"(x_scale), [minus] "+&r"(minus),
         [apart_rows] "+&r"(apart_rows), [ask] "+&r"(ask), [at] "+&r"(at), [p] "=&r"(p), [steps] "=&r"(steps)
       : [run] "r"(&run), [x_step] "r"(tile * kStep), [ask_step] "r"(ask_step), [rows] "i"(R), [packed] "i"(int(kPacked)),
-        [form] "i"(int(kForm))
+        [form] "i"(int(kForm)), [alone] "i"(int(kAlone))
       : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12",
         "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24",
         "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31", "memory", "cc");
@@ -220,16 +222,26 @@ inline void run_apart(const RunSegment* segments, int64_t count, const uint32_t*
   }
 }
 
-template <bool kPacked, Zeros kForm>
+template <bool kPacked, Zeros kForm, bool kAlone>
 void dot_run(int64_t rows, const uint8_t* codes, const int8_t* x, int64_t tile, const int32_t* minus,
              const float* x_scale, const RunSegment* segments, const uint32_t* apart_rows, const uint8_t* ask,
              int64_t ask_step, Run& run) {
   switch (rows) {
-    case 1: return dot_run<1, kPacked, kForm>(codes, x, tile, minus, x_scale, segments, apart_rows, ask, ask_step, run);
-    case 2: return dot_run<2, kPacked, kForm>(codes, x, tile, minus, x_scale, segments, apart_rows, ask, ask_step, run);
-    case 3: return dot_run<3, kPacked, kForm>(codes, x, tile, minus, x_scale, segments, apart_rows, ask, ask_step, run);
-    case 4: return dot_run<4, kPacked, kForm>(codes, x, tile, minus, x_scale, segments, apart_rows, ask, ask_step, run);
-    case 5: return dot_run<5, kPacked, kForm>(codes, x, tile, minus, x_scale, segments, apart_rows, ask, ask_step, run);
+    case 1:
+      return dot_run<1, kPacked, kForm, kAlone>(codes, x, tile, minus, x_scale, segments, apart_rows, ask, ask_step,
+                                                run);
+    case 2:
+      return dot_run<2, kPacked, kForm, kAlone>(codes, x, tile, minus, x_scale, segments, apart_rows, ask, ask_step,
+                                                run);
+    case 3:
+      return dot_run<3, kPacked, kForm, kAlone>(codes, x, tile, minus, x_scale, segments, apart_rows, ask, ask_step,
+                                                run);
+    case 4:
+      return dot_run<4, kPacked, kForm, kAlone>(codes, x, tile, minus, x_scale, segments, apart_rows, ask, ask_step,
+                                                run);
+    case 5:
+      return dot_run<5, kPacked, kForm, kAlone>(codes, x, tile, minus, x_scale, segments, apart_rows, ask, ask_step,
+                                                run);
     default: __builtin_trap();  // a tile this level does not make
   }
 }
@@ -275,9 +287,9 @@ void linear_i8_runs(const Weight& w, const QuantizedRows& x, const Output& out, 
           run.apart = mine.apart;
           run_apart<kCodes>(segments, count, apart_rows, x.apart + s, x.tile, rows, codes, mine.apart);
           run.y = mine.y + (r - row0) * kPanel;
-          dot_run<kPacked, kForm>(rows, codes, x.q + r * x.k_padded + k0 * x.tile, x.tile, x.minus + s,
-                                  x.scale + r * x.blocks + k0 / kActBlock * x.tile, segments, apart_rows, ask, ask_step,
-                                  run);
+          const auto multiply = tiles == 1 ? dot_run<kPacked, kForm, true> : dot_run<kPacked, kForm, false>;
+          multiply(rows, codes, x.q + r * x.k_padded + k0 * x.tile, x.tile, x.minus + s,
+                   x.scale + r * x.blocks + k0 / kActBlock * x.tile, segments, apart_rows, ask, ask_step, run);
         }
         codes += inputs * kBytes;
       }
