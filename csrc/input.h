@@ -54,7 +54,7 @@ struct Input {
 inline Input make_input(Arena& arena, const Kernels& kernels, Compute compute, int64_t rows, int64_t k, int64_t group) {
   Input in{};
   const int64_t k_padded = round_up(k, kChunk);
-  const TileShape bf16 = compute == Compute::bf16 ? kernels.tile_bf16(rows) : TileShape{0, 0, 0};
+  const TileShape bf16 = compute == Compute::bf16 ? kernels.tile_bf16(rows) : TileShape{0, 0};
   if (compute == Compute::int8) {
     const TileShape shape = kernels.tile_i8(rows, group);
     const int64_t tiles = (rows + shape.tile - 1) / shape.tile;
@@ -64,7 +64,6 @@ inline Input make_input(Arena& arena, const Kernels& kernels, Compute compute, i
     q.blocks = (k_padded + kActBlock - 1) / kActBlock;
     q.tile = in.tile = shape.tile;
     q.unit = shape.unit;
-    q.bias = shape.bias;
     q.group = group;
     q.segments = count_segments(0, k_padded, group);
     q.q = arena.take<int8_t>(tiles * q.tile * round_up(k_padded, q.unit));

@@ -203,7 +203,6 @@ QuantizedRows quantize(const Kernels& table, const Rows& rows, TileShape shape, 
   q.blocks = (q.k_padded + kActBlock - 1) / kActBlock;
   q.tile = tile;
   q.unit = shape.unit;
-  q.bias = shape.bias;
   q.group = group;
   q.segments = count_segments(0, q.k_padded, group);
   const int64_t tiles = (rows.m + tile - 1) / tile;
@@ -244,7 +243,7 @@ Tensor linear_of(const char* op, const Tensor& x, const Weight& w, const Optiona
   if (rows.m == 0) return y;
   const int64_t panels = (n + kPanel - 1) / kPanel;
   const int64_t work = rows.m * w.k_padded * kPanel;
-  const TileShape bf16 = compute == int64_t(Compute::bf16) ? table.tile_bf16(rows.m) : TileShape{0, 0, 0};
+  const TileShape bf16 = compute == int64_t(Compute::bf16) ? table.tile_bf16(rows.m) : TileShape{0, 0};
   const auto scratch = [] { return kernel_scratch.get<char>(kScratchBytes); };
   if (compute == int64_t(Compute::int8)) {
     const QuantizedRows q = quantize(table, rows, table.tile_i8(rows.m, w.group), w.group);
@@ -285,7 +284,7 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const 
 std::tuple<Tensor, Tensor> quantize_activations(const Tensor& x) {
   std::optional<Tensor> holder;
   const Rows rows = check_rows("cpullm::quantize_activations", x, holder);
-  const QuantizedRows q = quantize(kernels(), rows, {1, kStep, 0}, kActBlock);  // plain rows, one segment per block
+  const QuantizedRows q = quantize(kernels(), rows, {1, kStep}, kActBlock);  // plain rows, one segment per block
   const int64_t q_size[] = {q.m, q.k_padded}, s_size[] = {q.m, q.blocks};
   Tensor values = empty_cpu(q_size, 2, ScalarType::Int), scale = empty_cpu(s_size, 2, ScalarType::Float);
   auto* to = static_cast<int32_t*>(values.mutable_data_ptr());

@@ -23,12 +23,12 @@ ROWS = {
     7: "one below a tile of 8; two even tiles of 4 and 3",
     8: "the last count that every level reads packed",
     9: "the first that wide levels unpack",
-    14: "a full tile of the 14-row kernel",
-    15: "one more: tiles of 8 and 7",
+    14: "tiles of 5, 5 and 4 on avx512",
+    15: "three full tiles of avx512",
     16: "kMaxTile",
     17: "an odd count over kMaxTile",
-    29: "the first that avx512 takes in tiles of its own at small groups; an uneven last tile",
-    33: "three tiles, the last one short",
+    29: "an uneven last tile",
+    33: "several tiles, the last one short",
 }
 
 

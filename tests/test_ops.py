@@ -70,17 +70,17 @@ def test_linear(case, compute, isa):
 
 @pytest.mark.parametrize(("form", "bits"), [("sym", 4), ("zero", 4), ("minimum", 4), ("sym", 8)])
 @pytest.mark.parametrize("group", [32, 64, 96, 128, 192, -1])
-def test_many_rows_have_the_bits_of_few(form, bits, group, isa):
-    """Prompts have kernels of their own: rows of every remainder, blocks where one input outgrows the others, more
-    inputs than are unpacked at a time.
+def test_many_rows_have_the_bits_of_one(form, bits, group, isa):
+    """Tiles of every number of rows, full and short ones, one and more blocks of rows: a row has the bits it has alone,
+    from another kernel. Blocks where one input outgrows the others, more inputs than in a run.
     """
     case = Case("many rows", n=72, k=672, group=group, form=form, bits=bits)
     weight, x, bias, perm = tensors(case, 519)
     x[::3, 5] *= 40
     x[1::5, 200:204] *= -30
-    few = torch.cat([ops.linear(part, weight, bias, perm) for part in x.split(9)])
-    for m in (29, 30, 31, *range(64, 71), *range(96, 103), 518, 519):  # 518: most rows of a block, 519: two even ones
-        assert torch.equal(ops.linear(x[:m], weight, bias, perm), few[:m]), f"m={m}"
+    alone = torch.cat([ops.linear(row, weight, bias, perm) for row in x.split(1)])
+    for m in (*range(2, 65), 97, 512, 519):
+        assert torch.equal(ops.linear(x[:m], weight, bias, perm), alone[:m]), f"m={m}"
 
 
 def test_the_grid_holds_what_it_promises():

@@ -50,7 +50,7 @@ void configure(int64_t step) {
 
 TileShape tile_rows(int64_t m, int64_t group) {
   const int64_t least = group % kTileK ? kHalfTileRows : kFullTileRows;
-  return m < least ? few_rows_tile(m, group) : TileShape{kTile, kTileK, 0};
+  return m < least ? few_rows_tile(m, group) : TileShape{kTile, kTileK};
 }
 
 // One segment of inputs of a panel, the same for every row.
@@ -251,7 +251,7 @@ constexpr int64_t kBf16K = 32;  // inputs of a tile
 constexpr int64_t kLeastBlockRows = 128;
 constexpr int64_t kBf16Least = 16;  // fewer rows are faster in fp32
 
-TileShape tile_rows_bf16(int64_t m) { return m < kBf16Least ? TileShape{} : TileShape{kTile, kBf16K, 0}; }
+TileShape tile_rows_bf16(int64_t m) { return m < kBf16Least ? TileShape{} : TileShape{kTile, kBf16K}; }
 
 // 32 rows x 32 columns: sums in tiles 0-3, rows in 4 and 5, pairs of weights in 6 and 7.
 void bf16_two(const uint16_t* a, const uint16_t* b, int64_t a_tile, int64_t k, float* y) {

@@ -12,7 +12,7 @@
 #include "linear_f32-inl.h"
 #include "lanes-inl.h"
 #include "limits-inl.h"
-#include "linear_i8-inl.h"
+#include "tile_i8-inl.h"
 //
 #include "weights-inl.h"
 

@@ -13,7 +13,7 @@
 #include "lanes-inl.h"
 #include "limits-inl.h"
 #include "linear_i8-inl.h"
-#include "dot_many_avx512.h"
+#include "dot_run_avx512.h"
 //
 #include "dot_bf16_avx512.h"
 #include "linear_bf16-inl.h"
@@ -29,7 +29,7 @@ constexpr int64_t kBf16Tile = 14, kBf16Least = 8;  // rows of a tile; fewer rows
 constexpr int64_t kBf16Unit = 2;  // inputs of a row side by side
 
 TileShape tile_rows_bf16(int64_t m) {
-  return m < kBf16Least ? TileShape{} : TileShape{even_tile(m, kBf16Tile), kBf16Unit, 0};
+  return m < kBf16Least ? TileShape{} : TileShape{even_tile(m, kBf16Tile), kBf16Unit};
 }
 
 void bf16_tile(int64_t rows, const uint16_t* w, const uint16_t* x, int64_t x_step, int64_t next, int64_t pairs,
@@ -65,24 +65,26 @@ void linear_bf16(const Weight& w, const Bf16Rows& x, const Output& out, Range pa
                   });
 }
 
-// Many rows have tiles of their own: from these counts on they are faster (measured on Zen 4).
-TileShape tile_rows_i8_avx512(int64_t m, int64_t group) {
-  const int64_t least = group < 64 ? 29 : group < kActBlock ? 64 : 96;
-  return m >= least ? TileShape{even_tile(m, kManyRows), kStep, 128} : tile_rows_i8(m, group);
-}
+TileShape tile_rows_i8(int64_t m, int64_t) { return {even_tile(m, kRunRows), kStep}; }
 
-void linear_i8_avx512(const Weight& w, const QuantizedRows& x, const Output& out, Range panels, void* scratch) {
-  x.bias ? linear_i8_many(w, x, out, panels, scratch) : linear_i8(w, x, out, panels, scratch);
+void linear_i8(const Weight& w, const QuantizedRows& x, const Output& out, Range panels, void* scratch) {
+  if (x.m == 1) return linear_row_i8(w, x, out, panels);
+  if (w.bits == 8) return linear_i8_runs<false, Zeros::symmetric>(w, x, out, panels, scratch);
+  switch (w.form) {
+    case Zeros::symmetric: return linear_i8_runs<true, Zeros::symmetric>(w, x, out, panels, scratch);
+    case Zeros::integer: return linear_i8_runs<true, Zeros::integer>(w, x, out, panels, scratch);
+    default: return linear_i8_runs<true, Zeros::minimum>(w, x, out, panels, scratch);
+  }
 }
 
 }  // namespace
 
 void use_avx512(Kernels& k) {
-  k.tile_i8 = tile_rows_i8_avx512;
+  k.tile_i8 = tile_rows_i8;
   k.tile_f32 = tile_rows_f32;
   k.quantize_rows = quantize_rows;
   k.load_rows = load_rows;
-  k.linear_i8 = linear_i8_avx512;
+  k.linear_i8 = linear_i8;
   k.linear_f32 = linear_f32;
   if (cpu_has_avx512_bf16()) {
     k.tile_bf16 = tile_rows_bf16;

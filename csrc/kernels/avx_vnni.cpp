@@ -6,7 +6,7 @@
 #include "rows-inl.h"
 //
 #include "limits-inl.h"
-#include "linear_i8-inl.h"
+#include "tile_i8-inl.h"
 
 namespace cpullm {
 

@@ -1,5 +1,5 @@
 // vdpbf16ps tiles, for CPUs with AVX512_BF16: sums [R, 32] += rows x [.., 2] times pairs of bf16 weights. In assembly for
-// the reason that dot_avx512.h gives. Registers: zmm0-27 sums of row i in 2i and 2i + 1, zmm28-29 weights, zmm30 two
+// the reason that dot_run_avx512.h gives. Registers: zmm0-27 sums of row i in 2i and 2i + 1, zmm28-29 weights, zmm30 two
 // inputs of a row; general ones: 6 operands.
 #pragma once
 

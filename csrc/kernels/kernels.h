@@ -51,7 +51,7 @@ struct Rows {
 // row-major); the last tile may be short: its missing rows exist in memory with scale and minus zero.
 // A segment is a run of inputs inside one weight group and one activation block; segments(..) counts them.
 struct QuantizedRows {
-  int8_t* q;             // [tiles, ceil(k_padded/unit), tile, unit], -127..127 (+ bias); 0 (+ bias) where j >= k
+  int8_t* q;             // [tiles, ceil(k_padded/unit), tile, unit], -127..127; 0 where j >= k
   float* scale;          // [tiles, blocks, tile], blocks = ceil(k_padded / kActBlock)
   int32_t* minus;        // [tiles, segments, tile]: -sum of the segment's values, the one apart included; fits int16
   int32_t* apart;  // [tiles, segments, tile]: value << 8 | input - segment's begin; only where apart_rows says so
@@ -59,14 +59,11 @@ struct QuantizedRows {
   int64_t m, k_padded, blocks, tile, unit;
   int64_t group;  // of the weights to come
   int64_t segments;
-  int bias;  // 128: q holds value + 128 as uint8
 };
 
-// How a level wants the rows of a product interleaved: 1..kMaxTile rows, kStep or 64 inputs at a time; int8 rows with a
-// bias of 0 or 128.
+// How a level wants the rows of a product interleaved: 1..kMaxTile rows, kStep or 64 inputs at a time.
 struct TileShape {
   int64_t tile, unit;
-  int bias;
 };
 
 // fp32 activations, interleaved: x is [ceil(m/tile), k_padded, tile]; zero where j >= k.

@@ -63,7 +63,7 @@ namespace {
 
 int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
-TileShape plain_rows(int64_t, int64_t) { return {1, kStep, 0}; }
+TileShape plain_rows(int64_t, int64_t) { return {1, kStep}; }
 
 int64_t one_row(int64_t) { return 1; }
 

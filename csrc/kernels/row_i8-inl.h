@@ -108,9 +108,10 @@ struct Row {
   }
 };
 
-// kChunks: chunks of every segment of a full block; 0: segments of any length.
+// kChunks: chunks of every segment of a full block; 0: segments of any length. Not inlined: a caller's numbers would take
+// registers from its loops.
 template <Codes kCodes, Zeros kForm, Float kScale, int kChunks>
-void row_i8(const TileArgs& a) {
+[[gnu::noinline]] void row_i8(const TileArgs& a) {
   using S = Simd;
   using R = Row<kCodes, kForm, kScale>;
   constexpr int H = R::H, L = R::L;

@@ -131,8 +131,6 @@ static inline BlockParams block_params(const float* v, int64_t width) {
         }
         out.minus[segment * out.tile + lane] = -sum;
       }
-      if (out.bias)
-        for (int64_t j = 0; j < width; ++j) q[j] = int8_t(q[j] ^ 0x80);
       int8_t* to = row_q + j0 * out.tile;
       if (out.tile == 1) {
         memcpy(to, q, size_t(width));

@@ -15,9 +15,9 @@ struct SegmentEnd {
   float* block;  // [R, 32] from the pass's first column on: chain of the activation block
   float* y;  // the same of the output
   const int32_t* start;  // [R, C], 64-byte aligned: what the dot products start from; null: zero
-  const int32_t*
-      begin;  // [R]: what all sums of a row start from besides: `minus` times the zero point all columns share,
-  // which then is not subtracted at the end; null: they have their own. Where Simd::kSharedZero.
+  // [R]: what all sums of a row start from besides: `minus` times the zero point all columns share, which then is not
+  // subtracted at the end; null: they have their own.
+  const int32_t* begin;
   int32_t first, last;  // whether the segment is the first and the last one of its block
 };
 

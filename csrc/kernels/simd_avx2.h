@@ -188,8 +188,6 @@ struct Simd {
     }
   }
 
-  static constexpr bool kSharedZero = true;  // see SegmentEnd::begin
-
 #ifdef CPULLM_VNNI
   static constexpr const char* kName = "avx_vnni";
   static constexpr int kBias8 = 128;

@@ -7,7 +7,6 @@
 
 #include <immintrin.h>
 
-#include "dot_avx512.h"
 #include "half.h"
 #include "kernels.h"
 
@@ -166,12 +165,6 @@ struct Simd {
     lo = _mm512_loadu_si512(block);
     hi = _mm512_loadu_si512(block + 64);
   }
-  static void unpack4(const uint8_t* block, uint8_t* out) {
-    I lo, hi;
-    load_packed4(block, 0, lo, hi);
-    _mm512_storeu_si512(out, lo);
-    _mm512_storeu_si512(out + 64, hi);
-  }
 
   // Four inputs of one row, broadcast to every lane.
   static I broadcast4(const int8_t* p) {
@@ -187,12 +180,6 @@ struct Simd {
     void end_chunk() {}
     I result() const { return acc; }
   };
-  template <int R, Codes kCodes>
-  static void segment(const uint8_t* codes, int, const int8_t* x, int64_t x_step, int64_t steps,
-                      const SegmentEnd& end) {
-    segment_avx512<R, kCodes == Codes::packed4>(codes, x, x_step, steps, end);
-  }
-  static constexpr bool kSharedZero = true;  // see SegmentEnd::begin
   static constexpr int kBias8 = 128;  // what the int8 dot product leaves in: codes are value + 128
 
   // fp32 values of four consecutive inputs from packed codes: lane c, input i.
@@ -204,8 +191,8 @@ struct Simd {
   static F code8_to_float(I v) { return _mm512_cvtepi32_ps(_mm512_and_si512(v, _mm512_set1_epi32(255))); }
   static I load_packed4_raw(const uint8_t* block, int) { return _mm512_loadu_si512(block); }
 
-  // Rows per tile, and up to how many rows the packed codes are read directly instead of unpacked first.
-  static constexpr int kTileRows = 14, kPackedRows = 1 << 30, kFloatRows = 12, kFloatPackedRows = 4;
+  // fp32 products: rows per tile, and up to how many rows the packed codes are read directly instead of unpacked first.
+  static constexpr int kFloatRows = 12, kFloatPackedRows = 4;
   // Attention: rows of a tile, rows that read keys and values at a time as they are, and up to how many rows of a
   // kv head do so: the conversion of blocks would not pay.
   static constexpr int kQueryRows = 12, kDirectRows = 4, kDirectMost = 8;

@@ -1,12 +1,10 @@
 // Many rows, R at a time, times unpacked codes: what tile_i8 does, arranged so that next to nothing is left to do between
 // the segments. At groups of 32 a segment is some 55 cycles of the avx2 level, and tile_i8's bookkeeping of 120
-// instructions took a third of the time. Included by linear_i8-inl.h; the same chain, bit for bit.
+// instructions took a third of the time. Included by tile_i8-inl.h; the same chain, bit for bit.
 #pragma once
 
 namespace cpullm {
 namespace {
-
-constexpr int64_t kMostSegments = kBlockK / kChunk;
 
 // The segments of [k_begin, k_end): all tiles of a panel share them. Returns their count.
 inline int64_t block_segments(int64_t k_begin, int64_t k_end, int64_t group, BlockSegment* out) {

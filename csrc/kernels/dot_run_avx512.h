@@ -1,0 +1,302 @@
+// Tiles of the avx512 level, 2 rows and more: a run of segments of a tile is one piece of assembly, in which int32 sums,
+// the fp32 chain of the activation block and that of the output never leave the registers. The chain of ref.cpp, bit for
+// bit in what comes out.
+//
+// In assembly because GCC 12 moves and spills sums kept in arrays by intrinsics. 4 or 5 rows x 32 columns is what fits: of
+// 8 rows the chains are in memory, where a store of 64 bytes takes two cycles of Zen 4; that cost 15 % at group 32.
+// Nibbles are parted once per tile, on units that the dot products leave free. All tiles pass over the codes of a run, in
+// L1, before the next run, and meanwhile each asks for its share of that one's.
+// Bound on Zen 4, where dot products and fma share two units: 64 of 74 slots at group 32 and 4 rows, 86 %; 94 % at 128.
+// A block's chain starts from +0 instead of the first product: an output may differ only where that is -0, and sums of
+// outputs start from +0, which takes either.
+// Registers: zmm0-9 sums of row i in 2i and 2i + 1; zmm10-19 the block's chains; zmm20-29 the output's, but zmm28 of up
+// to 4 rows the mask 15; zmm30-31 codes of 16 columns each, zero points, scales, minima. Inputs come from memory.
+#pragma once
+
+#include <immintrin.h>
+
+namespace cpullm {
+namespace {
+
+constexpr int kRunRows = 5;  // most rows of a tile
+constexpr int64_t kRunBytes = 8192;  // codes of a run: with the next ones, half of L1
+
+// One segment of a run.
+struct RunSegment {
+  int32_t steps;  // inputs / 4, a multiple of 8
+  int32_t ends_block;  // whether it is the last one of its activation block
+  int32_t ends_group;  // the same of its group: kPanel, else 0
+  int32_t begin;  // its first input, counted from the run's
+};
+
+// What a run needs besides.
+struct Run {
+  const RunSegment* end;
+  float* y;  // [rows, 32], 64-byte aligned
+  const uint16_t* scales;  // [groups, 32] from the run's first group on
+  const void* zeros;  // the same
+  const int32_t* apart;  // [segments that have some, rows, 32], 64-byte aligned: inputs kept apart times their codes
+  int64_t bf16;  // whether scales and minima are
+  int64_t mask;
+};
+static_assert(__builtin_offsetof(Run, y) == 8 && __builtin_offsetof(Run, scales) == 16 &&
+                  __builtin_offsetof(Run, zeros) == 24 && __builtin_offsetof(Run, apart) == 32 &&
+                  __builtin_offsetof(Run, bf16) == 40 && __builtin_offsetof(Run, mask) == 48 &&
+                  __builtin_offsetof(RunSegment, ends_block) == 4 && __builtin_offsetof(RunSegment, ends_group) == 8 &&
+                  sizeof(RunSegment) == 16,
+              "as the assembly has them");
+
+// clang-format off
+#define CPULLM_END "(%[run])"
+#define CPULLM_Y "8(%[run])"
+#define CPULLM_SCALES "16(%[run])"
+#define CPULLM_ZEROS "24(%[run])"
+#define CPULLM_PRODUCTS "32(%[run])"
+#define CPULLM_BF16 "40(%[run])"
+#define CPULLM_MASK "48(%[run])"
+#define CPULLM_EACH(ROW) \
+  ROW(0, 0, 1, 10, 11, 20, 21) ROW(1, 2, 3, 12, 13, 22, 23) ROW(2, 4, 5, 14, 15, 24, 25) ROW(3, 6, 7, 16, 17, 26, 27) \
+  ROW(4, 8, 9, 18, 19, 28, 29)
+#define CPULLM_IF(i, ...) ".if %c[rows] > " #i "\n" __VA_ARGS__ ".endif\n"
+#define CPULLM_LOAD(i, a, b, c, d, e, f) \
+  CPULLM_IF(i, "vmovaps 128*" #i "(%[p]), %%zmm" #e "\nvmovaps 128*" #i "+64(%[p]), %%zmm" #f "\n")
+#define CPULLM_KEEP(i, a, b, c, d, e, f) \
+  CPULLM_IF(i, "vmovaps %%zmm" #e ", 128*" #i "(%[p])\nvmovaps %%zmm" #f ", 128*" #i "+64(%[p])\n")
+#define CPULLM_CLEAR(i, a, b, c, d, e, f) \
+  CPULLM_IF(i, "vpxord %%zmm" #c ", %%zmm" #c ", %%zmm" #c "\nvpxord %%zmm" #d ", %%zmm" #d ", %%zmm" #d "\n")
+// What sums start from: minus times the zero point, in the minimum form 0.
+#define CPULLM_START(i, a, b, c, d, e, f)                                                                     \
+  CPULLM_IF(i, ".if %c[form] == 0\n"                                                                          \
+               "vpslld $(7-4*%c[packed]), 4*" #i "(%[minus])%{1to16%}, %%zmm" #a "\n"                         \
+               "vmovdqa64 %%zmm" #a ", %%zmm" #b "\n.elseif %c[form] == 1\n"                                   \
+               "vpbroadcastd 4*" #i "(%[minus]), %%zmm" #a "\nvpmaddwd %%zmm31, %%zmm" #a ", %%zmm" #b "\n"    \
+               "vpmaddwd %%zmm30, %%zmm" #a ", %%zmm" #a "\n.else\n"                                           \
+               "vpxord %%zmm" #a ", %%zmm" #a ", %%zmm" #a "\nvpxord %%zmm" #b ", %%zmm" #b ", %%zmm" #b "\n.endif\n")
+#define CPULLM_DOT(i, a, b, c, d, e, f)                                        \
+  CPULLM_IF(i, "vpdpbusd 4*" #i "(%[x])%{1to16%}, %%zmm30, %%zmm" #a "\n"      \
+               "vpdpbusd 4*" #i "(%[x])%{1to16%}, %%zmm31, %%zmm" #b "\n")
+#define CPULLM_PART(mask) \
+  "vpandd " mask ", %%zmm31, %%zmm30\nvpsrlw $4, %%zmm31, %%zmm31\nvpandd " mask ", %%zmm31, %%zmm31\n"
+#define CPULLM_STEP(s)                                                                                        \
+  ".if %c[packed]\nvmovdqu64 64*" #s "(%[codes]), %%zmm31\n"                                                  \
+  ".if %c[rows] > 4\n" CPULLM_PART(CPULLM_MASK "%{1to16%}") ".else\n" CPULLM_PART("%%zmm28") ".endif\n"       \
+  "prefetcht0 (%[ask])\n.if %c[alone]\nprefetcht1 8192(%[ask])\n.endif\nadd %[ask_step], %[ask]\n.else\n"     \
+  "vmovdqu64 128*" #s "(%[codes]), %%zmm30\nvmovdqu64 128*" #s "+64(%[codes]), %%zmm31\n"                     \
+  "prefetcht0 (%[ask])\nprefetcht0 (%[ask],%[ask_step])\n"                                                    \
+  ".if %c[alone]\nprefetcht1 8192(%[ask])\nprefetcht1 8192(%[ask],%[ask_step])\n.endif\n"                     \
+  "lea (%[ask],%[ask_step],2), %[ask]\n.endif\n" CPULLM_EACH(CPULLM_DOT) "add %[x_step], %[x]\n"
+#define CPULLM_APART(i, a, b, c, d, e, f) \
+  CPULLM_IF(i, "vpaddd 128*" #i "(%[p]), %%zmm" #a ", %%zmm" #a "\nvpaddd 128*" #i "+64(%[p]), %%zmm" #b ", %%zmm" #b "\n")
+#define CPULLM_FLOAT(i, a, b, c, d, e, f) \
+  CPULLM_IF(i, "vcvtdq2ps %%zmm" #a ", %%zmm" #a "\nvcvtdq2ps %%zmm" #b ", %%zmm" #b "\n")
+#define CPULLM_CHAIN(i, a, b, c, d, e, f) \
+  CPULLM_IF(i, "vfmadd231ps %%zmm30, %%zmm" #a ", %%zmm" #c "\nvfmadd231ps %%zmm31, %%zmm" #b ", %%zmm" #d "\n")
+#define CPULLM_MINIMUM(i, a, b, c, d, e, f)                                       \
+  CPULLM_IF(i, "vcvtdq2ps 4*" #i "(%[minus])%{1to16%}, %%zmm" #a "\n"             \
+               "vfnmadd231ps %%zmm30, %%zmm" #a ", %%zmm" #c "\nvfnmadd231ps %%zmm31, %%zmm" #a ", %%zmm" #d "\n")
+#define CPULLM_BLOCK(i, a, b, c, d, e, f)                                                \
+  CPULLM_IF(i, "vfmadd231ps 4*" #i "(%[x_scale])%{1to16%}, %%zmm" #c ", %%zmm" #e "\n"   \
+               "vfmadd231ps 4*" #i "(%[x_scale])%{1to16%}, %%zmm" #d ", %%zmm" #f "\n")
+// Scales or minima of the group, from p on.
+#define CPULLM_WIDEN                                                                                    \
+  "cmpl $0, " CPULLM_BF16 "\nje 4f\n"                                                                   \
+  "vpmovzxwd (%[p],%[at],2), %%zmm30\nvpmovzxwd 32(%[p],%[at],2), %%zmm31\n"                            \
+  "vpslld $16, %%zmm30, %%zmm30\nvpslld $16, %%zmm31, %%zmm31\njmp 5f\n"                                \
+  "4:\nvcvtph2ps (%[p],%[at],2), %%zmm30\nvcvtph2ps 32(%[p],%[at],2), %%zmm31\n5:\nprefetcht0 256(%[p],%[at],2)\n"
+
+// R rows x [steps, tile, 4] times the run's codes. All pointers stand at the run's begin: minus and x_scale [.., tile].
+// ask: codes to bring to L1 meanwhile, ask_step bytes for each 64 of codes. kAlone: no other tile is there, memory is what
+// the run waits for: those of the run after to L2, on whose way may be more lines than on that to L1.
+template <int R, bool kPacked, Zeros kForm, bool kAlone>
+inline void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const int32_t* minus, const float* x_scale,
+                    const RunSegment* segment, const uint32_t* apart_rows, const uint8_t* ask, int64_t ask_step,
+                    Run& run) {
+  static_assert(R >= 1 && R <= kRunRows && kChunk % (8 * kStep) == 0, "sums and chains fit, steps come in eights");
+  const void* p;
+  int64_t steps, at = 0;
+  __asm__ volatile(
+      "mov " CPULLM_Y ", %[p]\n" CPULLM_EACH(CPULLM_LOAD)
+      ".if %c[rows] <= 4\nvpbroadcastd " CPULLM_MASK ", %%zmm28\n.endif\n"
+      "0:\n" CPULLM_EACH(CPULLM_CLEAR)
+      "1:\n"
+      "mov (%[segment]), %k[steps]\n"
+      ".if %c[form] == 1\nmov " CPULLM_ZEROS ", %[p]\n"
+      "vpmovzxbd (%[p],%[at]), %%zmm30\nvpmovzxbd 16(%[p],%[at]), %%zmm31\nprefetcht0 128(%[p],%[at])\n.endif\n"
+      CPULLM_EACH(CPULLM_START)
+      ".p2align 5\n2:\n"
+      CPULLM_STEP(0) CPULLM_STEP(1) CPULLM_STEP(2) CPULLM_STEP(3)
+      CPULLM_STEP(4) CPULLM_STEP(5) CPULLM_STEP(6) CPULLM_STEP(7)
+      "add $512*(2-%c[packed]), %[codes]\n"
+      "sub $8, %k[steps]\n"
+      "jnz 2b\n"
+      "cmpl $0, (%[apart_rows])\n"
+      "jne 8f\n"
+      "3:\n"
+      "add $4, %[apart_rows]\n" CPULLM_EACH(CPULLM_FLOAT)
+      "mov " CPULLM_SCALES ", %[p]\n" CPULLM_WIDEN CPULLM_EACH(CPULLM_CHAIN)
+      ".if %c[form] == 2\n"
+      "mov " CPULLM_ZEROS ", %[p]\n" CPULLM_WIDEN CPULLM_EACH(CPULLM_MINIMUM) ".endif\n"
+      "add %[x_step], %[minus]\n"
+      "movslq 8(%[segment]), %[p]\n"
+      "add %[p], %[at]\n"
+      "cmpl $0, 4(%[segment])\n"
+      "lea 16(%[segment]), %[segment]\n"
+      "je 1b\n" CPULLM_EACH(CPULLM_BLOCK)
+      "add %[x_step], %[x_scale]\n"
+      "cmp " CPULLM_END ", %[segment]\n"
+      "jne 0b\n"
+      "jmp 9f\n"
+      "8:\n"
+      "mov " CPULLM_PRODUCTS ", %[p]\n" CPULLM_EACH(CPULLM_APART)
+      "addq $128*%c[rows], " CPULLM_PRODUCTS "\n"
+      "jmp 3b\n"
+      "9:\n"
+      "mov " CPULLM_Y ", %[p]\n" CPULLM_EACH(CPULLM_KEEP)
+      : [codes] "+&r"(codes), [x] "+&r"(x), [segment] "+&r"(segment), [x_scale] "+&r"(x_scale), [minus] "+&r"(minus),
+        [apart_rows] "+&r"(apart_rows), [ask] "+&r"(ask), [at] "+&r"(at), [p] "=&r"(p), [steps] "=&r"(steps)
+      : [run] "r"(&run), [x_step] "r"(tile * kStep), [ask_step] "r"(ask_step), [rows] "i"(R), [packed] "i"(int(kPacked)),
+        [form] "i"(int(kForm)), [alone] "i"(int(kAlone))
+      : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12",
+        "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24",
+        "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31", "memory", "cc");
+}
+#undef CPULLM_END
+#undef CPULLM_Y
+#undef CPULLM_SCALES
+#undef CPULLM_ZEROS
+#undef CPULLM_PRODUCTS
+#undef CPULLM_BF16
+#undef CPULLM_MASK
+#undef CPULLM_EACH
+#undef CPULLM_IF
+#undef CPULLM_LOAD
+#undef CPULLM_KEEP
+#undef CPULLM_CLEAR
+#undef CPULLM_START
+#undef CPULLM_DOT
+#undef CPULLM_PART
+#undef CPULLM_STEP
+#undef CPULLM_APART
+#undef CPULLM_FLOAT
+#undef CPULLM_CHAIN
+#undef CPULLM_MINIMUM
+#undef CPULLM_BLOCK
+#undef CPULLM_WIDEN
+// clang-format on
+
+constexpr int64_t kRunSegments = kRunBytes / (16 * kChunk);
+
+// The segments of inputs [k0, k1). Returns their count.
+inline int64_t run_segments(int64_t k0, int64_t k1, int64_t group, RunSegment* out) {
+  const RunSegment* const first = out;
+  int64_t group_end = (k0 / group + 1) * group;
+  for (int64_t k = k0; k < k1; ++out) {
+    const int64_t block_end = min_of((k / kActBlock + 1) * kActBlock, k1), end = min_of(group_end, block_end);
+    *out = {int32_t((end - k) / kStep), end == block_end, end == group_end ? int32_t(kPanel) : 0, int32_t(k - k0)};
+    k = end;
+    if (k == group_end) group_end += group;
+  }
+  return out - first;
+}
+
+// to [segments that have some, rows, 32] = inputs kept apart times their codes.
+template <Codes kCodes>
+inline void run_apart(const RunSegment* segments, int64_t count, const uint32_t* apart_rows, const int32_t* apart,
+                      int64_t tile, int64_t rows, const uint8_t* codes, int32_t* to) {
+  using S = Simd;
+  static_assert(kRunSegments <= 16, "one vector of words");
+  const __m512i words = _mm512_maskz_loadu_epi32(__mmask16((1u << count) - 1), apart_rows);
+  for (uint32_t some = _mm512_test_epi32_mask(words, words); some; some &= some - 1) {
+    const int64_t s = __builtin_ctz(some);
+    for (int64_t r = 0; r < rows; ++r, to += kPanel) {
+      S::I lo = S::izero(), hi = S::izero();
+      if (apart_rows[s] >> r & 1) {
+        const int32_t value = apart[s * tile + r];
+        code_column<kCodes>(codes, segments[s].begin + (value & 255), 0, lo, hi);
+        lo = S::imul16(lo, value >> 8);
+        hi = S::imul16(hi, value >> 8);
+      }
+      S::store_i32(to, lo);
+      S::store_i32(to + 16, hi);
+    }
+  }
+}
+
+template <bool kPacked, Zeros kForm, bool kAlone>
+void dot_run(int64_t rows, const uint8_t* codes, const int8_t* x, int64_t tile, const int32_t* minus,
+             const float* x_scale, const RunSegment* segments, const uint32_t* apart_rows, const uint8_t* ask,
+             int64_t ask_step, Run& run) {
+  switch (rows) {
+    case 1:
+      return dot_run<1, kPacked, kForm, kAlone>(codes, x, tile, minus, x_scale, segments, apart_rows, ask, ask_step,
+                                                run);
+    case 2:
+      return dot_run<2, kPacked, kForm, kAlone>(codes, x, tile, minus, x_scale, segments, apart_rows, ask, ask_step,
+                                                run);
+    case 3:
+      return dot_run<3, kPacked, kForm, kAlone>(codes, x, tile, minus, x_scale, segments, apart_rows, ask, ask_step,
+                                                run);
+    case 4:
+      return dot_run<4, kPacked, kForm, kAlone>(codes, x, tile, minus, x_scale, segments, apart_rows, ask, ask_step,
+                                                run);
+    case 5:
+      return dot_run<5, kPacked, kForm, kAlone>(codes, x, tile, minus, x_scale, segments, apart_rows, ask, ask_step,
+                                                run);
+    default: __builtin_trap();  // a tile this level does not make
+  }
+}
+
+struct alignas(64) RunScratch {
+  int32_t apart[kRunSegments * kRunRows * kPanel];
+  float y[(kBlockRows + kRunRows) * kPanel];
+};
+static_assert(sizeof(RunScratch) <= kScratchBytes, "scratch memory must hold it");
+
+// linear_i8 of 2 and more rows.
+template <bool kPacked, Zeros kForm>
+void linear_i8_runs(const Weight& w, const QuantizedRows& x, const Output& out, Range panels, void* scratch) {
+  auto& mine = *static_cast<RunScratch*>(scratch);
+  constexpr Codes kCodes = kPacked ? Codes::packed4 : Codes::u8;
+  constexpr int64_t kBytes = kPacked ? 16 : 32;  // of an input's codes
+  constexpr int64_t kRunK = kRunBytes / kBytes;
+  constexpr int64_t kZeroBytes = kForm == Zeros::integer ? 1 : 2;
+  const int64_t block_rows = even_tile((x.m + x.tile - 1) / x.tile, rows_per_block(x) / x.tile) * x.tile;
+  RunSegment segments[kRunSegments];
+  Run run{};
+  run.bf16 = w.scale_type == Float::bf16;
+  run.mask = 0x0f0f0f0f;
+  for (int64_t row0 = 0; row0 < x.m; row0 += block_rows) {
+    const int64_t row_end = min_of(row0 + block_rows, x.m), tiles = (row_end - row0 + x.tile - 1) / x.tile;
+    const int64_t ask_step = (63 + tiles) / tiles;
+    int64_t inputs = 0, count = 0;  // of the segments
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+      const uint8_t* codes = w.codes + panel * w.k_padded * kBytes;
+      memset(mine.y, 0, size_t(row_end - row0) * kPanel * sizeof(float));
+      for (int64_t k0 = 0, first = 0; k0 < w.k_padded; k0 += kRunK, first += count) {
+        const int64_t k1 = min_of(k0 + kRunK, w.k_padded);
+        if (kRunK % w.group || k1 - k0 != inputs) count = run_segments(k0, k1, w.group, segments);
+        inputs = k1 - k0;
+        run.end = segments + count;
+        const int64_t at = (panel * w.groups + k0 / w.group) * kPanel;
+        run.scales = w.scales + at;
+        if (kForm != Zeros::symmetric) run.zeros = static_cast<const char*>(w.zeros) + at * kZeroBytes;
+        const uint8_t* ask = codes + kRunBytes;
+        for (int64_t r = row0; r < row_end; r += x.tile, ask += inputs * kBytes / 64 * ask_step) {
+          const int64_t rows = min_of(x.tile, x.m - r), s = r * x.segments + first * x.tile;
+          const uint32_t* apart_rows = x.apart_rows + r / x.tile * x.segments + first;
+          run.apart = mine.apart;
+          run_apart<kCodes>(segments, count, apart_rows, x.apart + s, x.tile, rows, codes, mine.apart);
+          run.y = mine.y + (r - row0) * kPanel;
+          const auto multiply = tiles == 1 ? dot_run<kPacked, kForm, true> : dot_run<kPacked, kForm, false>;
+          multiply(rows, codes, x.q + r * x.k_padded + k0 * x.tile, x.tile, x.minus + s,
+                   x.scale + r * x.blocks + k0 / kActBlock * x.tile, segments, apart_rows, ask, ask_step, run);
+        }
+        codes += inputs * kBytes;
+      }
+      for (int64_t r = row0; r < row_end; ++r) store_panel(out, w.n, r, panel, mine.y + (r - row0) * kPanel);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace cpullm
