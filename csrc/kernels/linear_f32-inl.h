@@ -90,6 +90,67 @@ void direct_f32(const Weight& w, const float* x, int64_t tile, int64_t panel, fl
   }
 }
 
+// The codes of four inputs of two vectors of columns, less the symmetric zero point: a byte per input, of 4-bit codes 16
+// times that.
+template <int kBits>
+static inline void signed_bytes(const uint8_t* block, int half, Simd::I v[2]) {
+  using S = Simd;
+  const S::I zero = S::iset1(int(0x80808080)), high = S::iset1(int(0xf0f0f0f0));
+  if (kBits == 4) {
+    const S::I both = S::load_packed4_raw(block, half);
+    v[0] = S::ixor(S::iand(S::shift_left(both, 4), high), zero);
+    v[1] = S::ixor(S::iand(both, high), zero);
+  } else {
+    S::load_u8(block, half, v[0], v[1]);
+    for (int i = 0; i < 2; ++i) v[i] = S::ixor(v[i], zero);
+  }
+}
+
+// One or two rows times a panel of the symmetric form. A group's inputs times whole numbers are summed first and scaled
+// once: a byte moves to the top of its lane and is converted, so a weight costs three operations instead of five, and on
+// two cores codes of 8 bits come as fast as memory gives them. Registers of one row: 4 sums, 2 totals, 4 shuffles.
+template <int R, int kBits>
+void symmetric_f32(const Weight& w, const float* x, int64_t tile, int64_t panel, float* y) {
+  using S = Simd;
+  constexpr int64_t kBytes = 16 * kBits;
+  const S::F unit = S::set1(kBits == 4 ? 0x1p-28f : 0x1p-24f);  // of what the converted bytes are multiples of
+  for (int h = 0; h < S::kHalves; ++h) {
+    S::F total[R][2];
+    for (int r = 0; r < R; ++r) total[r][0] = total[r][1] = S::zero();
+    const uint8_t* codes = w.codes + panel * (w.k_padded / kStep) * kBytes;
+    const float* p = x;
+    int64_t k = 0;
+    for (int64_t g = 0; g < w.groups; ++g) {
+      S::F sum[R][2][2];  // of even and of odd inputs
+      for (int r = 0; r < R; ++r)
+        for (int i = 0; i < 2; ++i) sum[r][i][0] = sum[r][i][1] = S::zero();
+      const int64_t end = min_of((g + 1) * w.group, w.k_padded);
+      for (; k < end; k += kStep) {
+        if (h == 0)
+          for (int64_t at = 0; at < kBytes; at += 64)
+            _mm_prefetch(reinterpret_cast<const char*>(codes) + 4096 + at, _MM_HINT_T0);
+        S::I v[2];
+        signed_bytes<kBits>(codes, h, v);
+#pragma GCC unroll 4
+        for (int j = 0; j < kStep; ++j)
+          for (int i = 0; i < 2; ++i) {
+            const S::F code = S::byte_to_float(v[i], j);
+            for (int r = 0; r < R; ++r) sum[r][i][j % 2] = S::fma(S::set1(p[j * tile + r]), code, sum[r][i][j % 2]);
+          }
+        codes += kBytes;
+        p += kStep * tile;
+      }
+      const uint16_t* const scales = w.scales + (panel * w.groups + g) * kPanel + h * S::kLanes;
+      for (int i = 0; i < 2; ++i) {
+        const S::F scale = S::mul(load_scale(scales + 16 * i, w.scale_type), unit);
+        for (int r = 0; r < R; ++r) total[r][i] = S::fma(sum[r][i][0] + sum[r][i][1], scale, total[r][i]);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < 2; ++i) S::store(y + r * kPanel + h * S::kLanes + 16 * i, total[r][i]);
+  }
+}
+
 // panel [k, 32] fp32 from the codes of inputs [k0, k1).
 template <int kBits>
 void dequantize_panel(const Weight& w, int64_t panel, int64_t k0, int64_t k1, float* out) {
@@ -157,6 +218,8 @@ void run_tile_f32(int64_t rows, const float* w, const float* x, int64_t tile, in
 
 template <int kBits>
 void run_direct_f32(int64_t rows, const Weight& w, const float* x, int64_t tile, int64_t panel, float* y) {
+  if (w.form == Zeros::symmetric && rows == 1) return symmetric_f32<1, kBits>(w, x, tile, panel, y);
+  if (w.form == Zeros::symmetric && rows == 2) return symmetric_f32<2, kBits>(w, x, tile, panel, y);
   switch (rows) {
     case 1: return direct_f32<1, kBits>(w, x, tile, panel, y);
     case 2: return direct_f32<2, kBits>(w, x, tile, panel, y);

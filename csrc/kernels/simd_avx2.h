@@ -79,6 +79,7 @@ struct Simd {
   static I imin(I a, I b) { return _mm256_min_epi32(a, b); }
   static I imax(I a, I b) { return _mm256_max_epi32(a, b); }
   static I iand(I a, I b) { return _mm256_and_si256(a, b); }
+  static I ixor(I a, I b) { return _mm256_xor_si256(a, b); }
   static I load_i32(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static void store_i32(int32_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
   static bool any_not_finite(I magnitudes) {
@@ -294,8 +295,15 @@ struct Simd {
   }
 
   static I shift_right(I v, int bits) { return _mm256_srli_epi32(v, bits); }
+  static I shift_left(I v, int bits) { return _mm256_slli_epi32(v, bits); }
   static F code4_to_float(I v) { return _mm256_cvtepi32_ps(_mm256_and_si256(v, _mm256_set1_epi32(15))); }
   static F code8_to_float(I v) { return _mm256_cvtepi32_ps(_mm256_and_si256(v, _mm256_set1_epi32(255))); }
+  // Byte `byte` of each lane, signed, times 2^24.
+  static F byte_to_float(I v, int byte) {
+    const int top = byte << 24 | 0x808080;
+    const __m128i from = _mm_setr_epi32(top, top + (4 << 24), top + (8 << 24), top + (12 << 24));
+    return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(from)));
+  }
 
   // Rows per tile, and up to how many rows the packed codes are read directly instead of unpacked first.
   static constexpr int kTileRows = 6, kPackedRows = 12, kFloatRows = 4, kFloatPackedRows = 2;

@@ -59,6 +59,7 @@ struct Simd {
   static I imin(I a, I b) { return _mm512_min_epi32(a, b); }
   static I imax(I a, I b) { return _mm512_max_epi32(a, b); }
   static I iand(I a, I b) { return _mm512_and_si512(a, b); }
+  static I ixor(I a, I b) { return _mm512_xor_si512(a, b); }
   static I load_i32(const int32_t* p) { return _mm512_loadu_si512(p); }
   static void store_i32(int32_t* p, I v) { _mm512_storeu_si512(p, v); }
   static bool any_not_finite(I magnitudes) {
@@ -184,11 +185,18 @@ struct Simd {
 
   // fp32 values of four consecutive inputs from packed codes: lane c, input i.
   static I shift_right(I v, int bits) { return _mm512_srli_epi32(v, unsigned(bits)); }
+  static I shift_left(I v, int bits) { return _mm512_slli_epi32(v, unsigned(bits)); }
   static F code4_to_float(I v) {  // the low 4 bits of each lane
     const F table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     return _mm512_permutexvar_ps(v, table);
   }
   static F code8_to_float(I v) { return _mm512_cvtepi32_ps(_mm512_and_si512(v, _mm512_set1_epi32(255))); }
+  // Byte `byte` of each lane, signed, times 2^24.
+  static F byte_to_float(I v, int byte) {
+    const int top = byte << 24 | 0x808080;
+    const I from = _mm512_set4_epi32(top + (12 << 24), top + (8 << 24), top + (4 << 24), top);
+    return _mm512_cvtepi32_ps(_mm512_shuffle_epi8(v, from));
+  }
   static I load_packed4_raw(const uint8_t* block, int) { return _mm512_loadu_si512(block); }
 
   // fp32 products: rows per tile, and up to how many rows the packed codes are read directly instead of unpacked first.
