@@ -1,7 +1,7 @@
 """The grid of the operator tests, with the reason for each size, and how to make the tensors of a case.
 
 Sizes stand around the edges of what kernels work in: panels of 32 columns, blocks of 4 inputs, chunks of 32 inputs,
-activation blocks of 32 inputs, 512 inputs unpacked at a time, tiles of at most 16 rows.
+activation blocks of 128 inputs, 512 inputs unpacked at a time, tiles of at most 16 rows.
 """
 
 from contextlib import contextmanager
@@ -21,8 +21,8 @@ ROWS = {
     2: "two rows, the last that fp32 compute dequantises in registers",
     3: "first fp32 tile that dequantises to memory",
     7: "one below a tile of 8; two even tiles of 4 and 3",
-    8: "the last count that every level reads packed",
-    9: "the first that wide levels unpack",
+    8: "the last count that fp32 compute of wide levels reads packed",
+    9: "the first that it unpacks",
     14: "tiles of 5, 5 and 4 on avx512",
     15: "three full tiles of avx512",
     16: "kMaxTile",

@@ -101,15 +101,20 @@ def test_the_grid_holds_what_it_promises():
     assert any(c.group == 128 for c in CASES)
 
 
-@pytest.mark.parametrize("compute", ["int8", "fp32"])
-def test_more_rows_than_a_row_block(compute, isa):
-    """Partial sums of at most 512 rows are kept at a time; 1,030 rows need three such blocks, none of them full."""
-    case = Case("three row blocks", 33, 160, 32, "zero")
+@pytest.mark.parametrize("k", [160, 544])
+@pytest.mark.parametrize("compute", ["int8", "bf16", "fp32"])
+def test_more_rows_than_a_row_block(compute, k, isa):
+    """Partial sums of at most 512 rows are kept at a time; 1,030 rows need three such blocks, none of them full. Of 544
+    inputs 512 are unpacked at a time.
+    """
+    case = Case("three row blocks", 33, k, 32, "zero")
     weight, x, _, _ = tensors(case, 1030)
     exact, bound, ref = expected(case, compute, 1030)
     y = ops.linear(x, weight, compute=compute)
     check_within(y, exact, bound)
     assert ref is None or torch.equal(y, ref)
+    pieces = torch.cat([ops.linear(part, weight, compute=compute) for part in x.split(103)])
+    assert torch.equal(y, pieces)
 
 
 @pytest.mark.parametrize("nibble", ["low", "high"])
@@ -310,18 +315,20 @@ def test_sign_of_zero_does_not_matter(compute, isa):
     assert torch.equal(ops.linear(x, weight, compute=compute), ops.linear(minus, weight, compute=compute))
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize(("form", "bits"), [("minimum", 4), ("sym", 4), ("sym", 8)])
 @pytest.mark.parametrize("compute", ["int8", "fp32"])
-@pytest.mark.parametrize("size", [1e-44, 1e-39, 1e-31, 1e-28, 1e-27, 1e-20, 1e20, 1e30, 1e36])
-def test_very_small_and_very_large_rows(size, compute, isa):
+@pytest.mark.parametrize("size", [1e-44, 1e-39, 1e-31, 1e-28, 1e-27, 1e-20, 1e19, 1e20, 1e30, 1e36])
+def test_very_small_and_very_large_rows(size, compute, form, bits, rows, isa):
     """Within the bound from float32's subnormals up to results near its largest; int8 flushes steps below 2^-100."""
-    weight = pack(quantized(33, 172, 64, "minimum"))
-    x = activations(5, 172)
+    weight = pack(quantized(33, 172, 64, form, bits=bits))
+    x = activations(rows, 172)
     x = x / x.abs().amax(1, keepdim=True) * size
     exact = reference.linear(x.double(), weight, compute=compute)
     limit = allowed(exact, reference.error_bound(x, weight, compute), x.dtype) + 172 * 2.0**-149
     assert bool(((ops.linear(x, weight, compute=compute) - exact).abs() <= limit).all())
     if compute == "int8" and size < 2**-100:
-        assert torch.equal(ops.linear(x, weight), torch.zeros(5, 33))
+        assert torch.equal(ops.linear(x, weight), torch.zeros(rows, 33))
 
 
 def test_half_type_subnormals_and_overflow(isa):

@@ -167,7 +167,7 @@ static inline void direct_pass(const Attention& a, const AttentionScratch& m, co
     switch (n) {
       case 1: direct_rows<1, kType>(a, m, at, block, first); break;
       case 2: direct_rows<2, kType>(a, m, at, block, first); break;
-#if CPULLM_TILE_ROWS > 5
+#if CPULLM_TILE_ROWS > 6
       case 3: direct_rows<3, kType>(a, m, at, block, first); break;
       case 4: direct_rows<4, kType>(a, m, at, block, first); break;
 #endif

@@ -7,8 +7,8 @@
 // Nibbles are parted once per tile, on units that the dot products leave free. All tiles pass over the codes of a run, in
 // L1, before the next run, and meanwhile each asks for its share of that one's.
 // Bound on Zen 4, where dot products and fma share two units: 64 of 74 slots at group 32 and 4 rows, 86 %; 94 % at 128.
-// A block's chain starts from +0 instead of the first product: an output may differ only where that is -0, and sums of
-// outputs start from +0, which takes either.
+// A block's chain starts from +0, as ref's; row_i8 and amx start from the first product: an output may differ only where
+// that is -0, and sums of outputs start from +0, which takes either.
 // Registers: zmm0-9 sums of row i in 2i and 2i + 1; zmm10-19 the block's chains; zmm20-29 the output's, but zmm28 of up
 // to 4 rows the mask 15; zmm30-31 codes of 16 columns each, zero points, scales, minima. Inputs come from memory.
 #pragma once

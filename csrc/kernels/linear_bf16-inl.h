@@ -78,6 +78,8 @@ void load_rows_bf16(const Rows& in, const Bf16Rows& out, Range rows) {
 template <class F>
 void for_bf16_blocks(const Weight& w, const Bf16Rows& x, const Output& out, Range panels, void* scratch,
                      int64_t block_rows, const F& block) {
+  static_assert(64 * 1024 + (kBlockRows + 2 * kMaxTile) * kPanel * int64_t(sizeof(float)) <= kScratchBytes,
+                "pairs and partial sums fit");
   auto* pairs = static_cast<uint16_t*>(scratch);
   float* partial = reinterpret_cast<float*>(static_cast<char*>(scratch) + 64 * 1024);
   for (int64_t row0 = 0; row0 < x.m; row0 += block_rows) {

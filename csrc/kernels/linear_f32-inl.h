@@ -108,7 +108,8 @@ static inline void signed_bytes(const uint8_t* block, int half, Simd::I v[2]) {
 
 // One or two rows times a panel of the symmetric form. A group's inputs times whole numbers are summed first and scaled
 // once: a byte moves to the top of its lane and is converted, so a weight costs three operations instead of five, and on
-// two cores codes of 8 bits come as fast as memory gives them. Registers of one row: 4 sums, 2 totals, 4 shuffles.
+// two cores codes of 8 bits come as fast as memory gives them. The sums are 2^24 times too large: see fits_symmetric_f32.
+// Registers of one row: 4 sums, 2 totals, 4 shuffles.
 template <int R, int kBits>
 void symmetric_f32(const Weight& w, const float* x, int64_t tile, int64_t panel, float* y) {
   using S = Simd;
@@ -142,13 +143,27 @@ void symmetric_f32(const Weight& w, const float* x, int64_t tile, int64_t panel,
       }
       const uint16_t* const scales = w.scales + (panel * w.groups + g) * kPanel + h * S::kLanes;
       for (int i = 0; i < 2; ++i) {
-        const S::F scale = S::mul(load_scale(scales + 16 * i, w.scale_type), unit);
-        for (int r = 0; r < R; ++r) total[r][i] = S::fma(sum[r][i][0] + sum[r][i][1], scale, total[r][i]);
+        const S::F scale = load_scale(scales + 16 * i, w.scale_type);
+        for (int r = 0; r < R; ++r) total[r][i] = S::fma(S::mul(sum[r][i][0] + sum[r][i][1], unit), scale, total[r][i]);
       }
     }
     for (int r = 0; r < R; ++r)
       for (int i = 0; i < 2; ++i) S::store(y + r * kPanel + h * S::kLanes + 16 * i, total[r][i]);
   }
+}
+
+// Whether symmetric_f32 takes these rows: at most two, and none so large (or not finite) that its sums overflow where
+// the outputs do not. With inputs below 2^64, whose squares are finite, and at most 2^24 of them a sum is below 2^120.
+inline bool fits_symmetric_f32(const Weight& w, const FloatRows& x) {
+  using S = Simd;
+  if (w.form != Zeros::symmetric || x.m > 2 || w.k_padded > int64_t(1) << 24) return false;
+  S::F squares[2] = {S::zero(), S::zero()};
+  for (int64_t i = 0; i < w.k_padded * x.tile; i += 2 * S::kLanes)  // k_padded is a multiple of 32
+    for (int j = 0; j < 2; ++j) {
+      const S::F v = S::load(x.x + i + j * S::kLanes);
+      squares[j] = S::fma(v, v, squares[j]);
+    }
+  return S::reduce_sum(squares[0] + squares[1]) < __builtin_inff();  // of nan: not
 }
 
 // panel [k, 32] fp32 from the codes of inputs [k0, k1).
@@ -202,7 +217,7 @@ void run_tile_f32(int64_t rows, const float* w, const float* x, int64_t tile, in
     case 2: return tile_f32<2>(w, x, tile, k, y, first);
     case 3: return tile_f32<3>(w, x, tile, k, y, first);
     case 4: return tile_f32<4>(w, x, tile, k, y, first);
-#if CPULLM_TILE_ROWS > 5
+#if CPULLM_TILE_ROWS > 6
     case 5: return tile_f32<5>(w, x, tile, k, y, first);
     case 6: return tile_f32<6>(w, x, tile, k, y, first);
     case 7: return tile_f32<7>(w, x, tile, k, y, first);
@@ -217,9 +232,10 @@ void run_tile_f32(int64_t rows, const float* w, const float* x, int64_t tile, in
 }
 
 template <int kBits>
-void run_direct_f32(int64_t rows, const Weight& w, const float* x, int64_t tile, int64_t panel, float* y) {
-  if (w.form == Zeros::symmetric && rows == 1) return symmetric_f32<1, kBits>(w, x, tile, panel, y);
-  if (w.form == Zeros::symmetric && rows == 2) return symmetric_f32<2, kBits>(w, x, tile, panel, y);
+void run_direct_f32(int64_t rows, const Weight& w, const float* x, int64_t tile, int64_t panel, bool symmetric,
+                    float* y) {
+  if (symmetric)
+    return rows == 1 ? symmetric_f32<1, kBits>(w, x, tile, panel, y) : symmetric_f32<2, kBits>(w, x, tile, panel, y);
   switch (rows) {
     case 1: return direct_f32<1, kBits>(w, x, tile, panel, y);
     case 2: return direct_f32<2, kBits>(w, x, tile, panel, y);
@@ -286,12 +302,13 @@ constexpr int64_t kDirectFloatRows = CPULLM_TILE_ROWS > 6 ? 8 : 2;  // with 32 r
   float* weights = static_cast<float*>(scratch);
   float* partial = weights + kFloatBlockK * kPanel;
   const int64_t block_rows = kBlockRows / x.tile * x.tile;
+  const bool symmetric = fits_symmetric_f32(w, x);
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
     if (x.m <= kDirectFloatRows) {
       if (w.bits == 4) {
-        run_direct_f32<4>(x.m, w, x.x, x.tile, panel, partial);
+        run_direct_f32<4>(x.m, w, x.x, x.tile, panel, symmetric, partial);
       } else {
-        run_direct_f32<8>(x.m, w, x.x, x.tile, panel, partial);
+        run_direct_f32<8>(x.m, w, x.x, x.tile, panel, symmetric, partial);
       }
       for (int64_t r = 0; r < x.m; ++r) store_panel(out, w.n, r, panel, partial + r * kPanel);
       continue;

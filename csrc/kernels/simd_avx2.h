@@ -53,11 +53,6 @@ struct Simd {
   static I magnitude(F v) { return _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff)); }
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
-  static float reduce_min(F v) {
-    __m128 m = _mm_min_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    m = _mm_min_ps(m, _mm_movehl_ps(m, m));
-    return _mm_cvtss_f32(_mm_min_ss(m, _mm_shuffle_ps(m, m, 1)));
-  }
   static float reduce_max(F v) {
     __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     m = _mm_max_ps(m, _mm_movehl_ps(m, m));
@@ -76,8 +71,6 @@ struct Simd {
   static F keep_above(F x, float bound, F v) {
     return _mm256_and_ps(_mm256_cmp_ps(x, _mm256_set1_ps(bound), _CMP_NLE_UQ), v);
   }
-  static I imin(I a, I b) { return _mm256_min_epi32(a, b); }
-  static I imax(I a, I b) { return _mm256_max_epi32(a, b); }
   static I iand(I a, I b) { return _mm256_and_si256(a, b); }
   static I ixor(I a, I b) { return _mm256_xor_si256(a, b); }
   static I load_i32(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
@@ -305,8 +298,8 @@ struct Simd {
     return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(from)));
   }
 
-  // Rows per tile, and up to how many rows the packed codes are read directly instead of unpacked first.
-  static constexpr int kTileRows = 6, kPackedRows = 12, kFloatRows = 4, kFloatPackedRows = 2;
+  // Rows per tile, and up to how many rows int8 products read the packed codes instead of unpacking them first.
+  static constexpr int kTileRows = 6, kPackedRows = 12, kFloatRows = 4;
   // Attention: rows of a tile, rows that read keys and values at a time as they are, and up to how many rows of a
   // kv head do so: the conversion of blocks would not pay.
   static constexpr int kQueryRows = 6, kDirectRows = 2, kDirectMost = 4;

@@ -48,7 +48,6 @@ struct Simd {
   static I magnitude(F v) { return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)); }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
-  static float reduce_min(F v) { return _mm512_reduce_min_ps(v); }
   static float reduce_max(F v) { return _mm512_reduce_max_ps(v); }
   static float reduce_sum(F v) { return _mm512_reduce_add_ps(v); }
   static F times_power_of_two(F v, I n) { return _mm512_scalef_ps(v, _mm512_cvtepi32_ps(n)); }
@@ -56,8 +55,6 @@ struct Simd {
   static F keep_above(F x, float bound, F v) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(bound), _CMP_NLE_UQ), v);
   }
-  static I imin(I a, I b) { return _mm512_min_epi32(a, b); }
-  static I imax(I a, I b) { return _mm512_max_epi32(a, b); }
   static I iand(I a, I b) { return _mm512_and_si512(a, b); }
   static I ixor(I a, I b) { return _mm512_xor_si512(a, b); }
   static I load_i32(const int32_t* p) { return _mm512_loadu_si512(p); }
@@ -199,8 +196,8 @@ struct Simd {
   }
   static I load_packed4_raw(const uint8_t* block, int) { return _mm512_loadu_si512(block); }
 
-  // fp32 products: rows per tile, and up to how many rows the packed codes are read directly instead of unpacked first.
-  static constexpr int kFloatRows = 12, kFloatPackedRows = 4;
+  // Rows of an fp32 tile.
+  static constexpr int kFloatRows = 12;
   // Attention: rows of a tile, rows that read keys and values at a time as they are, and up to how many rows of a
   // kv head do so: the conversion of blocks would not pay.
   static constexpr int kQueryRows = 12, kDirectRows = 4, kDirectMost = 8;
