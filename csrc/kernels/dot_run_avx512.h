@@ -21,17 +21,9 @@ namespace {
 constexpr int kRunRows = 5;  // most rows of a tile
 constexpr int64_t kRunBytes = 8192;  // codes of a run: with the next ones, half of L1
 
-// One segment of a run.
-struct RunSegment {
-  int32_t steps;  // inputs / 4, a multiple of 8
-  int32_t ends_block;  // whether it is the last one of its activation block
-  int32_t ends_group;  // the same of its group: kPanel, else 0
-  int32_t begin;  // its first input, counted from the run's
-};
-
 // What a run needs besides.
 struct Run {
-  const RunSegment* end;
+  const BlockSegment* end;
   float* y;  // [rows, 32], 64-byte aligned
   const uint16_t* scales;  // [groups, 32] from the run's first group on
   const void* zeros;  // the same
@@ -42,8 +34,8 @@ struct Run {
 static_assert(__builtin_offsetof(Run, y) == 8 && __builtin_offsetof(Run, scales) == 16 &&
                   __builtin_offsetof(Run, zeros) == 24 && __builtin_offsetof(Run, apart) == 32 &&
                   __builtin_offsetof(Run, bf16) == 40 && __builtin_offsetof(Run, mask) == 48 &&
-                  __builtin_offsetof(RunSegment, ends_block) == 4 && __builtin_offsetof(RunSegment, ends_group) == 8 &&
-                  sizeof(RunSegment) == 16,
+                  __builtin_offsetof(BlockSegment, ends_block) == 4 &&
+                  __builtin_offsetof(BlockSegment, ends_group) == 8 && sizeof(BlockSegment) == 16,
               "as the assembly has them");
 
 // clang-format off
@@ -109,7 +101,7 @@ static_assert(__builtin_offsetof(Run, y) == 8 && __builtin_offsetof(Run, scales)
 // the run waits for: those of the run after to L2, on whose way may be more lines than on that to L1.
 template <int R, bool kPacked, Zeros kForm, bool kAlone>
 inline void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const int32_t* minus, const float* x_scale,
-                    const RunSegment* segment, const uint32_t* apart_rows, const uint8_t* ask, int64_t ask_step,
+                    const BlockSegment* segment, const uint32_t* apart_rows, const uint8_t* ask, int64_t ask_step,
                     Run& run) {
   static_assert(R >= 1 && R <= kRunRows && kChunk % (8 * kStep) == 0, "sums and chains fit, steps come in eights");
   const void* p;
@@ -186,22 +178,9 @@ inline void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const i
 
 constexpr int64_t kRunSegments = kRunBytes / (16 * kChunk);
 
-// The segments of inputs [k0, k1). Returns their count.
-inline int64_t run_segments(int64_t k0, int64_t k1, int64_t group, RunSegment* out) {
-  const RunSegment* const first = out;
-  int64_t group_end = (k0 / group + 1) * group;
-  for (int64_t k = k0; k < k1; ++out) {
-    const int64_t block_end = min_of((k / kActBlock + 1) * kActBlock, k1), end = min_of(group_end, block_end);
-    *out = {int32_t((end - k) / kStep), end == block_end, end == group_end ? int32_t(kPanel) : 0, int32_t(k - k0)};
-    k = end;
-    if (k == group_end) group_end += group;
-  }
-  return out - first;
-}
-
 // to [segments that have some, rows, 32] = inputs kept apart times their codes.
 template <Codes kCodes>
-inline void run_apart(const RunSegment* segments, int64_t count, const uint32_t* apart_rows, const int32_t* apart,
+inline void run_apart(const BlockSegment* segments, int64_t count, const uint32_t* apart_rows, const int32_t* apart,
                       int64_t tile, int64_t rows, const uint8_t* codes, int32_t* to) {
   using S = Simd;
   static_assert(kRunSegments <= 16, "one vector of words");
@@ -224,7 +203,7 @@ inline void run_apart(const RunSegment* segments, int64_t count, const uint32_t*
 
 template <bool kPacked, Zeros kForm, bool kAlone>
 void dot_run(int64_t rows, const uint8_t* codes, const int8_t* x, int64_t tile, const int32_t* minus,
-             const float* x_scale, const RunSegment* segments, const uint32_t* apart_rows, const uint8_t* ask,
+             const float* x_scale, const BlockSegment* segments, const uint32_t* apart_rows, const uint8_t* ask,
              int64_t ask_step, Run& run) {
   switch (rows) {
     case 1:
@@ -261,7 +240,7 @@ void linear_i8_runs(const Weight& w, const QuantizedRows& x, const Output& out, 
   constexpr int64_t kRunK = kRunBytes / kBytes;
   constexpr int64_t kZeroBytes = kForm == Zeros::integer ? 1 : 2;
   const int64_t block_rows = even_tile((x.m + x.tile - 1) / x.tile, rows_per_block(x) / x.tile) * x.tile;
-  RunSegment segments[kRunSegments];
+  BlockSegment segments[kRunSegments];
   Run run{};
   run.bf16 = w.scale_type == Float::bf16;
   run.mask = 0x0f0f0f0f;
@@ -274,7 +253,7 @@ void linear_i8_runs(const Weight& w, const QuantizedRows& x, const Output& out, 
       memset(mine.y, 0, size_t(row_end - row0) * kPanel * sizeof(float));
       for (int64_t k0 = 0, first = 0; k0 < w.k_padded; k0 += kRunK, first += count) {
         const int64_t k1 = min_of(k0 + kRunK, w.k_padded);
-        if (kRunK % w.group || k1 - k0 != inputs) count = run_segments(k0, k1, w.group, segments);
+        if (kRunK % w.group || k1 - k0 != inputs) count = block_segments(k0, k1, w.group, segments);
         inputs = k1 - k0;
         run.end = segments + count;
         const int64_t at = (panel * w.groups + k0 / w.group) * kPanel;

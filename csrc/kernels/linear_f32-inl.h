@@ -108,7 +108,7 @@ static inline void signed_bytes(const uint8_t* block, int half, Simd::I v[2]) {
 
 // One or two rows times a panel of the symmetric form. A group's inputs times whole numbers are summed first and scaled
 // once: a byte moves to the top of its lane and is converted, so a weight costs three operations instead of five, and on
-// two cores codes of 8 bits come as fast as memory gives them. The sums are 2^24 times too large: see fits_symmetric_f32.
+// two cores codes of 8 bits come as fast as memory gives them. The sums are up to 2^28 times too large: see fits_symmetric_f32.
 // Registers of one row: 4 sums, 2 totals, 4 shuffles.
 template <int R, int kBits>
 void symmetric_f32(const Weight& w, const float* x, int64_t tile, int64_t panel, float* y) {

@@ -12,6 +12,25 @@ namespace {
 constexpr int64_t kBlockK = 512;  // inputs unpacked at a time: a multiple of kActBlock
 constexpr int64_t kMostSegments = kBlockK / kChunk;
 
+// A segment of some inputs: inputs / 4, a multiple of 8; whether it is the last one of its activation block; kPanel if it
+// is of its group, else 0; its first input, counted from those.
+struct BlockSegment {
+  int32_t steps, ends_block, ends_group, begin;
+};
+
+// The segments of inputs [k0, k1): all tiles share them. Returns their count.
+inline int64_t block_segments(int64_t k0, int64_t k1, int64_t group, BlockSegment* out) {
+  const BlockSegment* const first = out;
+  int64_t group_end = (k0 / group + 1) * group;
+  for (int64_t k = k0; k < k1; ++out) {
+    const int64_t block_end = min_of((k / kActBlock + 1) * kActBlock, k1), end = min_of(group_end, block_end);
+    *out = {int32_t((end - k) / kStep), end == block_end, end == group_end ? int32_t(kPanel) : 0, int32_t(k - k0)};
+    k = end;
+    if (k == group_end) group_end += group;
+  }
+  return out - first;
+}
+
 // What one tile needs to know. Pointers stand at the tile's first row, the panel and k_begin.
 struct TileArgs {
   const uint8_t* codes;  // blocks
@@ -27,7 +46,7 @@ struct TileArgs {
   Zeros form;
   Float scale_type;
   // Only of many rows:
-  const struct BlockSegment* segments;
+  const BlockSegment* segments;
   int64_t segment_count;
 };
 

@@ -8,11 +8,6 @@
 namespace cpullm {
 namespace {
 
-// A segment of a K block: inputs / 4, whether it is the first and the last one of its activation block.
-struct BlockSegment {
-  int32_t steps, first, last;
-};
-
 // start [rows, 2 vectors] = the inputs kept apart times their codes.
 template <Codes kCodes>
 inline void start_apart(uint32_t rows, const int32_t* apart, const uint8_t* codes, int h, int32_t* start) {

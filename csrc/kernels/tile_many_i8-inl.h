@@ -6,21 +6,6 @@
 namespace cpullm {
 namespace {
 
-// The segments of [k_begin, k_end): all tiles of a panel share them. Returns their count.
-inline int64_t block_segments(int64_t k_begin, int64_t k_end, int64_t group, BlockSegment* out) {
-  const BlockSegment* const first = out;
-  int64_t group_end = (k_begin / group + 1) * group;
-  bool starts = true;
-  for (int64_t k = k_begin; k < k_end; ++out) {
-    const int64_t block_end = min_of((k / kActBlock + 1) * kActBlock, k_end), end = min_of(group_end, block_end);
-    *out = {int32_t((end - k) / kStep), starts, end == block_end};
-    starts = end == block_end;
-    k = end;
-    if (k == group_end) group_end += group;
-  }
-  return out - first;
-}
-
 template <int R>
 void tile_many_i8(const TileArgs& a) {
   using S = Simd;
@@ -39,10 +24,11 @@ void tile_many_i8(const TileArgs& a) {
     const int8_t* q = a.q;
     SegmentEnd e{a.params + h * 4 * L, a.minus, a.form == Zeros::minimum ? sums : nullptr,    a.x_scale, block + h * L,
                  a.y + h * L,          nullptr, a.form == Zeros::symmetric ? begin : nullptr, 0,         0};
+    e.last = 1;  // of what came before: a K block begins an activation block
     for (int64_t s = 0; s < a.segment_count; ++s) {
       const BlockSegment& segment = a.segments[s];
-      e.first = segment.first;
-      e.last = segment.last;
+      e.first = e.last;
+      e.last = segment.ends_block;
       e.start = nullptr;
       const uint32_t rows = a.apart_rows[s];
       if (rows) {
@@ -57,7 +43,7 @@ void tile_many_i8(const TileArgs& a) {
       e.minus += a.tile;
       if (e.sums) e.sums += a.tile;
       if (e.begin) e.begin += a.tile;
-      if (segment.last) e.x_scale += a.tile;
+      if (segment.ends_block) e.x_scale += a.tile;
     }
   }
 }
