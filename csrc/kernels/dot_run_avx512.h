@@ -4,8 +4,9 @@
 //
 // In assembly because GCC 12 moves and spills sums kept in arrays by intrinsics. 4 or 5 rows x 32 columns is what fits: of
 // 8 rows the chains are in memory, where a store of 64 bytes takes two cycles of Zen 4; that cost 15 % at group 32.
-// Nibbles are parted once per tile, on units that the dot products leave free. All tiles pass over the codes of a run, in
-// L1, before the next run, and meanwhile each asks for its share of that one's.
+// Nibbles are parted once per tile, on units that the dot products leave free on Zen 4 and not on Intel: the high ones
+// stay where they are, 16 times the code, and their columns take a 16th of the scale, which is exact.
+// All tiles pass over the codes of a run, in L1, before the next run, and meanwhile each asks for its share of that one's.
 // Bound on Zen 4, where dot products and fma share two units: 64 of 74 slots at group 32 and 4 rows, 86 %; 94 % at 128.
 // A block's chain starts from +0, as ref's; row_i8 and amx start from the first product: an output may differ only where
 // that is -0, and sums of outputs start from +0, which takes either.
@@ -29,11 +30,13 @@ struct Run {
   const void* zeros;  // the same
   const int32_t* apart;  // [segments that have some, rows, 32], 64-byte aligned: inputs kept apart times their codes
   int64_t bf16;  // whether scales and minima are
-  int64_t mask;
+  uint32_t low_nibbles, high_nibbles;
+  float high_scale;  // what those are divided by
 };
 static_assert(__builtin_offsetof(Run, y) == 8 && __builtin_offsetof(Run, scales) == 16 &&
                   __builtin_offsetof(Run, zeros) == 24 && __builtin_offsetof(Run, apart) == 32 &&
-                  __builtin_offsetof(Run, bf16) == 40 && __builtin_offsetof(Run, mask) == 48 &&
+                  __builtin_offsetof(Run, bf16) == 40 && __builtin_offsetof(Run, low_nibbles) == 48 &&
+                  __builtin_offsetof(Run, high_nibbles) == 52 && __builtin_offsetof(Run, high_scale) == 56 &&
                   __builtin_offsetof(BlockSegment, ends_block) == 4 &&
                   __builtin_offsetof(BlockSegment, ends_group) == 8 && sizeof(BlockSegment) == 16,
               "as the assembly has them");
@@ -45,7 +48,9 @@ static_assert(__builtin_offsetof(Run, y) == 8 && __builtin_offsetof(Run, scales)
 #define CPULLM_ZEROS "24(%[run])"
 #define CPULLM_PRODUCTS "32(%[run])"
 #define CPULLM_BF16 "40(%[run])"
-#define CPULLM_MASK "48(%[run])"
+#define CPULLM_LOW "48(%[run])"
+#define CPULLM_HIGH "52(%[run])"
+#define CPULLM_HIGH_SCALE "56(%[run])"
 #define CPULLM_EACH(ROW) \
   ROW(0, 0, 1, 10, 11, 20, 21) ROW(1, 2, 3, 12, 13, 22, 23) ROW(2, 4, 5, 14, 15, 24, 25) ROW(3, 6, 7, 16, 17, 26, 27) \
   ROW(4, 8, 9, 18, 19, 28, 29)
@@ -60,18 +65,18 @@ static_assert(__builtin_offsetof(Run, y) == 8 && __builtin_offsetof(Run, scales)
 #define CPULLM_START(i, a, b, c, d, e, f)                                                                     \
   CPULLM_IF(i, ".if %c[form] == 0\n"                                                                          \
                "vpslld $(7-4*%c[packed]), 4*" #i "(%[minus])%{1to16%}, %%zmm" #a "\n"                         \
-               "vmovdqa64 %%zmm" #a ", %%zmm" #b "\n.elseif %c[form] == 1\n"                                   \
+               "vpslld $7, 4*" #i "(%[minus])%{1to16%}, %%zmm" #b "\n.elseif %c[form] == 1\n"                 \
                "vpbroadcastd 4*" #i "(%[minus]), %%zmm" #a "\nvpmaddwd %%zmm31, %%zmm" #a ", %%zmm" #b "\n"    \
                "vpmaddwd %%zmm30, %%zmm" #a ", %%zmm" #a "\n.else\n"                                           \
                "vpxord %%zmm" #a ", %%zmm" #a ", %%zmm" #a "\nvpxord %%zmm" #b ", %%zmm" #b ", %%zmm" #b "\n.endif\n")
 #define CPULLM_DOT(i, a, b, c, d, e, f)                                        \
   CPULLM_IF(i, "vpdpbusd 4*" #i "(%[x])%{1to16%}, %%zmm30, %%zmm" #a "\n"      \
                "vpdpbusd 4*" #i "(%[x])%{1to16%}, %%zmm31, %%zmm" #b "\n")
-#define CPULLM_PART(mask) \
-  "vpandd " mask ", %%zmm31, %%zmm30\nvpsrlw $4, %%zmm31, %%zmm31\nvpandd " mask ", %%zmm31, %%zmm31\n"
 #define CPULLM_STEP(s)                                                                                        \
   ".if %c[packed]\nvmovdqu64 64*" #s "(%[codes]), %%zmm31\n"                                                  \
-  ".if %c[rows] > 4\n" CPULLM_PART(CPULLM_MASK "%{1to16%}") ".else\n" CPULLM_PART("%%zmm28") ".endif\n"       \
+  ".if %c[rows] > 4\nvpandd " CPULLM_LOW "%{1to16%}, %%zmm31, %%zmm30\n"                                       \
+  "vpandd " CPULLM_HIGH "%{1to16%}, %%zmm31, %%zmm31\n.else\n"                                                 \
+  "vpandd %%zmm28, %%zmm31, %%zmm30\nvpandnd %%zmm31, %%zmm28, %%zmm31\n.endif\n"                              \
   "prefetcht0 (%[ask])\n.if %c[alone]\nprefetcht1 8192(%[ask])\n.endif\nadd %[ask_step], %[ask]\n.else\n"     \
   "vmovdqu64 128*" #s "(%[codes]), %%zmm30\nvmovdqu64 128*" #s "+64(%[codes]), %%zmm31\n"                     \
   "prefetcht0 (%[ask])\nprefetcht0 (%[ask],%[ask_step])\n"                                                    \
@@ -108,12 +113,13 @@ inline void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const i
   int64_t steps, at = 0;
   __asm__ volatile(
       "mov " CPULLM_Y ", %[p]\n" CPULLM_EACH(CPULLM_LOAD)
-      ".if %c[rows] <= 4\nvpbroadcastd " CPULLM_MASK ", %%zmm28\n.endif\n"
+      ".if %c[rows] <= 4\nvpbroadcastd " CPULLM_LOW ", %%zmm28\n.endif\n"
       "0:\n" CPULLM_EACH(CPULLM_CLEAR)
       "1:\n"
       "mov (%[segment]), %k[steps]\n"
       ".if %c[form] == 1\nmov " CPULLM_ZEROS ", %[p]\n"
-      "vpmovzxbd (%[p],%[at]), %%zmm30\nvpmovzxbd 16(%[p],%[at]), %%zmm31\nprefetcht0 128(%[p],%[at])\n.endif\n"
+      "vpmovzxbd (%[p],%[at]), %%zmm30\nvpmovzxbd 16(%[p],%[at]), %%zmm31\nprefetcht0 128(%[p],%[at])\n"
+      ".if %c[packed]\nvpslld $4, %%zmm31, %%zmm31\n.endif\n.endif\n"
       CPULLM_EACH(CPULLM_START)
       ".p2align 5\n2:\n"
       CPULLM_STEP(0) CPULLM_STEP(1) CPULLM_STEP(2) CPULLM_STEP(3)
@@ -125,7 +131,8 @@ inline void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const i
       "jne 8f\n"
       "3:\n"
       "add $4, %[apart_rows]\n" CPULLM_EACH(CPULLM_FLOAT)
-      "mov " CPULLM_SCALES ", %[p]\n" CPULLM_WIDEN CPULLM_EACH(CPULLM_CHAIN)
+      "mov " CPULLM_SCALES ", %[p]\n" CPULLM_WIDEN
+      ".if %c[packed]\nvmulps " CPULLM_HIGH_SCALE "%{1to16%}, %%zmm31, %%zmm31\n.endif\n" CPULLM_EACH(CPULLM_CHAIN)
       ".if %c[form] == 2\n"
       "mov " CPULLM_ZEROS ", %[p]\n" CPULLM_WIDEN CPULLM_EACH(CPULLM_MINIMUM) ".endif\n"
       "add %[x_step], %[minus]\n"
@@ -158,7 +165,9 @@ inline void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const i
 #undef CPULLM_ZEROS
 #undef CPULLM_PRODUCTS
 #undef CPULLM_BF16
-#undef CPULLM_MASK
+#undef CPULLM_LOW
+#undef CPULLM_HIGH
+#undef CPULLM_HIGH_SCALE
 #undef CPULLM_EACH
 #undef CPULLM_IF
 #undef CPULLM_LOAD
@@ -166,7 +175,6 @@ inline void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const i
 #undef CPULLM_CLEAR
 #undef CPULLM_START
 #undef CPULLM_DOT
-#undef CPULLM_PART
 #undef CPULLM_STEP
 #undef CPULLM_APART
 #undef CPULLM_FLOAT
@@ -178,7 +186,7 @@ inline void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const i
 
 constexpr int64_t kRunSegments = kRunBytes / (16 * kChunk);
 
-// to [segments that have some, rows, 32] = inputs kept apart times their codes.
+// to [segments that have some, rows, 32] = inputs kept apart times their codes, as dot_run has them.
 template <Codes kCodes>
 inline void run_apart(const BlockSegment* segments, int64_t count, const uint32_t* apart_rows, const int32_t* apart,
                       int64_t tile, int64_t rows, const uint8_t* codes, int32_t* to) {
@@ -196,7 +204,7 @@ inline void run_apart(const BlockSegment* segments, int64_t count, const uint32_
         hi = S::imul16(hi, value >> 8);
       }
       S::store_i32(to, lo);
-      S::store_i32(to + 16, hi);
+      S::store_i32(to + 16, kCodes == Codes::packed4 ? _mm512_slli_epi32(hi, 4) : hi);
     }
   }
 }
@@ -243,7 +251,9 @@ void linear_i8_runs(const Weight& w, const QuantizedRows& x, const Output& out, 
   BlockSegment segments[kRunSegments];
   Run run{};
   run.bf16 = w.scale_type == Float::bf16;
-  run.mask = 0x0f0f0f0f;
+  run.low_nibbles = 0x0f0f0f0f;
+  run.high_nibbles = 0xf0f0f0f0;
+  run.high_scale = 1.0f / 16;
   for (int64_t row0 = 0; row0 < x.m; row0 += block_rows) {
     const int64_t row_end = min_of(row0 + block_rows, x.m), tiles = (row_end - row0 + x.tile - 1) / x.tile;
     const int64_t ask_step = (63 + tiles) / tiles;
