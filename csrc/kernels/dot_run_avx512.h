@@ -5,7 +5,7 @@
 // In assembly because GCC 12 moves and spills sums kept in arrays by intrinsics. 4 or 5 rows x 32 columns is what fits: of
 // 8 rows the chains are in memory, where a store of 64 bytes takes two cycles of Zen 4; that cost 15 % at group 32.
 // Nibbles are parted once per tile, on units that the dot products leave free on Zen 4 and not on Intel: the high ones
-// stay where they are, 16 times the code, and their columns take a 16th of the scale, which is exact.
+// stay where they are, 16 times the code, and their columns take a 16th of the scale: exact of scales above 2^-122.
 // All tiles pass over the codes of a run, in L1, before the next run, and meanwhile each asks for its share of that one's.
 // Bound on Zen 4, where dot products and fma share two units: 64 of 74 slots at group 32 and 4 rows, 86 %; 94 % at 128.
 // A block's chain starts from +0, as ref's; row_i8 and amx start from the first product: an output may differ only where
@@ -65,7 +65,7 @@ static_assert(__builtin_offsetof(Run, y) == 8 && __builtin_offsetof(Run, scales)
 #define CPULLM_START(i, a, b, c, d, e, f)                                                                     \
   CPULLM_IF(i, ".if %c[form] == 0\n"                                                                          \
                "vpslld $(7-4*%c[packed]), 4*" #i "(%[minus])%{1to16%}, %%zmm" #a "\n"                         \
-               "vpslld $7, 4*" #i "(%[minus])%{1to16%}, %%zmm" #b "\n.elseif %c[form] == 1\n"                 \
+               "vpslld $(4*%c[packed]), %%zmm" #a ", %%zmm" #b "\n.elseif %c[form] == 1\n"                    \
                "vpbroadcastd 4*" #i "(%[minus]), %%zmm" #a "\nvpmaddwd %%zmm31, %%zmm" #a ", %%zmm" #b "\n"    \
                "vpmaddwd %%zmm30, %%zmm" #a ", %%zmm" #a "\n.else\n"                                           \
                "vpxord %%zmm" #a ", %%zmm" #a ", %%zmm" #a "\nvpxord %%zmm" #b ", %%zmm" #b ", %%zmm" #b "\n.endif\n")
