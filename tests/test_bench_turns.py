@@ -9,7 +9,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import engines, rows, turns
+from benchmarks import engines, report, rows, turns
 
 
 def turn(when, seconds, **changes):
@@ -77,6 +77,26 @@ def test_a_median_is_uncertain_by_the_quartiles_and_the_pairs(low, high, pairs, 
     row = {"tg_ratio": middle, "tg_ratio_q1": low, "tg_ratio_q3": high, "turns": pairs, "rounds": 1}
     assert rows.uncertain(row, "tg_ratio") is uncertain
     assert rows.uncertain(row, "pp_ratio") is False  # a row from before there were ratios
+
+
+def test_old_and_new_rows_stand_in_one_table(tmp_path):
+    old = {
+        "machine": "Some CPU", "commit": "0123", "date": "2030-01-02", "model": "tiny", "engine": "hf-bf16",
+        "group": None, "form": None, "compute": None, "threads": 2, "pp": 512, "tg": 64, "pp_tps": 700.0,
+        "tg_tps": 10.0, "ttft_s": 0.73, "ms_per_token": 100.0, "rss_peak_gib": 0.9, "foreign_cpu": 0.0,
+    }  # fmt: skip
+    file = tmp_path / "models.jsonl"
+    file.write_text(json.dumps(old) + "\n")
+    assert "ratios to" not in report.table("models", tmp_path)
+    new = old | {"engine": "cpullm", "tg_tps": 40.0, "turns": 28, "rounds": 4, "ratio_to": "hf-bf16", "pct_bw": 91.3}
+    new |= turns.quartiles("tg_ratio", [3.9, 4.0, 4.1]) | turns.quartiles("pp_ratio", [1.0, 2.0, 3.0])
+    with file.open("a") as lines:
+        lines.write(json.dumps(new) + "\n")
+    table = report.table("models", tmp_path)
+    ours, theirs = (line.split("|") for line in table.splitlines()[-2:])
+    assert [cell.strip() for cell in ours[-5:-1]] == ["2.00 (1.50-2.50)~", "4.00 (3.95-4.05)", "hf-bf16", "91"]
+    assert not "".join(theirs[-5:-1]).strip()
+    assert "~ the median is not known to within 5 %" in table
 
 
 # ---- an engine's process --------------------------------------------------------------------------------------------
