@@ -146,6 +146,7 @@ class Engine:
         self.prompts: list[Turn] = []
         self.decodes: list[Turn] = []
         self.rss_peak_gib = 0.0
+        self.ways = 1
         self.loaded: dict[str, Any] = {}
         self._process: subprocess.Popen[str] | None = None
         python, self._environment = sys.executable, dict(os.environ)
@@ -186,16 +187,18 @@ class Engine:
             text=True,
         )
         self.loaded = self._answer()
-        self._request = {"pp": args.pp, "tg": args.tg, "depth": args.depth, "batch": args.batch}
+        self.ways = self.loaded["ways"]
+        room = args.depth + args.pp + max(args.tg, 4)
+        self._request = {"pp": args.pp, "tg": args.tg, "depth": args.depth, "batch": args.batch, "room": room}
         self.prompt(0, tg=4)
-        for _ in range(self.loaded["ways"]):
+        for _ in range(self.ways):
             self.decode(0, 3)
         self.end()
 
     def prompt(self, round_: int, tg: int | None = None) -> list[Turn]:
         """Random tokens, the same in every engine of a library; the cache stays for ``decode``."""
         first = self._turn(self._request | {"seed": round_, "tg": tg or self._request["tg"]}, round_)
-        return [first, *(self._turn({"go": 1}, round_) for _ in range(self.loaded["ways"] - 1))]
+        return [first, *(self._turn({"go": 1}, round_) for _ in range(self.ways - 1))]
 
     def decode(self, round_: int, tokens: int) -> Turn:
         """The next tokens of the sequence."""
@@ -280,7 +283,7 @@ def summarise(engine: Engine, first: Engine, args: argparse.Namespace, bandwidth
         "version": loaded["version"],
     }
     row["unstable"] = any(rows.uncertain(row, name) for name in ("tg_ratio", "pp_ratio"))
-    if loaded["ways"] > 1:
+    if engine.ways > 1:
         row["flash_attention"] = f"pp {prompts[0].way}, tg {decodes[0].way}"
     return row
 

@@ -2,10 +2,11 @@
 
 Run by bench_models: ``python -m benchmarks.engines ENGINE MODEL --threads N ...``, peers by their own interpreter. The
 first line on stdout says what was loaded, and in how many ways the engine generates. A line of JSON on stdin ({"pp":
-512, "tg": 64, "depth": 0, "batch": 1, "seed": 0}) asks for a sequence; the answer is the time of its prompt. Then the
-process waits, with the sequence's cache: each {"go": N} is answered by the times of N more tokens, {"go": 0} ends the
-sequence. An engine with several ways takes a prompt and then a turn in each, one after the other. {"error": ...} in
-place of an answer is the last line.
+512, "tg": 64, "depth": 0, "batch": 1, "seed": 0, "room": 576}) asks for a sequence; the answer is the time of its
+prompt. Then the process waits, with the sequence's cache: each {"go": N} is answered by the times of N more tokens,
+{"go": 0} after tg tokens ends the sequence. batch and room, the tokens that the longest sequence will have, stay what
+they are in the first request, which warms up what later ones reuse. An engine with several ways takes a prompt and then
+a turn in each, one after the other. {"error": ...} in place of an answer is the last line.
 """
 
 from __future__ import annotations

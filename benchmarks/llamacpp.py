@@ -63,8 +63,7 @@ class Engine:
         self.vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self.model))
         self.version = f"llama-cpp-python {llama.__version__}"
         self.weight_bytes, self.weights = streamed(path)
-        self._contexts: dict[str, Any] = {}
-        self._sizes: tuple[int, ...] = ()
+        self._contexts: dict[str, Any] = {}  # by way, as large as the first request says
 
     def run(self, request: dict[str, Any], clock: Any) -> None:
         """A sequence in two contexts, with flash attention on and off, which take turns until the clock is done.
@@ -76,12 +75,11 @@ class Engine:
         ways = sorted(FLASH, reverse=request["seed"] % 2 == 0)
         buffer = llama.llama_batch_init(BATCH, 0, 1)
         try:
-            fresh = self._make_contexts(request)
+            if not self._contexts:
+                self._contexts = {way: self._context(batch, request["room"], FLASH[way]) for way in ways}
             for way in ways:
-                if depth or fresh:
-                    self._decode(self._contexts[way], buffer, rng, range(depth or pp), batch)  # also touches all memory
-                if not depth:
-                    llama.llama_memory_clear(llama.llama_get_memory(self._contexts[way]), False)
+                llama.llama_memory_clear(llama.llama_get_memory(self._contexts[way]), False)
+                self._decode(self._contexts[way], buffer, rng, range(depth), batch)
             for way in ways:
                 clock.start()
                 self._decode(self._contexts[way], buffer, rng, range(depth, depth + pp), batch)
@@ -96,26 +94,12 @@ class Engine:
         finally:
             llama.llama_batch_free(buffer)
 
-    def _make_contexts(self, request: dict[str, Any]) -> bool:
-        """One per way, empty, large enough for ``request``; whether they are new."""
-        depth, pp, tg, batch = (request[key] for key in ("depth", "pp", "tg", "batch"))
-        sizes = batch * ((depth + pp + tg + 255) // 256 * 256), batch
-        fresh = sizes != self._sizes
-        for way in FLASH:
-            if fresh:
-                if way in self._contexts:
-                    llama.llama_free(self._contexts.pop(way))
-                self._contexts[way] = self._context(*sizes, FLASH[way])
-            llama.llama_memory_clear(llama.llama_get_memory(self._contexts[way]), False)
-        self._sizes = sizes
-        return fresh
-
-    def _context(self, size: int, sequences: int, flash: int) -> Any:
+    def _context(self, batch: int, room: int, flash: int) -> Any:
         params = llama.llama_context_default_params()
-        params.n_ctx = size
+        params.n_ctx = batch * ((room + 255) // 256 * 256)
         params.n_batch = BATCH
         params.n_ubatch = 512
-        params.n_seq_max = sequences
+        params.n_seq_max = batch
         params.n_threads = params.n_threads_batch = self.threads
         params.flash_attn_type = flash
         params.no_perf = True

@@ -44,8 +44,9 @@ class Turn:
 
 
 class Player(Protocol):
-    """An engine in a round."""
+    """An engine in a round. ways: how many it has; they take its turns alternately."""
 
+    ways: int
     prompts: list[Turn]
     decodes: list[Turn]
 
@@ -72,7 +73,7 @@ def play(
     read_gbps: Callable[[], float],
     attempt: Callable[[Any, Callable[[], None]], bool],
 ) -> None:
-    """A round: all prompts, then decode in turns of ``tokens``, one player after the other.
+    """A round: all prompts, then decode in turns of ``tokens``, one player and way after the other.
 
     attempt(player, what): call what(); whether the player stays.
     """
@@ -86,8 +87,12 @@ def play(
         player.decodes.append(replace(turn, gbps=max(before, after)))
         before = after
 
+    def all_ways(player: Player, count: int) -> None:
+        for _ in range(player.ways):
+            decode(player, count)
+
     for count in tokens:
-        playing = [player for player in playing if attempt(player, lambda: decode(player, count))]  # noqa: B023
+        playing = [player for player in playing if attempt(player, lambda: all_ways(player, count))]  # noqa: B023
     for player in playing:
         attempt(player, player.end)
 

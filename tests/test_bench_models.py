@@ -151,29 +151,26 @@ class Fake:
     """An engine that decodes a token in ``step`` seconds and fails where it is told to; its ways take turns."""
 
     def __init__(self, log, name, step=1.0, fails="", ways=("",)):
-        self.choice, self.log, self.step, self.fails, self.ways = bench_models.Choice(name), log, step, fails, ways
+        self.choice, self.log, self.step, self.fails, self.names = bench_models.Choice(name), log, step, fails, ways
         self.prompts, self.decodes, self.rss_peak_gib = [], [], 0.5
-        self.loaded = {"load_s": 1.0, "weight_bytes": 30e9, "weights": 60e9, "version": "1", "ways": len(ways)}
+        self.loaded, self.ways = {"load_s": 1.0, "weight_bytes": 30e9, "weights": 60e9, "version": "1"}, len(ways)
 
     def _say(self, what):
         self.log.append(f"{self.choice.name} {what}")
         if self.log.count(self.log[-1]) > 1 and what == self.fails:
             raise peers.Missing("ended with status -9")
 
-    def _turn(self, round_, times):
-        when = float(len(self.log))
-        return turns.Turn(round_, self.ways[len(self.decodes) % len(self.ways)], when, times)
-
     def start(self, args):
         self._say("start")
 
     def prompt(self, round_):
         self._say("prompt")
-        return [turns.Turn(round_, way, len(self.log), [10 * self.step]) for way in self.ways]
+        return [turns.Turn(round_, way, len(self.log), [10 * self.step]) for way in self.names]
 
     def decode(self, round_, tokens):
         self._say(str(tokens))
-        return self._turn(round_, [9.0] + [self.step] * (tokens - 1))
+        way = self.names[len(self.decodes) % self.ways]
+        return turns.Turn(round_, way, len(self.log), [9.0] + [self.step] * (tokens - 1))
 
     def end(self):
         self._say("end")
@@ -245,12 +242,14 @@ def test_a_row_of_turns(quick):
 
 
 def test_the_faster_way_of_an_engine_counts(quick):
-    slow = Fake([], "a", ways=("on", "off"))
+    log = []
+    slow = Fake(log, "a", ways=("on", "off"))
     bench_models.measure([slow], quick, True)
+    assert log[:7] == ["a start", "a prompt", "a 3", "a 3", "a 4", "a 4", "a end"]
     slow.decodes = [replace(turn, times=[2.0 if turn.way == "on" else 1.0]) for turn in slow.decodes]
     slow.prompts = [replace(turn, times=[3.0 if turn.way == "on" else 4.0]) for turn in slow.prompts]
     row = bench_models.summarise(slow, slow, quick, [40.0])
-    assert (row["tg_tps"], row["ttft_s"], row["turns"]) == (1.0, 3.0, 2)
+    assert (row["tg_tps"], row["ttft_s"], row["turns"]) == (1.0, 3.0, 4)
     assert row["flash_attention"] == "pp on, tg off"
 
 
