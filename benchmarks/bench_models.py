@@ -148,6 +148,8 @@ class Engine:
         self.rss_peak_gib = 0.0
         self.ways = 1
         self.loaded: dict[str, Any] = {}
+        room = args.depth + args.pp + max(args.tg, 4)
+        self._request = {"pp": args.pp, "tg": args.tg, "depth": args.depth, "batch": args.batch, "room": room}
         self._process: subprocess.Popen[str] | None = None
         python, self._environment = sys.executable, dict(os.environ)
         file: Path | None = None
@@ -176,7 +178,7 @@ class Engine:
         self._command += ["--compute", choice.compute] if choice.compute else []
         self._command += ["--sym"] if choice.form == "sym" else []
 
-    def start(self, args: argparse.Namespace) -> None:
+    def start(self) -> None:
         """Load the model and generate a few tokens."""
         self._process = subprocess.Popen(
             self._command,
@@ -188,15 +190,13 @@ class Engine:
         )
         self.loaded = self._answer()
         self.ways = self.loaded["ways"]
-        room = args.depth + args.pp + max(args.tg, 4)
-        self._request = {"pp": args.pp, "tg": args.tg, "depth": args.depth, "batch": args.batch, "room": room}
         self.prompt(0, tg=4)
         for _ in range(self.ways):
             self.decode(0, 3)
         self.end()
 
     def prompt(self, round_: int, tg: int | None = None) -> list[Turn]:
-        """Random tokens, the same in every engine of a library; the cache stays for ``decode``."""
+        """Random tokens by the round's number, once in each way; the caches stay for ``decode``."""
         first = self._turn(self._request | {"seed": round_, "tg": tg or self._request["tg"]}, round_)
         return [first, *(self._turn({"go": 1}, round_) for _ in range(self.ways - 1))]
 
@@ -213,7 +213,8 @@ class Engine:
         self._tell(request)
         answer = self._answer()
         wall = time.perf_counter() - start
-        self.rss_peak_gib = answer["rss_peak_gib"]
+        if self.ways == 1 or not self.rss_peak_gib:  # with several, before the second has a cache too
+            self.rss_peak_gib = answer["rss_peak_gib"]
         foreign = busy_cpu_s() - busy - answer["own_cpu_s"]
         middle = time.perf_counter() - sum(answer["times"]) / 2
         return Turn(round_, answer["way"], middle, answer["times"], wall_s=wall, foreign_s=foreign)
@@ -399,7 +400,7 @@ def measure(running: list[Engine], args: argparse.Namespace, together: bool) -> 
     for round_ in range(args.rounds):
         for group in [running[:]] if together else [[engine] for engine in running]:
             fresh = round_ == 0 or not together
-            loaded = [engine for engine in group if not fresh or attempt(engine, lambda: engine.start(args))]  # noqa: B023
+            loaded = [engine for engine in group if not fresh or attempt(engine, engine.start)]
             turns.play(loaded, round_, tokens, read_gbps, attempt)
             for engine in [] if together else group:
                 engine.close()

@@ -75,14 +75,14 @@ class Engine:
         ways = sorted(FLASH, reverse=request["seed"] % 2 == 0)
         buffer = llama.llama_batch_init(BATCH, 0, 1)
         try:
-            if not self._contexts:
-                self._contexts = {way: self._context(batch, request["room"], FLASH[way]) for way in ways}
             for way in ways:
-                llama.llama_memory_clear(llama.llama_get_memory(self._contexts[way]), False)
-                self._decode(self._contexts[way], buffer, rng, range(depth), batch)
-            for way in ways:
+                if way not in self._contexts:
+                    self._contexts[way] = self._context(batch, request["room"], FLASH[way])
+                context = self._contexts[way]
+                llama.llama_memory_clear(llama.llama_get_memory(context), False)
+                self._decode(context, buffer, rng, range(depth), batch)
                 clock.start()
-                self._decode(self._contexts[way], buffer, rng, range(depth, depth + pp), batch)
+                self._decode(context, buffer, rng, range(depth, depth + pp), batch)
                 clock.tick(way)
             ends = dict.fromkeys(ways, depth + pp)
             while not clock.done:

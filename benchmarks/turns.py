@@ -128,7 +128,7 @@ def quartiles(name: str, values: Sequence[float]) -> dict[str, float | None]:
     """{name: median, name_q1, name_q3}; none of them without values."""
     found: Sequence[float | None] = [None] * 3
     if values:
-        found = statistics.quantiles([*values, *values[:1]] if len(values) == 1 else values, method="inclusive")
+        found = statistics.quantiles(values if len(values) > 1 else [*values, *values], method="inclusive")
     low, middle, high = found
     return {name: middle, f"{name}_q1": low, f"{name}_q3": high}
 

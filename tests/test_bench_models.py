@@ -160,7 +160,7 @@ class Fake:
         if self.log.count(self.log[-1]) > 1 and what == self.fails:
             raise peers.Missing("ended with status -9")
 
-    def start(self, args):
+    def start(self):
         self._say("start")
 
     def prompt(self, round_):
@@ -239,6 +239,26 @@ def test_a_row_of_turns(quick):
     assert second["foreign_cpu"] == 0.0
     assert second["ratio_to"] == "a"
     assert "flash_attention" not in second
+
+
+def test_a_driver_speaks_with_an_engine_of_two_ways(monkeypatch):
+    args, (choice,) = bench_models.parse(["--threads", "1", "--engines", "hf-bf16", "--depth", "5", "--tg", "2"])
+    engine, told = bench_models.Engine(choice, args), []
+    answers = iter([
+        {"times": [8.0], "way": "on", "own_cpu_s": 0.0, "rss_peak_gib": 1.5},
+        {"times": [9.0], "way": "off", "own_cpu_s": 0.0, "rss_peak_gib": 2.5},  # with a second cache
+        {"times": [1.0, 2.0], "way": "on", "own_cpu_s": 0.0, "rss_peak_gib": 2.5},
+    ])  # fmt: skip
+    monkeypatch.setattr(engine, "_tell", told.append)
+    monkeypatch.setattr(engine, "_answer", lambda: next(answers))
+    engine.ways = 2
+    first, second = engine.prompt(3)
+    turn = engine.decode(3, 2)
+    engine.end()
+    asked = {"pp": 512, "tg": 2, "depth": 5, "batch": 1, "room": 5 + 512 + 4, "seed": 3}
+    assert told == [asked, {"go": 1}, {"go": 2}, {"go": 0}]
+    assert (first.way, second.seconds, turn.times, turn.round) == ("on", 9.0, [1.0, 2.0], 3)
+    assert engine.rss_peak_gib == 1.5
 
 
 def test_the_faster_way_of_an_engine_counts(quick):
