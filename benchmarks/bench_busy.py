@@ -94,13 +94,15 @@ def main(argv: list[str] | None = None) -> None:
     engine = engines.HuggingFace(shapes.packed_model(args.model, settings), 0, 0)
     request = {"depth": 0, "pp": 8, "tg": args.tg, "batch": 1, "seed": 0}
     cpu = max(launch.cpu_affinity())
-    engine.run(request)
+    engine.run(request, engines.Clock())
     times: dict[str, list[float]] = {name: [] for name in LOADS}
     for _ in range(args.rounds):
         for name, (share, period_ms) in LOADS.items():
             with busy(cpu, share, period_ms):
                 time.sleep(0.1)
-                times[name].append(statistics.mean(engine.run(request)["step_s"]))
+                clock = engines.Clock()
+                engine.run(request, clock)
+                times[name].append(statistics.mean(clock.times[1:]))
     facts = {"model": args.model, "group": args.group, "form": "sym", "threads": threads, "tg": args.tg}
     for row in summary(times):
         print(f"{row['load']:<15} {row['tg_tps']:>8.2f} tok/s {row['pct_of_quiet']:>6.1f} % of quiet")

@@ -1,8 +1,20 @@
 """Prompt and decode speed of whole models, engines side by side.
 
-Every engine runs in its own process and environment with the same threads, prompt and depth; rounds are interleaved, so
-that a machine that changes speed changes it for all. pp = prompt tokens/s after --depth tokens of context, tg =
-generated tokens/s (median step) after the prompt; with --batch the tokens of all sequences together.
+Every engine runs in its own process and environment with the same threads, prompt and depth. pp = prompt tokens/s after
+--depth tokens of context, tg = generated tokens/s (median step) after the prompt; with --batch the tokens of all
+sequences together.
+
+Memory bandwidth of a shared machine may double and halve within a minute, so engines take turns of a fraction of a
+second. In a round each computes its prompt, then all decode in turns of --turn tokens, A B C A B C, and wait with their
+caches in between; the bandwidth is read between turns. The first token of a turn finds cold caches and does not count.
+tg_ratio and pp_ratio are medians of paired ratios to the first engine, with their quartiles: a turn against that
+engine's turns before and after, see benchmarks/turns.py. pct_bw is the median over turns of GB/s over the larger
+reading beside the turn.
+
+Rule: a row is ``unstable`` where the 95 % interval of the median of tg_ratio or pp_ratio, +- 1.57 (q3 - q1) /
+sqrt(pairs), is wider than 5 % up or down, or where there are fewer than three pairs. More --rounds narrow it. The
+memory's own wandering (bw_min, bw_max) does not count. Engines that do not fit into memory together are loaded anew in
+every round and take its turns alone: their pairs are minutes apart, and a machine that wanders shows as unstable.
 
     python -m benchmarks.bench_models --model tinyllama-1.1b --engines cpullm,llama.cpp,openvino,hf-bf16,torchao
 
@@ -18,20 +30,21 @@ import contextlib
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from . import machine, peers, rows, shapes
+from . import machine, peers, rows, shapes, turns
 from .peers import GIB, Missing
+from .turns import Turn
 
 ROTATE_CACHES = 8  # as bench_ops reads memory
+SETTLE_S = 0.02  # OpenMP's threads spin on for about 10 ms after their last work, and would take the next one's cores
 
 
 def busy_cpu_s() -> float:
@@ -130,8 +143,13 @@ class Engine:
     def __init__(self, choice: Choice, args: argparse.Namespace) -> None:
         """Makes the peer's form of the model where it needs one; Missing says why the engine cannot run."""
         self.choice = choice
-        self.results: list[dict[str, Any]] = []
+        self.prompts: list[Turn] = []
+        self.decodes: list[Turn] = []
+        self.rss_peak_gib = 0.0
+        self.ways = 1
         self.loaded: dict[str, Any] = {}
+        room = args.depth + args.pp + max(args.tg, 4)
+        self._request = {"pp": args.pp, "tg": args.tg, "depth": args.depth, "batch": args.batch, "room": room}
         self._process: subprocess.Popen[str] | None = None
         python, self._environment = sys.executable, dict(os.environ)
         file: Path | None = None
@@ -160,7 +178,7 @@ class Engine:
         self._command += ["--compute", choice.compute] if choice.compute else []
         self._command += ["--sym"] if choice.form == "sym" else []
 
-    def start(self, args: argparse.Namespace) -> None:
+    def start(self) -> None:
         """Load the model and generate a few tokens."""
         self._process = subprocess.Popen(
             self._command,
@@ -171,21 +189,42 @@ class Engine:
             text=True,
         )
         self.loaded = self._answer()
-        self.run(args, seed=0, tg=4)
+        self.ways = self.loaded["ways"]
+        self.prompt(0, tg=4)
+        for _ in range(self.ways):
+            self.decode(0, 3)
+        self.end()
 
-    def run(self, args: argparse.Namespace, seed: int, tg: int | None = None) -> dict[str, Any]:
-        """One timed generation; adds foreign_cpu, the cores other processes used meanwhile."""
+    def prompt(self, round_: int, tg: int | None = None) -> list[Turn]:
+        """Random tokens by the round's number, once in each way; the caches stay for ``decode``."""
+        first = self._turn(self._request | {"seed": round_, "tg": tg or self._request["tg"]}, round_)
+        return [first, *(self._turn({"go": 1}, round_) for _ in range(self.ways - 1))]
+
+    def decode(self, round_: int, tokens: int) -> Turn:
+        """The next tokens of the sequence."""
+        return self._turn({"go": tokens}, round_)
+
+    def end(self) -> None:
+        """End the sequence."""
+        self._tell({"go": 0})
+
+    def _turn(self, request: dict[str, Any], round_: int) -> Turn:
+        start, busy = time.perf_counter(), busy_cpu_s()
+        self._tell(request)
+        answer = self._answer()
+        wall = time.perf_counter() - start
+        if self.ways == 1 or not self.rss_peak_gib:  # with several, before the second has a cache too
+            self.rss_peak_gib = answer["rss_peak_gib"]
+        foreign = busy_cpu_s() - busy - answer["own_cpu_s"]
+        middle = time.perf_counter() - sum(answer["times"]) / 2
+        return Turn(round_, answer["way"], middle, answer["times"], wall_s=wall, foreign_s=foreign)
+
+    def _tell(self, request: dict[str, Any]) -> None:
         assert self._process
         assert self._process.stdin
-        request = {"pp": args.pp, "tg": tg or args.tg, "depth": args.depth, "batch": args.batch, "seed": seed}
-        start, busy = time.perf_counter(), busy_cpu_s()
-        with contextlib.suppress(BrokenPipeError):  # the answer says why
+        with contextlib.suppress(BrokenPipeError):  # the next answer says why
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-        result = self._answer()
-        wall = time.perf_counter() - start
-        result["foreign_cpu"] = max(0.0, (busy_cpu_s() - busy - result["own_cpu_s"]) / wall)
-        return result
 
     def _answer(self) -> dict[str, Any]:
         assert self._process
@@ -209,12 +248,12 @@ class Engine:
             self._process = None
 
 
-def summarise(engine: Engine, args: argparse.Namespace, bandwidth: Sequence[float]) -> dict[str, Any]:
-    """The row of one engine: medians over rounds and steps. bandwidth: readings in GB/s, the first and last bracket."""
-    results, choice, loaded = engine.results, engine.choice, engine.loaded
-    step = statistics.median(step for result in results for step in result["step_s"])
-    ttft = statistics.median(result["ttft_s"] for result in results)
-    gbps = loaded["weight_bytes"] / step / 1e9
+def summarise(engine: Engine, first: Engine, args: argparse.Namespace, bandwidth: Sequence[float]) -> dict[str, Any]:
+    """The row of one engine, ratios to ``first``. bandwidth: all readings in GB/s in order."""
+    choice, loaded = engine.choice, engine.loaded
+    decodes, prompts = turns.best_way(engine.decodes), turns.best_way(engine.prompts)
+    theirs = turns.best_way(first.decodes), turns.best_way(first.prompts)
+    found = turns.conclude(decodes, prompts, theirs, loaded["weight_bytes"])
     row = {
         "bench": "models",
         "engine": choice.name,
@@ -225,26 +264,28 @@ def summarise(engine: Engine, args: argparse.Namespace, bandwidth: Sequence[floa
         "isa": os.environ.get("CPULLM_ISA"),
         "pp": args.pp,
         "tg": args.tg,
-        "pp_tps": args.batch * args.pp / ttft,
-        "tg_tps": args.batch / step,
-        "ttft_s": ttft,
-        "ms_per_token": 1000 * step,
+        "pp_tps": args.batch * args.pp / found["ttft_s"],
+        "tg_tps": 1000 * args.batch / found["ms_per_token"],
+        **found,
+        "ratio_to": first.choice.label,
         "load_s": loaded["load_s"],
-        "rss_peak_gib": results[-1]["rss_peak_gib"],
+        "rss_peak_gib": engine.rss_peak_gib,
         "threads": args.threads,
-        "foreign_cpu": max(result["foreign_cpu"] for result in results),
-        "rounds": len(results),
+        "foreign_cpu": turns.foreign_cores([*engine.prompts, *engine.decodes]),
+        "rounds": len({turn.round for turn in prompts}),
+        "turn": args.turn,
         "depth": args.depth,
         "batch": args.batch,
         "bits": round(8 * loaded["weight_bytes"] / loaded["weights"], 2),
-        "gbps": gbps,
-        "pct_bw": 100 * gbps / max(bandwidth),
         "bw_before": bandwidth[0],
         "bw_after": bandwidth[-1],
+        "bw_min": min(bandwidth),
+        "bw_max": max(bandwidth),
         "version": loaded["version"],
     }
-    if "flash" in results[-1]:
-        row["flash_attention"] = results[-1]["flash"]
+    row["unstable"] = any(rows.uncertain(row, name) for name in ("tg_ratio", "pp_ratio"))
+    if engine.ways > 1:
+        row["flash_attention"] = f"pp {prompts[0].way}, tg {decodes[0].way}"
     return row
 
 
@@ -256,16 +297,18 @@ HEADER = _LINE.format(
 )
 
 
-def line(row: dict[str, Any], first: dict[str, Any]) -> str:
-    """A row as text; the ratios are to the speeds of ``first``."""
+def line(row: dict[str, Any]) -> str:
+    """A row as text."""
     label = Choice(row["engine"], row["group"], row["form"], row["compute"]).label
-    mark = "*" if row["foreign_cpu"] > rows.FOREIGN_LIMIT else ""
-    speeds = []
-    for key in ("pp_tps", "tg_tps"):
-        speeds += [f"{row[key]:.1f}" if key == "pp_tps" else f"{row[key]:.2f}", f"{row[key] / first[key]:.2f}"]
+    mark = "*" * (row["foreign_cpu"] > rows.FOREIGN_LIMIT) + "~" * row["unstable"]
+    speeds = [f"{row['pp_tps']:.1f}", _ratio(row["pp_ratio"]), f"{row['tg_tps']:.2f}", _ratio(row["tg_ratio"])]
     rest = (f"{row['gbps']:.1f}", f"{row['pct_bw']:.0f}", f"{row['rss_peak_gib']:.2f}", f"{row['foreign_cpu']:.2f}")
     times = f"{row['ttft_s']:.3f}", f"{row['ms_per_token']:.2f}"
     return _LINE.format(label, f"{row['bits']:.2f}", *speeds, *times, *rest) + mark
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def dash(choice: Choice, why: str) -> str:
@@ -281,17 +324,18 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Choice]]
     )
     parser.add_argument("--engines", default="cpullm,hf-bf16")
     parser.add_argument("--pp", type=int, default=512, help="prompt tokens")
-    parser.add_argument("--tg", type=int, default=64, help="generated tokens")
+    parser.add_argument("--tg", type=int, default=64, help="generated tokens of a round")
+    parser.add_argument("--turn", type=int, default=8, help="tokens of a turn, the first of which does not count")
     parser.add_argument("--depth", type=int, default=0, help="tokens in the cache before the prompt, not timed")
     parser.add_argument("--batch", type=int, default=1, help="sequences at once")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4, help="prompts of each engine")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--group", type=int, default=32, help="of cpullm and torchao, unless said per engine")
     parser.add_argument("--sym", action="store_true", help="cpullm without zero points")
     parser.add_argument("--compute", choices=["int8", "bf16", "fp32"], default="int8", help="of cpullm")
     parser.add_argument("--json", type=Path, help="append rows to this file")
     args = parser.parse_args(argv)
-    for name, least in (("pp", 1), ("tg", 2), ("depth", 0), ("batch", 1), ("rounds", 1), ("threads", 1)):
+    for name, least in (("pp", 1), ("tg", 2), ("turn", 2), ("depth", 0), ("batch", 1), ("rounds", 1), ("threads", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             parser.error(f"--{name} must be at least {least}, got {value}")
@@ -332,36 +376,35 @@ def ready(found: Sequence[Choice], args: argparse.Namespace) -> tuple[list[Engin
 
 
 def measure(running: list[Engine], args: argparse.Namespace, together: bool) -> list[float]:
-    """All rounds, interleaved; engines that fail go from ``running`` with a dash. Returns readings of the bandwidth."""
+    """All rounds; engines that fail go from ``running`` with a dash. Returns all readings of the bandwidth."""
     memory = machine.Memory(ROTATE_CACHES * machine.l3_bytes())
-    readings = []
+    readings: list[float] = []
+    tokens = turns.sizes(args.tg - 1, args.turn)
+
+    def read_gbps() -> float:
+        time.sleep(SETTLE_S)
+        readings.append(memory.read_gbps(args.threads))
+        time.sleep(SETTLE_S)
+        return readings[-1]
+
+    def attempt(engine: Engine, what: Callable[[], None]) -> bool:
+        try:
+            what()
+        except Missing as error:
+            running.remove(engine)
+            print(dash(engine.choice, str(error)), flush=True)
+        return engine in running
+
     if not together:
         print("not all fit into memory together: each is loaded again in every round", file=sys.stderr)
     for round_ in range(args.rounds):
-        if round_ == 0 and together:
-            for engine in running[:]:
-                _attempt(engine, running, lambda engine: engine.start(args))
-        readings.append(memory.read_gbps(args.threads))
-        for engine in running[:]:
-            _attempt(engine, running, lambda engine: _round(engine, args, round_, together))  # noqa: B023
-    readings.append(memory.read_gbps(args.threads))
+        for group in [running[:]] if together else [[engine] for engine in running]:
+            fresh = round_ == 0 or not together
+            loaded = [engine for engine in group if not fresh or attempt(engine, engine.start)]
+            turns.play(loaded, round_, tokens, read_gbps, attempt)
+            for engine in [] if together else group:
+                engine.close()
     return readings
-
-
-def _round(engine: Engine, args: argparse.Namespace, seed: int, together: bool) -> None:
-    if not together:
-        engine.start(args)
-    engine.results.append(engine.run(args, seed))
-    if not together:
-        engine.close()
-
-
-def _attempt(engine: Engine, running: list[Engine], what: Any) -> None:
-    try:
-        what(engine)
-    except Missing as error:
-        running.remove(engine)
-        print(dash(engine.choice, str(error)), flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -376,18 +419,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     try:
         readings = measure(running, args, together)
-        made = [summarise(engine, args, readings) | facts for engine in running]
+        made = [summarise(engine, running[0], args, readings) | facts for engine in running]
     finally:
         for engine in running:
             engine.close()
     where = f" after {args.depth} tokens" * bool(args.depth) + f", batch {args.batch}" * (args.batch > 1)
     print(f"{args.model}, {args.threads} threads, pp{args.pp} tg{args.tg}{where}, {facts['machine']}")
-    print(f"memory {', '.join(f'{gbps:.1f}' for gbps in readings)} GB/s before, between and after rounds")
+    if made:
+        print(f"memory {min(readings):.1f} to {max(readings):.1f} GB/s, read {len(readings)} times between turns")
     print(HEADER)
     for row in made:
-        print(line(row, made[0]))
+        print(line(row))
     if any(row["foreign_cpu"] > rows.FOREIGN_LIMIT for row in made):
         print("* other processes took more than a quarter of a core: measure again on a quiet machine")
+    if any(row["unstable"] for row in made):
+        print("~ the median of a ratio is not known to within 5 %: more --rounds")
     if args.json and made:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         with args.json.open("a", encoding="utf-8") as file:

@@ -18,7 +18,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from . import rows
+from . import engines, rows
 
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 1, "num_key_value_heads": 1}
 ENGINES = ("cpullm", "transformers")
@@ -32,7 +32,7 @@ def make(engine: str, layers: int, tokens: int) -> Any:
 
     import torch_cpullm
 
-    from . import engines, shapes
+    from . import shapes
 
     sizes = SIZES | {"num_hidden_layers": layers, "vocab_size": 32, "max_position_embeddings": PROMPT + tokens}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes), dtype=torch.float32)
@@ -46,8 +46,9 @@ def measure(layers: Sequence[int], tokens: int, rounds: int) -> dict[str, list[f
     steps: dict[tuple[str, int], list[float]] = {key: [] for key in made}
     for round_ in range(rounds + 1):
         for key, model in made.items():
-            found = model.run({"pp": PROMPT, "tg": tokens, "depth": 0, "batch": 1, "seed": round_})["step_s"]
-            steps[key] += found if round_ else []  # the first one warms up
+            clock = engines.Clock()
+            model.run({"pp": PROMPT, "tg": tokens, "depth": 0, "batch": 1, "seed": round_}, clock)
+            steps[key] += clock.times[1:] if round_ else []  # the first round warms up
     return {engine: [1e6 * statistics.median(steps[engine, count]) for count in layers] for engine in ENGINES}
 
 

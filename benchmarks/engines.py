@@ -1,23 +1,54 @@
-"""One engine in one process: loads a model, then times generation whenever the parent asks.
+"""One engine in a process of its own: loads the model, then generates on request in turns.
 
 Run by bench_models: ``python -m benchmarks.engines ENGINE MODEL --threads N ...``, peers by their own interpreter. The
-first line on stdout says what was loaded; then each line of JSON on stdin ({"pp": 512, "tg": 64, "depth": 0, "batch":
-1, "seed": 0}) is answered with one. {"error": ...} in place of either is the last line.
+first line on stdout says what was loaded, and in how many ways the engine generates. A line of JSON on stdin ({"pp":
+512, "tg": 64, "depth": 0, "batch": 1, "seed": 0, "room": 576}) asks for a sequence; the answer is the time of its
+prompt. Then the process waits, with the sequence's cache: each {"go": N} is answered by the times of N more tokens,
+{"go": 0} after tg tokens ends the sequence. batch and room, the tokens that the longest sequence will have, stay what
+they are in the first request, which warms up what later ones reuse. An engine with several ways takes a prompt and then
+a turn in each, one after the other. {"error": ...} in place of an answer is the last line.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import json
 import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+
+class Clock:
+    """Seconds of tokens: ``tick`` after each. At the end of a turn it reports them and waits; that is not counted."""
+
+    def __init__(self, turn: Callable[[list[float], str], int] | None = None) -> None:
+        """turn(times, way): reports a turn, says how many tokens the next has; without it all are one, in ``times``."""
+        self.times: list[float] = []
+        self.done = False
+        self._turn = turn
+        self._left = 1
+        self._then = 0.0
+        self.start()
+
+    def start(self) -> None:
+        """What comes is counted from now."""
+        self._then = time.perf_counter()
+
+    def tick(self, way: str = "") -> bool:
+        """A token, or a prompt, is computed; whether the next begins a new turn. After the last, ``done`` is set."""
+        self.times.append(time.perf_counter() - self._then)
+        self._left -= 1
+        ended = self._turn is not None and self._left == 0
+        if self._turn and ended:
+            self._left, self.times = self._turn(self.times, way), []
+            self.done = self._left == 0
+        self.start()
+        return ended
 
 
 class HuggingFace:
@@ -31,16 +62,20 @@ class HuggingFace:
         self.weight_bytes, self.weights = weight_bytes, weights
         self.version = f"transformers {transformers.__version__}"
 
-    def run(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Times generate() on pp random ids for exactly tg greedy tokens: ttft_s and step_s [tg - 1]."""
+    def run(self, request: dict[str, Any], clock: Clock) -> None:
+        """generate() on pp random ids for exactly tg greedy tokens, the first of which ends the prompt's turn."""
         import torch
 
-        class Clock:
+        class Streamer:
+            """Called by generate() with the prompt and then with every token: where it waits, generation waits."""
+
             def __init__(self) -> None:
-                self.times: list[float] = []
+                self.begun = False
 
             def put(self, value: Any) -> None:
-                self.times.append(time.perf_counter())
+                if self.begun:
+                    clock.tick()
+                self.begun = True
 
             def end(self) -> None:
                 pass
@@ -54,11 +89,8 @@ class HuggingFace:
         if depth:
             earlier = self.model(ids[:, :depth], use_cache=True, logits_to_keep=1)
             settings["past_key_values"] = earlier.past_key_values
-        clock = Clock()
-        start = time.perf_counter()
-        self.model.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **settings)
-        times = clock.times[1:]  # the first call carries the prompt
-        return {"ttft_s": times[0] - start, "step_s": [b - a for a, b in itertools.pairwise(times)]}
+        clock.start()
+        self.model.generate(ids, attention_mask=torch.ones_like(ids), streamer=Streamer(), **settings)
 
 
 def float_weights(model: Any) -> int:
@@ -144,20 +176,30 @@ def peak_rss_gib() -> float:
     return int(match[1]) / 2**20 if match else 0.0
 
 
-def serve(args: argparse.Namespace, say: Callable[[dict[str, Any]], None]) -> None:
-    """Load, then answer requests until stdin ends."""
+def serve(args: argparse.Namespace, lines: Iterator[str], say: Callable[[dict[str, Any]], None]) -> None:
+    """Load, then answer requests until ``lines`` end, even within one."""
     start = time.perf_counter()
     engine = ENGINES[args.engine](args)
     gc.collect()
-    loaded = time.perf_counter() - start
-    say({"load_s": loaded, "weight_bytes": engine.weight_bytes, "weights": engine.weights, "version": engine.version})
-    for line in sys.stdin:
-        used = os.times()
-        result = engine.run(json.loads(line))
-        now = os.times()
-        result["own_cpu_s"] = now.user + now.system - used.user - used.system
-        result["rss_peak_gib"] = peak_rss_gib()
-        say(result)
+    loaded = {"load_s": time.perf_counter() - start, "ways": getattr(engine, "ways", 1), "version": engine.version}
+    say({**loaded, "weight_bytes": engine.weight_bytes, "weights": engine.weights})
+    used = 0.0
+
+    def hear() -> dict[str, Any]:
+        nonlocal used
+        line = next(lines, None)
+        if line is None:
+            sys.exit(0)
+        used = time.process_time()
+        return json.loads(line)
+
+    def turn(times: list[float], way: str) -> int:
+        spent = time.process_time() - used
+        say({"times": times, "way": way, "own_cpu_s": spent, "rss_peak_gib": peak_rss_gib()})
+        return hear()["go"]
+
+    while True:
+        engine.run(hear(), Clock(turn))
 
 
 def main() -> None:
@@ -173,19 +215,21 @@ def main() -> None:
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not look like an answer
 
+    lines = iter(sys.stdin.readline, "")
+
     def say(message: dict[str, Any]) -> None:
         answer.write(json.dumps(message) + "\n")
         answer.flush()
 
     try:
         if args.file:
-            serve(args, say)
+            serve(args, lines, say)
         else:
             import torch
 
             torch.set_num_threads(args.threads)
             with torch.inference_mode():
-                serve(args, say)
+                serve(args, lines, say)
     except (ImportError, OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, MemoryError) as error:
         say({"error": f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"})
         sys.exit(1)

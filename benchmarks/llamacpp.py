@@ -1,8 +1,8 @@
 """The peer llama.cpp through llama-cpp-python's bindings of its C interface, run by the peers' interpreter.
 
-At its best: weights repacked and in huge pages (no file mapping; glibc's tunable is set by bench_models), and each of
-prompt and generation with flash attention on or off, whichever is faster. Tokens are random and nothing is sampled, as
-in llama-bench. For bench_kld, in a process of its own:
+At its best: weights repacked and in huge pages (no file mapping; glibc's tunable is set by bench_models), and prompt
+and generation each with flash attention on and off, of which bench_models takes the faster. Tokens are random and
+nothing is sampled, as in llama-bench. For bench_kld, in a process of its own:
 
     .peers/bin/python -m benchmarks.llamacpp tokens FILE.gguf TEXT OUT WINDOW    # JSON
     .peers/bin/python -m benchmarks.llamacpp logits FILE.gguf IDS OUT BEGIN END    # float32 of positions BEGIN .. END
@@ -11,12 +11,9 @@ in llama-bench. For bench_kld, in a process of its own:
 from __future__ import annotations
 
 import ctypes
-import itertools
 import json
 import random
-import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +49,8 @@ def quantize(source: str, form: str, target: str, threads: int) -> None:
 class Engine:
     """A loaded GGUF file."""
 
+    ways = len(FLASH)
+
     def __init__(self, path: Path, threads: int) -> None:
         start()
         params = llama.llama_model_default_params()
@@ -64,18 +63,40 @@ class Engine:
         self.vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self.model))
         self.version = f"llama-cpp-python {llama.__version__}"
         self.weight_bytes, self.weights = streamed(path)
+        self._contexts: dict[str, Any] = {}  # by way, as large as the first request says
 
-    def run(self, request: dict[str, Any]) -> dict[str, Any]:
-        """ttft_s and step_s, of the faster of flash attention on and off each, and which that was."""
-        found = {name: self._run(request, flash) for name, flash in FLASH.items()}
-        prompt = min(found, key=lambda name: found[name][0])
-        steps = min(found, key=lambda name: statistics.median(found[name][1]))
-        return {"ttft_s": found[prompt][0], "step_s": found[steps][1], "flash": f"pp {prompt}, tg {steps}"}
+    def run(self, request: dict[str, Any], clock: Any) -> None:
+        """A sequence in two contexts, with flash attention on and off, which take turns until the clock is done.
 
-    def _run(self, request: dict[str, Any], flash: int) -> tuple[float, list[float]]:
-        depth, pp, tg, batch = (request[key] for key in ("depth", "pp", "tg", "batch"))
+        The seed's parity says which is first.
+        """
+        depth, pp, batch = (request[key] for key in ("depth", "pp", "batch"))
+        rng = random.Random(request["seed"])
+        ways = sorted(FLASH, reverse=request["seed"] % 2 == 0)
+        buffer = llama.llama_batch_init(BATCH, 0, 1)
+        try:
+            for way in ways:
+                if way not in self._contexts:
+                    self._contexts[way] = self._context(batch, request["room"], FLASH[way])
+                context = self._contexts[way]
+                llama.llama_memory_clear(llama.llama_get_memory(context), False)
+                self._decode(context, buffer, rng, range(depth), batch)
+                clock.start()
+                self._decode(context, buffer, rng, range(depth, depth + pp), batch)
+                clock.tick(way)
+            ends = dict.fromkeys(ways, depth + pp)
+            while not clock.done:
+                way = ways[0]
+                self._decode(self._contexts[way], buffer, rng, range(ends[way], ends[way] + 1), batch)
+                ends[way] += 1
+                if clock.tick(way):
+                    ways.reverse()
+        finally:
+            llama.llama_batch_free(buffer)
+
+    def _context(self, batch: int, room: int, flash: int) -> Any:
         params = llama.llama_context_default_params()
-        params.n_ctx = batch * ((depth + pp + tg + 255) // 256 * 256)
+        params.n_ctx = batch * ((room + 255) // 256 * 256)
         params.n_batch = BATCH
         params.n_ubatch = 512
         params.n_seq_max = batch
@@ -85,22 +106,7 @@ class Engine:
         context = llama.llama_init_from_model(self.model, params)
         if not context:
             raise RuntimeError("llama.cpp cannot make a context of this size")
-        buffer = llama.llama_batch_init(BATCH, 0, 1)
-        rng = random.Random(request["seed"])
-        try:
-            self._decode(context, buffer, rng, range(depth or min(pp, 512)), batch)  # also touches all buffers
-            if not depth:
-                llama.llama_memory_clear(llama.llama_get_memory(context), False)
-            start_s = time.perf_counter()
-            self._decode(context, buffer, rng, range(depth, depth + pp), batch)
-            times = [time.perf_counter()]
-            for position in range(depth + pp, depth + pp + tg - 1):
-                self._decode(context, buffer, rng, range(position, position + 1), batch)
-                times.append(time.perf_counter())
-        finally:
-            llama.llama_batch_free(buffer)
-            llama.llama_free(context)
-        return times[0] - start_s, [b - a for a, b in itertools.pairwise(times)]
+        return context
 
     def _decode(self, context: Any, buffer: Any, rng: random.Random, positions: range, batch: int) -> None:
         """Random tokens at ``positions`` of every sequence; logits of each one's last."""

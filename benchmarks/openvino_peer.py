@@ -7,9 +7,7 @@ the INT8 cache, which are its defaults.
 
 from __future__ import annotations
 
-import itertools
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -60,21 +58,19 @@ class Engine:
         self.vocab = json.loads((path / "config.json").read_text())["vocab_size"]
         self.version = f"openvino {openvino.__version__.partition('-')[0]}"
 
-    def run(self, request: dict[str, Any]) -> dict[str, Any]:
-        """ttft_s and step_s of greedy generation."""
-        depth, pp, tg, batch = (request[key] for key in ("depth", "pp", "tg", "batch"))
+    def run(self, request: dict[str, Any], clock: Any) -> None:
+        """Greedy generation until the clock is done."""
+        depth, pp, batch = (request[key] for key in ("depth", "pp", "batch"))
         ids = np.random.default_rng(request["seed"]).integers(3, self.vocab, (batch, depth + pp))
         self.request.reset_state()
         if depth:
             self._forward(ids[:, :depth], 0)
-        start = time.perf_counter()
-        token = self._forward(ids[:, depth:], depth)
-        times = [time.perf_counter()]
-        for position in range(depth + pp, depth + pp + tg - 1):
-            token = self._forward(token, position)
-            times.append(time.perf_counter())
-        steps = [b - a for a, b in itertools.pairwise(times)]
-        return {"ttft_s": times[0] - start, "step_s": steps}
+        clock.start()
+        token, position = self._forward(ids[:, depth:], depth), depth + pp
+        clock.tick()
+        while not clock.done:
+            token, position = self._forward(token, position), position + 1
+            clock.tick()
 
     def _forward(self, ids: np.ndarray, past: int) -> np.ndarray:
         """The next token [batch, 1] of every sequence."""

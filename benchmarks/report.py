@@ -16,12 +16,11 @@ from pathlib import Path
 from . import rows
 from .matrix import TOPICS
 from .rows import Row
+from .tables import experts, machines, markdown, models, number, plain_table, short_caption, with_legend
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/**/*.md")
-_FACTS = ("machine", "commit", "date", "bench")  # of a row, beside what was measured
 SMALL_M = 8  # up to here a cell is held against the memory bandwidth, above against the int8 peak
-MARKS = "\\* other processes used more than 0.25 cores. ~ memory bandwidth changed by more than 10 % during the run."
 
 ENGINES = {
     "cpullm": "torch_cpullm",
@@ -36,11 +35,6 @@ FORMS = {"sym": "symmetric", "zero": "zero points", "min": "minima"}
 # ---- cells of a table -----------------------------------------------------------------------------------------------
 
 
-def number(value: float) -> str:
-    """Three or more significant digits: 4.13, 56.2, 332, 26247."""
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
-
-
 def marks(row: Row) -> str:
     """What to distrust a row for."""
     return "\\*" * rows.busy(row) + "~" * row["unstable"]
@@ -52,20 +46,6 @@ def cell(row: Row | None) -> str:
         return ""
     share = row["pct_bw"] if row["m"] <= SMALL_M else row["pct_peak"]
     return number(row["us"]) + (f" ({share:.0f} %)" if share is not None else "") + marks(row)
-
-
-def markdown(header: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A table with aligned columns; the first ``left`` columns to the left, the others to the right."""
-    body = [list(line) for line in lines]
-    widths = [max(3, *(len(line[i]) for line in [header, *body])) for i in range(len(header))]
-
-    def write(line: Sequence[str]) -> str:
-        first = [text.ljust(w) for text, w in zip(line[:left], widths[:left], strict=True)]
-        rest = [text.rjust(w) for text, w in zip(line[left:], widths[left:], strict=True)]
-        return "| " + " | ".join(first + rest) + " |"
-
-    rule = "|" + "|".join("-" * (w + 1) + ("-" if i < left else ":") for i, w in enumerate(widths)) + "|"
-    return "\n".join([write(header), rule, *map(write, body)])
 
 
 def caption(found: Sequence[Row]) -> str:
@@ -86,24 +66,8 @@ def caption(found: Sequence[Row]) -> str:
     return f"{machine}; {'; '.join(limits)}; {versions}; {rest}"
 
 
-def short_caption(found: Sequence[Row]) -> str:
-    """The machine, the dates and the commits of one machine's rows."""
-    commits = ", ".join(sorted({row["commit"] for row in found}))
-    dates = sorted(row["date"][:10] for row in found)
-    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-    return f"**{found[0]['machine']}**; {when}, commit {commits}."
-
-
 def _span(values: Sequence[float]) -> str:
     return "-".join(dict.fromkeys((f"{min(values):.0f}", f"{max(values):.0f}")))
-
-
-def machines(found: Iterable[Row]) -> list[list[Row]]:
-    """Rows by machine, machine names ascending."""
-    groups: dict[str, list[Row]] = {}
-    for row in found:
-        groups.setdefault(row["machine"], []).append(row)
-    return [groups[name] for name in sorted(groups)]
 
 
 def shape(row: Row) -> str:
@@ -185,7 +149,7 @@ def kernels(found: Sequence[Row]) -> str:
             FEW_M,
         )
         parts += [caption(chosen), table] if table else []
-    return _with_legend(parts, f"Symmetric 4-bit weights, int8 compute; {LEGEND}")
+    return with_legend(parts, f"Symmetric 4-bit weights, int8 compute; {LEGEND}")
 
 
 def forms(found: Sequence[Row]) -> str:
@@ -206,7 +170,7 @@ def forms(found: Sequence[Row]) -> str:
             END_M,
         )
         parts += [caption(chosen), table] if table else []
-    return _with_legend(parts, LEGEND)
+    return with_legend(parts, LEGEND)
 
 
 def levels(found: Sequence[Row]) -> str:
@@ -225,7 +189,7 @@ def levels(found: Sequence[Row]) -> str:
             END_M,
         )
         parts += [caption(chosen), table] if table else []
-    return _with_legend(parts, f"Symmetric 4-bit weights, int8 compute; {LEGEND}")
+    return with_legend(parts, f"Symmetric 4-bit weights, int8 compute; {LEGEND}")
 
 
 def threads(found: Sequence[Row]) -> str:
@@ -246,7 +210,7 @@ def threads(found: Sequence[Row]) -> str:
             END_M,
         )
         parts += [caption(chosen), table] if table else []
-    return _with_legend(parts, f"Symmetric 4-bit weights, int8 compute; {LEGEND}")
+    return with_legend(parts, f"Symmetric 4-bit weights, int8 compute; {LEGEND}")
 
 
 def peers(all_rows: Sequence[Row]) -> str:
@@ -284,7 +248,7 @@ def peers(all_rows: Sequence[Row]) -> str:
             body.append([name, text, *filled])
         if body:
             parts += [caption(chosen), markdown(["k x n", "kernel", *(f"M={m}" for m in columns)], body, 2)]
-    return _with_legend(parts, "µs per call, measured interleaved with the same threads; the fastest is bold.")
+    return with_legend(parts, "µs per call, measured interleaved with the same threads; the fastest is bold.")
 
 
 def curve(found: Sequence[Row]) -> str:
@@ -304,7 +268,7 @@ def curve(found: Sequence[Row]) -> str:
             ]
             table = markdown([f"M, {name} g{size}", *(f"+{i}" for i in range(8))], body)
             parts += [caption([run[m] for m in range(1, 65)]), table]
-    return _with_legend(parts, "µs per call for every number of rows from 1 to 64.")
+    return with_legend(parts, "µs per call for every number of rows from 1 to 64.")
 
 
 def calls(found: Sequence[Row]) -> str:
@@ -318,37 +282,7 @@ def calls(found: Sequence[Row]) -> str:
             us = number(row["us"]) + marks(row)
             body.append([what, ENGINES[row["engine"]], str(row["threads"]), str(row["m"]), us])
         parts += [caption(group), markdown(["what", "kernel", "threads", "M", "µs"], body, 2)]
-    return _with_legend(parts, "Weights and activations in cache.")
-
-
-MODEL_KEYS = ("model", "engine", "threads", "pp", "tg", "pp_tps", "tg_tps", "ttft_s", "ms_per_token", "rss_peak_gib")
-
-
-def models(found: Sequence[Row]) -> str:
-    """Whole models: rows of bench_models, the newest of each model, engine, settings and test."""
-    parts = []
-    for group in machines(found):
-        newest: dict[tuple, Row] = {}
-        for row in sorted(group, key=lambda r: r["date"]):
-            missing = [key for key in MODEL_KEYS if key not in row]
-            if missing:
-                raise ValueError(f"a row of models*.jsonl has no {', '.join(missing)}")
-            settings = tuple(row.get(key) for key in ("group", "form", "compute", "isa"))
-            test = row["pp"], row["tg"], row.get("depth", 0), row.get("batch", 1)
-            newest[row["model"], row["threads"], test, row["engine"], settings] = row
-        body = []
-        for key, row in sorted(newest.items(), key=lambda item: (*item[0][:3], -item[1]["tg_tps"])):
-            shown = ", ".join(str(s) if i else f"g{s}" for i, s in enumerate(key[4]) if s is not None)
-            engine = row["engine"] + (f" ({shown})" if shown else "")
-            mark = "\\*" * ((row.get("foreign_cpu") or 0) > rows.FOREIGN_LIMIT)
-            speeds = [number(row[name]) + mark for name in ("pp_tps", "tg_tps")]
-            rest = [number(row[name]) for name in ("ttft_s", "ms_per_token", "rss_peak_gib")]
-            test = "pp{}, tg{}".format(*key[2])
-            test += f", depth {key[2][2]}" * (key[2][2] > 0) + f", batch {key[2][3]}" * (key[2][3] > 1)
-            body.append([row["model"], engine, str(row["threads"]), test, *speeds, *rest])
-        header = ["model", "engine", "threads", "test", "pp tok/s", "tg tok/s", "TTFT s", "ms/token", "peak GiB"]
-        parts += [short_caption(list(newest.values())), markdown(header, body, 2)]
-    return _with_legend(parts, "Tokens per second of prompt (pp) and of generation (tg), engines interleaved.")
+    return with_legend(parts, "Weights and activations in cache.")
 
 
 def support(found: Sequence[Row]) -> str:
@@ -367,40 +301,6 @@ def support(found: Sequence[Row]) -> str:
 
     body = [[topic, *(cell(newest.get((topic, version))) for version in versions)] for topic in TOPICS]
     return f"{short_caption(list(newest.values()))}\n\n" + markdown(["transformers", *versions], body)
-
-
-def experts(found: Sequence[Row]) -> str:
-    """A mixture of experts: the newest comparison of each machine."""
-    parts = []
-    for group in machines(found):
-        last = [row for row in group if row["date"] == max(r["date"] for r in group)]
-        keys = ("ms_per_step", "speedup", "gbps", "pct_bw")
-        body = [[row["what"], row["engine"], *(number(row[key]) for key in keys)] for row in last]
-        header = ["what", "engine", "ms/step", "speed-up", "GB/s", "% of bandwidth"]
-        parts += [short_caption(last), markdown(header, body, 2)]
-    return "\n\n".join(parts)
-
-
-def plain_table(found: Sequence[Row], every_date: bool = True) -> str:
-    """Rows of any other benchmark as they are, their keys are the columns; or each machine's of its last date."""
-    parts = []
-    for group in machines(found):
-        last = [row for row in group if every_date or row["date"] == max(r["date"] for r in group)]
-        keys = dict.fromkeys(key for row in last for key in row if key not in _FACTS)
-        body = [[_plain(row.get(key)) for key in keys] for row in last]
-        parts += [short_caption(last), markdown([key.replace("_", " ") for key in keys], body)]
-    return "\n\n".join(parts)
-
-
-def _plain(value: object) -> str:
-    return "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-def _with_legend(parts: Sequence[str], legend: str) -> str:
-    if not parts:
-        return ""
-    marks = f" {MARKS}" * any("\\*" in part or "~" in part for part in parts[1::2])
-    return "\n\n".join([legend + marks, *parts])
 
 
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {

@@ -24,7 +24,10 @@ FOREIGN_LIMIT = 0.25
 """Cores used by other processes above which a row is marked."""
 
 UNSTABLE_LIMIT = 0.10
-"""Relative difference of the bandwidths read before and after above which a row is marked."""
+"""A row is marked above it: difference of the bandwidths read before and after, or width of a ratio's interval."""
+
+FEWEST_PAIRS = 3
+"""Rounds and turns of bench_models below which their ratios have no quartiles to speak of."""
 
 _TEXT, _COUNT, _NUMBER, _MAYBE, _FLAG = (str,), (int,), (int, float), (int, float, type(None)), (bool,)
 
@@ -77,6 +80,19 @@ def case_name(row: Row) -> str:
 def unstable(before_gbps: float, after_gbps: float) -> bool:
     """Whether two readings of the bandwidth differ by more than 10 % of the larger."""
     return abs(before_gbps - after_gbps) > UNSTABLE_LIMIT * max(before_gbps, after_gbps)
+
+
+def uncertain(row: Row, ratio: str) -> bool:
+    """Whether the median of a ratio of bench_models, tg_ratio or pp_ratio, is not known to within 5 % up or down.
+
+    The 95 % interval of a median is +- 1.57 (q3 - q1) / sqrt(pairs). False for a row from before there were ratios.
+    Source: McGill, Tukey and Larsen, Variations of box plots, 1978 (the notches).
+    """
+    if ratio not in row:
+        return False
+    low, middle, high = (row[f"{ratio}{part}"] for part in ("_q1", "", "_q3"))
+    pairs = row["turns" if ratio == "tg_ratio" else "rounds"]
+    return pairs < FEWEST_PAIRS or middle is None or 2 * 1.57 * (high - low) / pairs**0.5 > UNSTABLE_LIMIT * middle
 
 
 def make(*, rotated: bool = True, **known: Any) -> Row:

@@ -1,7 +1,9 @@
 """Whole-model benchmarks: arguments, engines that are not there, rows. No peer is needed and no timing is asserted."""
 
+import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -12,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # `pytest` alone does not add it, `python -m pytest` does
 
-from benchmarks import bench_models, gguf_shapes, machine, peers, report, shapes  # noqa: E402
+from benchmarks import bench_models, gguf_shapes, machine, peers, report, shapes, turns  # noqa: E402
 
 TINY = {
     "model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
@@ -60,6 +62,7 @@ def test_engines_carry_settings():
         (["--engines", "openvino:g48"], "openvino has no setting 'g48'"),
         (["--pp", "0"], "--pp must be at least 1, got 0"),
         (["--tg", "1"], "--tg must be at least 2, got 1"),
+        (["--turn", "1"], "--turn must be at least 2, got 1"),
         (["--depth", "-1"], "--depth must be at least 0, got -1"),
         (["--batch", "0"], "--batch must be at least 1, got 0"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
@@ -123,56 +126,151 @@ def test_a_run_prints_and_appends_rows(tmp_path, capsys, monkeypatch):
     folder = tmp_path / "my-model"
     shapes.random_model("t", torch.bfloat16).save_pretrained(folder)
     file = tmp_path / "new" / "models.jsonl"
-    argv = ["--model", str(folder), "--engines", "cpullm:g32:sym,hf-bf16", "--pp", "8", "--tg", "3", "--threads", "1"]
-    assert bench_models.main([*argv, "--rounds", "2", "--depth", "4", "--batch", "2", "--json", str(file)]) == 0
+    argv = ["--model", str(folder), "--engines", "cpullm:g32:sym,hf-bf16", "--pp", "8", "--tg", "9", "--threads", "1"]
+    argv += ["--turn", "3", "--rounds", "2", "--depth", "4", "--batch", "2", "--json", str(file)]
+    assert bench_models.main(argv) == 0
     ours, theirs = (json.loads(line) for line in file.read_text().splitlines())
-    wanted = "engine model bits pp_tps tg_tps ttft_s ms_per_token gbps pct_bw rss_peak_gib threads foreign_cpu"
-    assert set(wanted.split()) <= ours.keys()
+    wanted = "engine model bits pp_tps tg_tps ttft_s ms_per_token gbps pct_bw rss_peak_gib threads foreign_cpu load_s"
+    wanted += " tg_ratio tg_ratio_q1 tg_ratio_q3 pp_ratio pp_ratio_q1 pp_ratio_q3 ratio_to bw_before bw_after version"
+    assert set(wanted.split()) <= ours.keys() == theirs.keys()
+    assert (ours["turns"], ours["turn"], theirs["ratio_to"]) == (4, 3, "cpullm g32 sym int8")
+    assert 0 < ours["bw_min"] <= ours["bw_max"]
+    assert ours["unstable"]  # two rounds are no quartiles
     assert (ours["engine"], ours["group"], ours["form"], theirs["engine"]) == ("cpullm", 32, "sym", "hf-bf16")
     assert (ours["model"], ours["depth"], ours["batch"], ours["rounds"]) == ("my-model", 4, 2, 2)
     assert 4.5 <= ours["bits"] < 8
     assert theirs["bits"] == 16
     assert ours["tg_tps"] == pytest.approx(2000 / ours["ms_per_token"])
     out = capsys.readouterr().out
-    assert "pp8 tg3 after 4 tokens, batch 2" in out
+    assert "pp8 tg9 after 4 tokens, batch 2" in out
     assert max(map(len, out.splitlines()[2:])) <= 120
-    assert "pp8, tg3, depth 4, batch 2" in report.table("models", file.parent)
+    assert "pp8, tg9, depth 4, batch 2" in report.table("models", file.parent)
+
+
+class Fake:
+    """An engine that decodes a token in ``step`` seconds and fails where it is told to; its ways take turns."""
+
+    def __init__(self, log, name, step=1.0, fails="", ways=("",)):
+        self.choice, self.log, self.step, self.fails, self.names = bench_models.Choice(name), log, step, fails, ways
+        self.prompts, self.decodes, self.rss_peak_gib = [], [], 0.5
+        self.loaded, self.ways = {"load_s": 1.0, "weight_bytes": 30e9, "weights": 60e9, "version": "1"}, len(ways)
+
+    def _say(self, what):
+        self.log.append(f"{self.choice.name} {what}")
+        if self.log.count(self.log[-1]) > 1 and what == self.fails:
+            raise peers.Missing("ended with status -9")
+
+    def start(self):
+        self._say("start")
+
+    def prompt(self, round_):
+        self._say("prompt")
+        return [turns.Turn(round_, way, len(self.log), [10 * self.step]) for way in self.names]
+
+    def decode(self, round_, tokens):
+        self._say(str(tokens))
+        way = self.names[len(self.decodes) % self.ways]
+        return turns.Turn(round_, way, len(self.log), [9.0] + [self.step] * (tokens - 1))
+
+    def end(self):
+        self._say("end")
+
+    def close(self):
+        self._say("close")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Two turns of 3 and 4 tokens in each of two rounds; readings of 40, 30, 50, 40, 30, .. GB/s."""
+    monkeypatch.setattr(bench_models, "SETTLE_S", 0.0)
+    readings = itertools.cycle([40.0, 30.0, 50.0])
+    monkeypatch.setattr(machine.Memory, "__init__", lambda self, size: None)
+    monkeypatch.setattr(machine.Memory, "read_gbps", lambda self, threads: next(readings))
+    return bench_models.parse(["--rounds", "2", "--threads", "1", "--tg", "8", "--turn", "3"])[0]
+
+
+ROUND = "a prompt, b prompt, a 3, b 3, a 4, b 4, a end, b end"
+ALONE = "{0} start, {0} prompt, {0} 3, {0} 4, {0} end, {0} close"
 
 
 @pytest.mark.parametrize(
     ("together", "wanted"),
+    [(True, f"a start, b start, {ROUND}, {ROUND}"), (False, ", ".join([ALONE.format(x) for x in "abab"]))],
+)
+def test_engines_take_turns(together, wanted, quick):
+    log = []
+    running = [Fake(log, "a"), Fake(log, "b")]
+    readings = bench_models.measure(running, quick, together)
+    assert ", ".join(log) == wanted
+    assert len(readings) == 2 * (5 if together else 6)  # before the first turn and after every turn
+    assert [turn.gbps for turn in running[0].decodes[:2]] == [40, 50]  # the larger of both sides
+
+
+@pytest.mark.parametrize(
+    ("together", "fails", "wanted"),
     [
-        (True, "start a, start b, run a 0, run b 0, run a 1, run b 1"),
-        (False, "start a, run a 0, close a, start b, run b 0, close b, start a, run a 1, close a, start b"),
+        (True, "prompt", f"a start, b start, {ROUND}, a prompt, b prompt, a 3, a 4, a end"),
+        (True, "4", f"a start, b start, {ROUND}, a prompt, b prompt, a 3, b 3, a 4, b 4, a end"),
+        (True, "end", f"a start, b start, {ROUND}, {ROUND}"),
+        (False, "start", ", ".join([ALONE.format("a"), ALONE.format("b"), ALONE.format("a"), "b start, b close"])),
     ],
 )
-def test_rounds_are_interleaved_and_a_failing_engine_goes(together, wanted, monkeypatch, capsys):
+def test_an_engine_that_fails_leaves_and_the_others_go_on(together, fails, wanted, quick, capsys):
     log = []
-
-    class Fake:
-        choice = bench_models.Choice("cpullm")
-
-        def __init__(self, name):
-            self.name, self.results = name, []
-
-        def start(self, args):
-            log.append(f"start {self.name}")
-            if log.count("start b") == 2:
-                raise peers.Missing("ended with status -9")
-
-        def run(self, args, seed):
-            log.append(f"run {self.name} {seed}")
-
-        def close(self):
-            log.append(f"close {self.name}")
-
-    monkeypatch.setattr(machine, "l3_bytes", lambda: 1 << 17)
-    args, _ = bench_models.parse(["--rounds", "2", "--threads", "1"])
-    running = [Fake("a"), Fake("b")]
-    assert len(bench_models.measure(running, args, together)) == 3
+    running = [Fake(log, "a"), Fake(log, "b", fails=fails)]
+    bench_models.measure(running, quick, together)
     assert ", ".join(log) == wanted
-    assert [fake.name for fake in running] == (["a", "b"] if together else ["a"])
-    assert capsys.readouterr().out.endswith("-  (ended with status -9)\n" if not together else "")
+    assert [fake.choice.name for fake in running] == ["a"]
+    assert capsys.readouterr().out.endswith("-  (ended with status -9)\n")
+
+
+def test_a_row_of_turns(quick):
+    log = []
+    running = [Fake(log, "a", step=1.0), Fake(log, "b", step=0.5)]
+    readings = bench_models.measure(running, quick, True)
+    first, second = (bench_models.summarise(fake, running[0], quick, readings) for fake in running)
+    assert (first["tg_ratio"], second["tg_ratio"], second["pp_ratio"]) == (1.0, 2.0, 2.0)
+    assert (second["tg_ratio_q1"], second["tg_ratio_q3"], second["turns"]) == (2.0, 2.0, 4)
+    assert second["tg_tps"] == 2.0  # the cold first token of a turn is left out
+    assert (second["pp_tps"], second["ttft_s"]) == (512 / 5, 5)
+    assert second["gbps"] == 60.0
+    assert second["pct_bw"] == 135.0  # median of 60 GB/s over 50, 40, 40 and 50, the larger readings beside its turns
+    assert (second["bw_before"], second["bw_min"], second["bw_max"]) == (40.0, 30.0, 50.0)
+    assert second["foreign_cpu"] == 0.0
+    assert second["ratio_to"] == "a"
+    assert "flash_attention" not in second
+
+
+def test_a_driver_speaks_with_an_engine_of_two_ways(monkeypatch):
+    args, (choice,) = bench_models.parse(["--threads", "1", "--engines", "hf-bf16", "--depth", "5", "--tg", "2"])
+    engine, told = bench_models.Engine(choice, args), []
+    answers = iter([
+        {"times": [8.0], "way": "on", "own_cpu_s": 0.0, "rss_peak_gib": 1.5},
+        {"times": [9.0], "way": "off", "own_cpu_s": 0.0, "rss_peak_gib": 2.5},  # with a second cache
+        {"times": [1.0, 2.0], "way": "on", "own_cpu_s": 0.0, "rss_peak_gib": 2.5},
+    ])  # fmt: skip
+    monkeypatch.setattr(engine, "_tell", told.append)
+    monkeypatch.setattr(engine, "_answer", lambda: next(answers))
+    engine.ways = 2
+    first, second = engine.prompt(3)
+    turn = engine.decode(3, 2)
+    engine.end()
+    asked = {"pp": 512, "tg": 2, "depth": 5, "batch": 1, "room": 5 + 512 + 4, "seed": 3}
+    assert told == [asked, {"go": 1}, {"go": 2}, {"go": 0}]
+    assert (first.way, second.seconds, turn.times, turn.round) == ("on", 9.0, [1.0, 2.0], 3)
+    assert engine.rss_peak_gib == 1.5
+
+
+def test_the_faster_way_of_an_engine_counts(quick):
+    log = []
+    slow = Fake(log, "a", ways=("on", "off"))
+    bench_models.measure([slow], quick, True)
+    assert log[:7] == ["a start", "a prompt", "a 3", "a 3", "a 4", "a 4", "a end"]
+    slow.decodes = [replace(turn, times=[2.0 if turn.way == "on" else 1.0]) for turn in slow.decodes]
+    slow.prompts = [replace(turn, times=[3.0 if turn.way == "on" else 4.0]) for turn in slow.prompts]
+    row = bench_models.summarise(slow, slow, quick, [40.0])
+    assert (row["tg_tps"], row["ttft_s"], row["turns"]) == (1.0, 3.0, 4)
+    assert row["flash_attention"] == "pp on, tg off"
 
 
 def test_depth_is_shown_and_does_not_hide_another(tmp_path):
