@@ -11,8 +11,11 @@ struct LayerRun {
   Part parts[kMostMembers];
   int64_t m, hidden;
   bool parallel, lp;
+  bool by_rows;  // see kBlockOfRows
+  bool in_block = false;  // whether this is a run of some of the rows by one thread
+  int64_t row0 = 0;  // the first of these
   Compute compute;
-  const LayerCall& c;  // what all members share
+  LayerCall c;  // what all members share
   bool spread;  // members on several ranks
   RankSum *parts_sum, *members_sum;  // of a cut layer, of a spread group; null where the group has none
   float* residual = nullptr;  // x + sum a, then of a spread group what its members here add to x
@@ -31,6 +34,8 @@ struct LayerRun {
     parallel = first.parallel;
     compute = first.compute;
     lp = g.count == 1 || g.bypass == kAllMembers;
+    by_rows = m >= 2 * kBlockOfRows * threads && c.stage == Stage::whole && compute == Compute::int8 && !parallel &&
+              !parts_sum && !spread;
     for (int64_t i = 0; i < g.count; ++i) {
       Part& part = parts[i];
       part = {};
@@ -48,30 +53,37 @@ struct LayerRun {
 
   // Everything the run needs, in the same order whether memory is counted or handed out.
   void carve(Arena& arena, int64_t threads) {
-    const int64_t rows = std::min(m, kMlpRows);
-    residual = parallel && !spread ? nullptr : arena.take<float>(m * hidden);
+    const int64_t block = by_rows ? kBlockOfRows : m, rows = std::min(block, kMlpRows);
     int64_t scratch = 0;
     for (Part& part : *this) {
       const LayerProgram& p = *part.p;
       part.qkv = arena.take<float>(m * part.qkv_width);
       part.attended = arena.take<float>(m * p.heads * p.head_dim);
-      part.o_out = arena.take<float>(m * hidden);
-      part.source = parallel || lp ? residual : arena.take<float>(m * hidden);
-      part.up_out = arena.take<float>(rows * p.intermediate * (p.gated ? 2 : 1));
-      part.mlp_out = arena.take<float>(rows * hidden);
       part.partial = arena.take<float>(part.plan.partial);
       const int64_t fresh = part.c->k_cache ? 0 : c.batch * p.kv_heads * c.tokens * p.head_dim;
       part.fresh_k = arena.take<float>(fresh);
       part.fresh_v = arena.take<float>(fresh);
-      part.a_bytes = team.a_bytes(*part.p, m);
-      part.b_bytes = team.b_bytes(*part.p, m);
-      part.input_a = arena.take<char>(part.a_bytes);
-      part.input_b = arena.take<char>(part.b_bytes);
       scratch = std::max(scratch, part.plan.scratch);
     }
+    const auto steps = [&](Arena& at) {  // what is read by whoever has a block of rows
+      residual = parallel && !spread ? nullptr : at.take<float>(block * hidden);
+      for (Part& part : *this) {
+        const LayerProgram& p = *part.p;
+        part.o_out = at.take<float>(block * hidden);
+        part.source = parallel || lp ? residual : at.take<float>(block * hidden);
+        part.up_out = at.take<float>(rows * p.intermediate * (p.gated ? 2 : 1));
+        part.mlp_out = at.take<float>(rows * hidden);
+        part.a_bytes = team.a_bytes(p, block);
+        part.b_bytes = team.b_bytes(p, block);
+        part.input_a = at.take<char>(part.a_bytes);
+        part.input_b = at.take<char>(part.b_bytes);
+      }
+    };
+    if (!by_rows) steps(arena);
     const int64_t begin = arena.used;
     char* const base = arena.base;
     const auto cut = [&](Arena& mine) {
+      if (by_rows) steps(mine);
       for (Part& part : *this) {
         const int64_t narrowest = std::min({hidden, part.p->heads * part.p->head_dim, part.p->intermediate});
         part.private_a = mine.take<char>(team.is_private(m, m, hidden) ? part.a_bytes : 0);
@@ -111,7 +123,7 @@ struct LayerRun {
         int64_t column = 0;
         for (int i = 0; i < part.p->qkv_count; ++i) {
           const Linear& l = part.p->qkv[i];
-          team.product(l, part.h, part.qkv + column, part.qkv_width, shared.next(panels_of(l.w.n)));
+          team.product(l, part.h, part.qkv + row0 * part.qkv_width + column, part.qkv_width, shared.next(panels_of(l.w.n)));
           column += l.w.n;
         }
       }
@@ -124,8 +136,9 @@ struct LayerRun {
       const Rows in{x, m, width, part.qkv_width, Float::f32, nullptr};
       if (norm.present) team.kernels.norm(norm.norm, in, x, part.qkv_width, team.mine(m));
     };
-    whole(part.p->q_norm, part.qkv, part.p->heads * part.p->head_dim);
-    whole(part.p->k_norm, part.qkv + part.p->layout.k_start, part.p->kv_heads * part.p->head_dim);
+    float* const qkv = part.qkv + row0 * part.qkv_width;
+    whole(part.p->q_norm, qkv, part.p->heads * part.p->head_dim);
+    whole(part.p->k_norm, qkv + part.p->layout.k_start, part.p->kv_heads * part.p->head_dim);
   }
 
   // Norm and rope of queries and keys, keys and values to the cache: per row and head.
@@ -134,7 +147,11 @@ struct LayerRun {
     const LayerCall& call = *part.c;
     const Kernels& kernels = team.kernels;
     const Heads q = part.queries(), k = part.keys(p.layout.k_start);
-    const Range q_items = team.mine(m * p.heads), k_items = team.mine(m * p.kv_heads);
+    const auto items = [&](int64_t heads) {
+      const Range own = team.mine(m * heads);
+      return Range{row0 * heads + own.begin, row0 * heads + own.end};
+    };
+    const Range q_items = items(p.heads), k_items = items(p.kv_heads);
     if (!p.qk_norm_whole) {
       if (p.q_norm.present) kernels.norm_heads(p.q_norm.norm, q, q_items);
       if (p.k_norm.present) kernels.norm_heads(p.k_norm.norm, k, k_items);
@@ -161,19 +178,23 @@ struct LayerRun {
     append(part.keys(p.layout.v_start), a.v, a.v_scale, a.v_stride, a.v_scale_stride);
   }
 
-  void attend() {
+  // Queries, keys and values as attention reads them.
+  void place() {
     bool whole = false;
-    int64_t items = 0, combine_items = 0;
     for (Part& part : *this) {
-      part.a = part.attention();
       if (part.p->qk_norm_whole) norm_whole_rows(part);
       whole |= part.p->qk_norm_whole;
-      items += part.plan.items;
-      combine_items += part.plan.combine_items;
     }
     if (whole) team.sync();
     for (const Part& part : *this) place_heads(part);
-    team.sync();
+  }
+
+  void attend() {
+    int64_t items = 0, combine_items = 0;
+    for (Part& part : *this) {
+      items += part.plan.items;
+      combine_items += part.plan.combine_items;
+    }
     Shared shared{team.mine(items)};
     for (const Part& part : *this) team.kernels.attention(part.a, shared.next(part.plan.items), team.attention_scratch);
     team.sync();
@@ -260,7 +281,7 @@ struct LayerRun {
       apart = true;
     }
     if (apart) team.sync();
-    team.each(total, 2 * hidden, rows, [&](Range some) {
+    const auto some_panels = [&](Range some) {
       Shared shared{some};
       for (Part& part : *this) {
         const LayerProgram& p = *part.p;
@@ -281,6 +302,10 @@ struct LayerRun {
                              p.act};
         team.kernels.activation(act, {0, rows});
       }
+    };
+    team.each(total, 2 * hidden, rows, [&](Range own) {
+      const int64_t step = in_block ? kPanelsAtOnce : total;
+      for (int64_t i = own.begin; i < own.end; i += step) some_panels({i, std::min(i + step, own.end)});
     });
   }
 
@@ -384,8 +409,8 @@ struct LayerRun {
     }
   }
 
-  // a Wo of each part, in its o_out or, where that is all, in y; the residual. False: a rank is lost.
-  bool attention() {
+  // norm(x) Wq, Wk, Wv; norm and rope; keys and values to the cache.
+  void before_attention() {
     const Rows x{c.x, m, hidden, c.x_stride, c.type, nullptr};
     bool wait = false;
     for (Part& part : *this) {
@@ -400,11 +425,15 @@ struct LayerRun {
     if (wait) team.sync();
     project();
     team.sync();
-    attend();
-    wait = false;
+    place();
+  }
+
+  // a Wo of each part, in its o_out or, where that is all, in y; the residual. False: a rank is lost.
+  bool after_attention() {
+    bool wait = false;
     for (Part& part : *this) {
       const int64_t width = part.p->heads * part.p->head_dim;
-      const Rows attended{part.attended, m, width, width, Float::f32, nullptr};
+      const Rows attended{part.attended + row0 * width, m, width, width, Float::f32, nullptr};
       wait |= input(part.in, part.input_b, part.private_b, {}, attended, part.p->o);
     }
     if (wait) team.sync();
@@ -423,7 +452,51 @@ struct LayerRun {
     return true;
   }
 
+  bool attention() {
+    before_attention();
+    team.sync();
+    attend();
+    return after_attention();
+  }
+
+  // Rows [begin, end) as a run of their own, by this thread alone.
+  LayerRun block(int64_t begin, int64_t end) const {
+    LayerRun run(*this);
+    run.team.member = {0, 1};
+    run.in_block = true;
+    run.row0 = begin;
+    run.m = end - begin;
+    run.c.x = element_of(c.x, begin * c.x_stride, c.type);
+    run.c.y = const_cast<void*>(element_of(c.y, begin * hidden, c.type));
+    return run;
+  }
+
+  // f(run) for every block of rows, by the thread that has it. panels: about how many its products have.
+  template <class F>
+  void each_block(int64_t panels, const F& f) const {
+    const int64_t blocks = (m + kBlockOfRows - 1) / kBlockOfRows;
+    team.each(blocks, hidden * panels, kBlockOfRows, [&](Range some) {
+      for (int64_t i = some.begin; i < some.end; ++i) {
+        LayerRun run = block(m * i / blocks, m * (i + 1) / blocks);
+        f(run);
+      }
+    });
+  }
+
+  void run_by_rows() {
+    const LayerProgram& p = *parts[0].p;
+    each_block(panels_of(parts[0].qkv_width), [](LayerRun& rows) { rows.before_attention(); });
+    team.sync();
+    attend();
+    each_block(panels_of(3 * p.intermediate), [](LayerRun& rows) {
+      rows.after_attention();
+      rows.mlp(0, rows.m);
+    });
+  }
+
   void run() {
+    for (Part& part : *this) part.a = part.attention();
+    if (by_rows) return run_by_rows();
     if (c.stage != Stage::mlp && !attention()) return;
     if (c.stage == Stage::attention) return;
     if (c.stage == Stage::whole) team.sync();  // the residual is whole, and nobody reads input b any more
