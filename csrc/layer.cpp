@@ -1,6 +1,6 @@
 #include "layer.h"
 
-#include "layer_input.h"
+#include "layer_rows.h"
 
 namespace cpullm {
 namespace {
@@ -11,7 +11,7 @@ struct LayerRun {
   Part parts[kMostMembers];
   int64_t m, hidden;
   bool parallel, lp;
-  bool by_rows;  // see kBlockOfRows
+  bool by_rows;  // in blocks of rows: see layer_rows.h
   bool in_block = false;  // whether this is a run of some of the rows by one thread
   int64_t row0 = 0;  // the first of these
   Compute compute;
@@ -34,8 +34,8 @@ struct LayerRun {
     parallel = first.parallel;
     compute = first.compute;
     lp = g.count == 1 || g.bypass == kAllMembers;
-    by_rows = m >= 2 * kBlockOfRows * threads && c.stage == Stage::whole && compute == Compute::int8 && !parallel &&
-              !parts_sum && !spread;
+    by_rows =
+        goes_by_rows(kernels, compute, m, threads) && c.stage == Stage::whole && !parallel && !parts_sum && !spread;
     for (int64_t i = 0; i < g.count; ++i) {
       Part& part = parts[i];
       part = {};
@@ -53,7 +53,8 @@ struct LayerRun {
 
   // Everything the run needs, in the same order whether memory is counted or handed out.
   void carve(Arena& arena, int64_t threads) {
-    const int64_t block = by_rows ? kBlockOfRows : m, rows = std::min(block, kMlpRows);
+    const int64_t block = by_rows ? m / blocks_of_rows(team.kernels, m) : m;  // there are blocks of one more
+    const int64_t most = by_rows ? block + 1 : m, rows = std::min(most, kMlpRows);
     int64_t scratch = 0;
     for (Part& part : *this) {
       const LayerProgram& p = *part.p;
@@ -66,15 +67,15 @@ struct LayerRun {
       scratch = std::max(scratch, part.plan.scratch);
     }
     const auto steps = [&](Arena& at) {  // what is read by whoever has a block of rows
-      residual = parallel && !spread ? nullptr : at.take<float>(block * hidden);
+      residual = parallel && !spread ? nullptr : at.take<float>(most * hidden);
       for (Part& part : *this) {
         const LayerProgram& p = *part.p;
-        part.o_out = at.take<float>(block * hidden);
-        part.source = parallel || lp ? residual : at.take<float>(block * hidden);
+        part.o_out = at.take<float>(most * hidden);
+        part.source = parallel || lp ? residual : at.take<float>(most * hidden);
         part.up_out = at.take<float>(rows * p.intermediate * (p.gated ? 2 : 1));
         part.mlp_out = at.take<float>(rows * hidden);
-        part.a_bytes = team.a_bytes(p, block);
-        part.b_bytes = team.b_bytes(p, block);
+        part.a_bytes = std::max(team.a_bytes(p, block), team.a_bytes(p, most));
+        part.b_bytes = std::max(team.b_bytes(p, block), team.b_bytes(p, most));
         part.input_a = at.take<char>(part.a_bytes);
         part.input_b = at.take<char>(part.b_bytes);
       }
@@ -123,7 +124,8 @@ struct LayerRun {
         int64_t column = 0;
         for (int i = 0; i < part.p->qkv_count; ++i) {
           const Linear& l = part.p->qkv[i];
-          team.product(l, part.h, part.qkv + row0 * part.qkv_width + column, part.qkv_width, shared.next(panels_of(l.w.n)));
+          float* const to = part.qkv + row0 * part.qkv_width + column;
+          team.product(l, part.h, to, part.qkv_width, shared.next(panels_of(l.w.n)));
           column += l.w.n;
         }
       }
@@ -459,44 +461,9 @@ struct LayerRun {
     return after_attention();
   }
 
-  // Rows [begin, end) as a run of their own, by this thread alone.
-  LayerRun block(int64_t begin, int64_t end) const {
-    LayerRun run(*this);
-    run.team.member = {0, 1};
-    run.in_block = true;
-    run.row0 = begin;
-    run.m = end - begin;
-    run.c.x = element_of(c.x, begin * c.x_stride, c.type);
-    run.c.y = const_cast<void*>(element_of(c.y, begin * hidden, c.type));
-    return run;
-  }
-
-  // f(run) for every block of rows, by the thread that has it. panels: about how many its products have.
-  template <class F>
-  void each_block(int64_t panels, const F& f) const {
-    const int64_t blocks = (m + kBlockOfRows - 1) / kBlockOfRows;
-    team.each(blocks, hidden * panels, kBlockOfRows, [&](Range some) {
-      for (int64_t i = some.begin; i < some.end; ++i) {
-        LayerRun run = block(m * i / blocks, m * (i + 1) / blocks);
-        f(run);
-      }
-    });
-  }
-
-  void run_by_rows() {
-    const LayerProgram& p = *parts[0].p;
-    each_block(panels_of(parts[0].qkv_width), [](LayerRun& rows) { rows.before_attention(); });
-    team.sync();
-    attend();
-    each_block(panels_of(3 * p.intermediate), [](LayerRun& rows) {
-      rows.after_attention();
-      rows.mlp(0, rows.m);
-    });
-  }
-
   void run() {
     for (Part& part : *this) part.a = part.attention();
-    if (by_rows) return run_by_rows();
+    if (by_rows) return run_by_rows(*this);
     if (c.stage != Stage::mlp && !attention()) return;
     if (c.stage == Stage::attention) return;
     if (c.stage == Stage::whole) team.sync();  // the residual is whole, and nobody reads input b any more

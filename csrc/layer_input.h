@@ -11,8 +11,6 @@ namespace cpullm {
 namespace {
 
 constexpr int64_t kMlpRows = 1024;  // rows of an MLP at a time: bounds its memory
-constexpr int64_t kBlockOfRows = 64;  // rows that a thread takes from one end of a layer's products to the other
-constexpr int64_t kPanelsAtOnce = 8;  // of gate and of up before they are activated, in such a block
 constexpr int64_t kPrivateInputs = 12 * 1024;  // up to here every thread quantises all rows: cheaper than a barrier
 
 // Whether two norms compute the same.

@@ -38,8 +38,7 @@ static_assert(__builtin_offsetof(Run, from) == 8 && __builtin_offsetof(Run, y) =
                   __builtin_offsetof(Run, scales) == 24 && __builtin_offsetof(Run, zeros) == 32 &&
                   __builtin_offsetof(Run, apart) == 40 && __builtin_offsetof(Run, bf16) == 48 &&
                   __builtin_offsetof(Run, mask) == 56 && __builtin_offsetof(Run, from_step) == 64 &&
-                  __builtin_offsetof(Run, y_step) == 72 &&
-                  __builtin_offsetof(BlockSegment, ends_block) == 4 &&
+                  __builtin_offsetof(Run, y_step) == 72 && __builtin_offsetof(BlockSegment, ends_block) == 4 &&
                   __builtin_offsetof(BlockSegment, ends_group) == 8 && sizeof(BlockSegment) == 16,
               "as the assembly has them");
 
