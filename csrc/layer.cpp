@@ -1,6 +1,6 @@
 #include "layer.h"
 
-#include "layer_input.h"
+#include "layer_rows.h"
 
 namespace cpullm {
 namespace {
@@ -11,8 +11,11 @@ struct LayerRun {
   Part parts[kMostMembers];
   int64_t m, hidden;
   bool parallel, lp;
+  bool by_rows;  // in blocks of rows: see layer_rows.h
+  bool in_block = false;  // whether this is a run of some of the rows by one thread
+  int64_t row0 = 0;  // the first of these
   Compute compute;
-  const LayerCall& c;  // what all members share
+  LayerCall c;  // what all members share
   bool spread;  // members on several ranks
   RankSum *parts_sum, *members_sum;  // of a cut layer, of a spread group; null where the group has none
   float* residual = nullptr;  // x + sum a, then of a spread group what its members here add to x
@@ -31,6 +34,8 @@ struct LayerRun {
     parallel = first.parallel;
     compute = first.compute;
     lp = g.count == 1 || g.bypass == kAllMembers;
+    by_rows =
+        goes_by_rows(kernels, compute, m, threads) && c.stage == Stage::whole && !parallel && !parts_sum && !spread;
     for (int64_t i = 0; i < g.count; ++i) {
       Part& part = parts[i];
       part = {};
@@ -48,30 +53,38 @@ struct LayerRun {
 
   // Everything the run needs, in the same order whether memory is counted or handed out.
   void carve(Arena& arena, int64_t threads) {
-    const int64_t rows = std::min(m, kMlpRows);
-    residual = parallel && !spread ? nullptr : arena.take<float>(m * hidden);
+    const int64_t block = by_rows ? m / blocks_of_rows(team.kernels, m) : m;  // there are blocks of one more
+    const int64_t most = by_rows ? block + 1 : m, rows = std::min(most, kMlpRows);
     int64_t scratch = 0;
     for (Part& part : *this) {
       const LayerProgram& p = *part.p;
       part.qkv = arena.take<float>(m * part.qkv_width);
       part.attended = arena.take<float>(m * p.heads * p.head_dim);
-      part.o_out = arena.take<float>(m * hidden);
-      part.source = parallel || lp ? residual : arena.take<float>(m * hidden);
-      part.up_out = arena.take<float>(rows * p.intermediate * (p.gated ? 2 : 1));
-      part.mlp_out = arena.take<float>(rows * hidden);
       part.partial = arena.take<float>(part.plan.partial);
       const int64_t fresh = part.c->k_cache ? 0 : c.batch * p.kv_heads * c.tokens * p.head_dim;
       part.fresh_k = arena.take<float>(fresh);
       part.fresh_v = arena.take<float>(fresh);
-      part.a_bytes = team.a_bytes(*part.p, m);
-      part.b_bytes = team.b_bytes(*part.p, m);
-      part.input_a = arena.take<char>(part.a_bytes);
-      part.input_b = arena.take<char>(part.b_bytes);
       scratch = std::max(scratch, part.plan.scratch);
     }
+    const auto steps = [&](Arena& at) {  // what is read by whoever has a block of rows
+      residual = parallel && !spread ? nullptr : at.take<float>(most * hidden);
+      for (Part& part : *this) {
+        const LayerProgram& p = *part.p;
+        part.o_out = at.take<float>(most * hidden);
+        part.source = parallel || lp ? residual : at.take<float>(most * hidden);
+        part.up_out = at.take<float>(rows * p.intermediate * (p.gated ? 2 : 1));
+        part.mlp_out = at.take<float>(rows * hidden);
+        part.a_bytes = std::max(team.a_bytes(p, block), team.a_bytes(p, most));
+        part.b_bytes = std::max(team.b_bytes(p, block), team.b_bytes(p, most));
+        part.input_a = at.take<char>(part.a_bytes);
+        part.input_b = at.take<char>(part.b_bytes);
+      }
+    };
+    if (!by_rows) steps(arena);
     const int64_t begin = arena.used;
     char* const base = arena.base;
     const auto cut = [&](Arena& mine) {
+      if (by_rows) steps(mine);
       for (Part& part : *this) {
         const int64_t narrowest = std::min({hidden, part.p->heads * part.p->head_dim, part.p->intermediate});
         part.private_a = mine.take<char>(team.is_private(m, m, hidden) ? part.a_bytes : 0);
@@ -111,7 +124,8 @@ struct LayerRun {
         int64_t column = 0;
         for (int i = 0; i < part.p->qkv_count; ++i) {
           const Linear& l = part.p->qkv[i];
-          team.product(l, part.h, part.qkv + column, part.qkv_width, shared.next(panels_of(l.w.n)));
+          float* const to = part.qkv + row0 * part.qkv_width + column;
+          team.product(l, part.h, to, part.qkv_width, shared.next(panels_of(l.w.n)));
           column += l.w.n;
         }
       }
@@ -124,8 +138,9 @@ struct LayerRun {
       const Rows in{x, m, width, part.qkv_width, Float::f32, nullptr};
       if (norm.present) team.kernels.norm(norm.norm, in, x, part.qkv_width, team.mine(m));
     };
-    whole(part.p->q_norm, part.qkv, part.p->heads * part.p->head_dim);
-    whole(part.p->k_norm, part.qkv + part.p->layout.k_start, part.p->kv_heads * part.p->head_dim);
+    float* const qkv = part.qkv + row0 * part.qkv_width;
+    whole(part.p->q_norm, qkv, part.p->heads * part.p->head_dim);
+    whole(part.p->k_norm, qkv + part.p->layout.k_start, part.p->kv_heads * part.p->head_dim);
   }
 
   // Norm and rope of queries and keys, keys and values to the cache: per row and head.
@@ -134,7 +149,11 @@ struct LayerRun {
     const LayerCall& call = *part.c;
     const Kernels& kernels = team.kernels;
     const Heads q = part.queries(), k = part.keys(p.layout.k_start);
-    const Range q_items = team.mine(m * p.heads), k_items = team.mine(m * p.kv_heads);
+    const auto items = [&](int64_t heads) {
+      const Range own = team.mine(m * heads);
+      return Range{row0 * heads + own.begin, row0 * heads + own.end};
+    };
+    const Range q_items = items(p.heads), k_items = items(p.kv_heads);
     if (!p.qk_norm_whole) {
       if (p.q_norm.present) kernels.norm_heads(p.q_norm.norm, q, q_items);
       if (p.k_norm.present) kernels.norm_heads(p.k_norm.norm, k, k_items);
@@ -161,19 +180,23 @@ struct LayerRun {
     append(part.keys(p.layout.v_start), a.v, a.v_scale, a.v_stride, a.v_scale_stride);
   }
 
-  void attend() {
+  // Queries, keys and values as attention reads them.
+  void place() {
     bool whole = false;
-    int64_t items = 0, combine_items = 0;
     for (Part& part : *this) {
-      part.a = part.attention();
       if (part.p->qk_norm_whole) norm_whole_rows(part);
       whole |= part.p->qk_norm_whole;
-      items += part.plan.items;
-      combine_items += part.plan.combine_items;
     }
     if (whole) team.sync();
     for (const Part& part : *this) place_heads(part);
-    team.sync();
+  }
+
+  void attend() {
+    int64_t items = 0, combine_items = 0;
+    for (Part& part : *this) {
+      items += part.plan.items;
+      combine_items += part.plan.combine_items;
+    }
     Shared shared{team.mine(items)};
     for (const Part& part : *this) team.kernels.attention(part.a, shared.next(part.plan.items), team.attention_scratch);
     team.sync();
@@ -260,7 +283,7 @@ struct LayerRun {
       apart = true;
     }
     if (apart) team.sync();
-    team.each(total, 2 * hidden, rows, [&](Range some) {
+    const auto some_panels = [&](Range some) {
       Shared shared{some};
       for (Part& part : *this) {
         const LayerProgram& p = *part.p;
@@ -281,6 +304,10 @@ struct LayerRun {
                              p.act};
         team.kernels.activation(act, {0, rows});
       }
+    };
+    team.each(total, 2 * hidden, rows, [&](Range own) {
+      const int64_t step = in_block ? kPanelsAtOnce : total;
+      for (int64_t i = own.begin; i < own.end; i += step) some_panels({i, std::min(i + step, own.end)});
     });
   }
 
@@ -384,8 +411,8 @@ struct LayerRun {
     }
   }
 
-  // a Wo of each part, in its o_out or, where that is all, in y; the residual. False: a rank is lost.
-  bool attention() {
+  // norm(x) Wq, Wk, Wv; norm and rope; keys and values to the cache.
+  void before_attention() {
     const Rows x{c.x, m, hidden, c.x_stride, c.type, nullptr};
     bool wait = false;
     for (Part& part : *this) {
@@ -400,11 +427,15 @@ struct LayerRun {
     if (wait) team.sync();
     project();
     team.sync();
-    attend();
-    wait = false;
+    place();
+  }
+
+  // a Wo of each part, in its o_out or, where that is all, in y; the residual. False: a rank is lost.
+  bool after_attention() {
+    bool wait = false;
     for (Part& part : *this) {
       const int64_t width = part.p->heads * part.p->head_dim;
-      const Rows attended{part.attended, m, width, width, Float::f32, nullptr};
+      const Rows attended{part.attended + row0 * width, m, width, width, Float::f32, nullptr};
       wait |= input(part.in, part.input_b, part.private_b, {}, attended, part.p->o);
     }
     if (wait) team.sync();
@@ -423,7 +454,16 @@ struct LayerRun {
     return true;
   }
 
+  bool attention() {
+    before_attention();
+    team.sync();
+    attend();
+    return after_attention();
+  }
+
   void run() {
+    for (Part& part : *this) part.a = part.attention();
+    if (by_rows) return run_by_rows(*this);
     if (c.stage != Stage::mlp && !attention()) return;
     if (c.stage == Stage::attention) return;
     if (c.stage == Stage::whole) team.sync();  // the residual is whole, and nobody reads input b any more

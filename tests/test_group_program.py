@@ -88,7 +88,7 @@ def test_threads_change_no_bit(structure, compute, isa):
     programs, runs = [Program(each) for each in specs], []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        steps = ((2, 9), (2, 1), (2, 2)) if isa == "ref" else ((2, 17), (2, 1), (2, 2))
+        steps = ((2, 9), (2, 1), (2, 2)) if isa == "ref" else ((2, 17), (2, 1), (2, 2), (2, 70))
         bypasses = (0,) if specs[0].parallel else (0, 1, ALL)
         runs.append(torch.cat([run(programs, specs, bypass, steps, torch.bfloat16) for bypass in bypasses]))
     assert all(torch.equal(each, runs[0]) for each in runs)

@@ -86,7 +86,7 @@ def test_threads_change_no_bit(structure, compute, isa):
     for threads in (1, 2, 3, 4, 5):
         torch.set_num_threads(threads)
         cache, position, parts = cache_of(torch.bfloat16), 0, []
-        for tokens in (17, 1, 2) if isa == "ref" else (33, 1, 2, 70):
+        for tokens in (17, 1, 2) if isa == "ref" else (33, 1, 2, 70, 150):
             parts.append(program(*call(layer, 2, tokens, position), None, cache))
             position += tokens
         runs.append(torch.cat(parts, 1))

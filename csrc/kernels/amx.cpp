@@ -346,6 +346,7 @@ void use_amx(Kernels& k) {
   few_rows = k.linear_i8;
   few_rows_tile = k.tile_i8;
   k.tile_i8 = tile_rows;
+  k.block_rows = 0;
   k.linear_i8 = linear_i8_amx;
   k.tile_bf16 = tile_rows_bf16;
   k.load_rows_bf16 = load_rows_bf16<kBf16K>;

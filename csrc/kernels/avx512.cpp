@@ -85,6 +85,7 @@ void use_avx512(Kernels& k) {
   k.quantize_rows = quantize_rows;
   k.load_rows = load_rows;
   k.linear_i8 = linear_i8;
+  k.block_rows = 64;
   k.linear_f32 = linear_f32;
   if (cpu_has_avx512_bf16()) {
     k.tile_bf16 = tile_rows_bf16;

@@ -21,44 +21,51 @@ namespace {
 
 constexpr int kRunRows = 5;  // most rows of a tile
 constexpr int64_t kRunBytes = 8192;  // codes of a run: with the next ones, half of L1
+constexpr int64_t kRunTail = kActBlock;  // inputs at the end that are no run of their own: sums would move for little
 
 // What a run needs besides.
 struct Run {
   const BlockSegment* end;
-  float* y;  // [rows, 32], 64-byte aligned
+  const float* from;  // [rows, 32], rows from_step bytes apart: sums to go on with
+  float* y;  // the same, y_step bytes apart: where they go
   const uint16_t* scales;  // [groups, 32] from the run's first group on
   const void* zeros;  // the same
   const int32_t* apart;  // [segments that have some, rows, 32], 64-byte aligned: inputs kept apart times their codes
   int64_t bf16;  // whether scales and minima are
   uint32_t low_nibbles, high_nibbles;
   float high_scale;  // what those are divided by
+  int64_t from_step, y_step;
 };
-static_assert(__builtin_offsetof(Run, y) == 8 && __builtin_offsetof(Run, scales) == 16 &&
-                  __builtin_offsetof(Run, zeros) == 24 && __builtin_offsetof(Run, apart) == 32 &&
-                  __builtin_offsetof(Run, bf16) == 40 && __builtin_offsetof(Run, low_nibbles) == 48 &&
-                  __builtin_offsetof(Run, high_nibbles) == 52 && __builtin_offsetof(Run, high_scale) == 56 &&
-                  __builtin_offsetof(BlockSegment, ends_block) == 4 &&
+static_assert(__builtin_offsetof(Run, from) == 8 && __builtin_offsetof(Run, y) == 16 &&
+                  __builtin_offsetof(Run, scales) == 24 && __builtin_offsetof(Run, zeros) == 32 &&
+                  __builtin_offsetof(Run, apart) == 40 && __builtin_offsetof(Run, bf16) == 48 &&
+                  __builtin_offsetof(Run, low_nibbles) == 56 && __builtin_offsetof(Run, high_nibbles) == 60 &&
+                  __builtin_offsetof(Run, high_scale) == 64 && __builtin_offsetof(Run, from_step) == 72 &&
+                  __builtin_offsetof(Run, y_step) == 80 && __builtin_offsetof(BlockSegment, ends_block) == 4 &&
                   __builtin_offsetof(BlockSegment, ends_group) == 8 && sizeof(BlockSegment) == 16,
               "as the assembly has them");
 
 // clang-format off
 #define CPULLM_END "(%[run])"
-#define CPULLM_Y "8(%[run])"
-#define CPULLM_SCALES "16(%[run])"
-#define CPULLM_ZEROS "24(%[run])"
-#define CPULLM_PRODUCTS "32(%[run])"
-#define CPULLM_BF16 "40(%[run])"
-#define CPULLM_LOW "48(%[run])"
-#define CPULLM_HIGH "52(%[run])"
-#define CPULLM_HIGH_SCALE "56(%[run])"
+#define CPULLM_FROM "8(%[run])"
+#define CPULLM_Y "16(%[run])"
+#define CPULLM_SCALES "24(%[run])"
+#define CPULLM_ZEROS "32(%[run])"
+#define CPULLM_PRODUCTS "40(%[run])"
+#define CPULLM_BF16 "48(%[run])"
+#define CPULLM_LOW "56(%[run])"
+#define CPULLM_HIGH "60(%[run])"
+#define CPULLM_HIGH_SCALE "64(%[run])"
+#define CPULLM_FROM_STEP "72(%[run])"
+#define CPULLM_Y_STEP "80(%[run])"
 #define CPULLM_EACH(ROW) \
   ROW(0, 0, 1, 10, 11, 20, 21) ROW(1, 2, 3, 12, 13, 22, 23) ROW(2, 4, 5, 14, 15, 24, 25) ROW(3, 6, 7, 16, 17, 26, 27) \
   ROW(4, 8, 9, 18, 19, 28, 29)
 #define CPULLM_IF(i, ...) ".if %c[rows] > " #i "\n" __VA_ARGS__ ".endif\n"
 #define CPULLM_LOAD(i, a, b, c, d, e, f) \
-  CPULLM_IF(i, "vmovaps 128*" #i "(%[p]), %%zmm" #e "\nvmovaps 128*" #i "+64(%[p]), %%zmm" #f "\n")
+  CPULLM_IF(i, "vmovaps (%[p]), %%zmm" #e "\nvmovaps 64(%[p]), %%zmm" #f "\nadd " CPULLM_FROM_STEP ", %[p]\n")
 #define CPULLM_KEEP(i, a, b, c, d, e, f) \
-  CPULLM_IF(i, "vmovaps %%zmm" #e ", 128*" #i "(%[p])\nvmovaps %%zmm" #f ", 128*" #i "+64(%[p])\n")
+  CPULLM_IF(i, "vmovups %%zmm" #e ", (%[p])\nvmovups %%zmm" #f ", 64(%[p])\nadd " CPULLM_Y_STEP ", %[p]\n")
 #define CPULLM_CLEAR(i, a, b, c, d, e, f) \
   CPULLM_IF(i, "vpxord %%zmm" #c ", %%zmm" #c ", %%zmm" #c "\nvpxord %%zmm" #d ", %%zmm" #d ", %%zmm" #d "\n")
 // What sums start from: minus times the zero point, in the minimum form 0.
@@ -112,7 +119,7 @@ inline void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const i
   const void* p;
   int64_t steps, at = 0;
   __asm__ volatile(
-      "mov " CPULLM_Y ", %[p]\n" CPULLM_EACH(CPULLM_LOAD)
+      "mov " CPULLM_FROM ", %[p]\n" CPULLM_EACH(CPULLM_LOAD)
       ".if %c[rows] <= 4\nvpbroadcastd " CPULLM_LOW ", %%zmm28\n.endif\n"
       "0:\n" CPULLM_EACH(CPULLM_CLEAR)
       "1:\n"
@@ -160,6 +167,7 @@ inline void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const i
         "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31", "memory", "cc");
 }
 #undef CPULLM_END
+#undef CPULLM_FROM
 #undef CPULLM_Y
 #undef CPULLM_SCALES
 #undef CPULLM_ZEROS
@@ -168,6 +176,8 @@ inline void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const i
 #undef CPULLM_LOW
 #undef CPULLM_HIGH
 #undef CPULLM_HIGH_SCALE
+#undef CPULLM_FROM_STEP
+#undef CPULLM_Y_STEP
 #undef CPULLM_EACH
 #undef CPULLM_IF
 #undef CPULLM_LOAD
@@ -184,16 +194,20 @@ inline void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const i
 #undef CPULLM_WIDEN
 // clang-format on
 
-constexpr int64_t kRunSegments = kRunBytes / (16 * kChunk);
+constexpr int64_t kRunSegments = (kRunBytes / 16 + kRunTail) / kChunk;
 
 // to [segments that have some, rows, 32] = inputs kept apart times their codes, as dot_run has them.
 template <Codes kCodes>
 inline void run_apart(const BlockSegment* segments, int64_t count, const uint32_t* apart_rows, const int32_t* apart,
                       int64_t tile, int64_t rows, const uint8_t* codes, int32_t* to) {
   using S = Simd;
-  static_assert(kRunSegments <= 16, "one vector of words");
-  const __m512i words = _mm512_maskz_loadu_epi32(__mmask16((1u << count) - 1), apart_rows);
-  for (uint32_t some = _mm512_test_epi32_mask(words, words); some; some &= some - 1) {
+  static_assert(kRunSegments <= 32, "two vectors of words");
+  uint32_t some = 0;
+  for (int64_t s = 0; s < count; s += 16) {
+    const __m512i words = _mm512_maskz_loadu_epi32(__mmask16((1ull << (count - s)) - 1), apart_rows + s);
+    some |= uint32_t(_mm512_test_epi32_mask(words, words)) << s;
+  }
+  for (; some; some &= some - 1) {
     const int64_t s = __builtin_ctz(some);
     for (int64_t r = 0; r < rows; ++r, to += kPanel) {
       S::I lo = S::izero(), hi = S::izero();
@@ -235,6 +249,7 @@ void dot_run(int64_t rows, const uint8_t* codes, const int8_t* x, int64_t tile, 
 
 struct alignas(64) RunScratch {
   int32_t apart[kRunSegments * kRunRows * kPanel];
+  float zeros[kPanel];
   float y[(kBlockRows + kRunRows) * kPanel];
 };
 static_assert(sizeof(RunScratch) <= kScratchBytes, "scratch memory must hold it");
@@ -254,35 +269,44 @@ void linear_i8_runs(const Weight& w, const QuantizedRows& x, const Output& out, 
   run.low_nibbles = 0x0f0f0f0f;
   run.high_nibbles = 0xf0f0f0f0;
   run.high_scale = 1.0f / 16;
+  memset(mine.zeros, 0, sizeof mine.zeros);
   for (int64_t row0 = 0; row0 < x.m; row0 += block_rows) {
     const int64_t row_end = min_of(row0 + block_rows, x.m), tiles = (row_end - row0 + x.tile - 1) / x.tile;
     const int64_t ask_step = (63 + tiles) / tiles;
     int64_t inputs = 0, count = 0;  // of the segments
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
       const uint8_t* codes = w.codes + panel * w.k_padded * kBytes;
-      memset(mine.y, 0, size_t(row_end - row0) * kPanel * sizeof(float));
-      for (int64_t k0 = 0, first = 0; k0 < w.k_padded; k0 += kRunK, first += count) {
-        const int64_t k1 = min_of(k0 + kRunK, w.k_padded);
+      // Sums that are outputs as they are go there at once.
+      const bool plain = out.type == Float::f32 && !out.bias && (panel + 1) * kPanel <= w.n;
+      float* const to = plain ? static_cast<float*>(out.y) + row0 * out.stride + panel * kPanel : mine.y;
+      const int64_t to_stride = plain ? out.stride : kPanel;
+      int64_t k1;
+      for (int64_t k0 = 0, first = 0; k0 < w.k_padded; k0 = k1, first += count) {
+        k1 = w.k_padded - k0 <= kRunK + kRunTail ? w.k_padded : k0 + kRunK;
+        const bool begins = k0 == 0, ends = k1 == w.k_padded;
+        run.from_step = begins ? 0 : kPanel * 4;
+        run.y_step = (ends ? to_stride : kPanel) * 4;
         if (kRunK % w.group || k1 - k0 != inputs) count = block_segments(k0, k1, w.group, segments);
         inputs = k1 - k0;
         run.end = segments + count;
         const int64_t at = (panel * w.groups + k0 / w.group) * kPanel;
         run.scales = w.scales + at;
         if (kForm != Zeros::symmetric) run.zeros = static_cast<const char*>(w.zeros) + at * kZeroBytes;
-        const uint8_t* ask = codes + kRunBytes;
+        const uint8_t* ask = codes + inputs * kBytes;
         for (int64_t r = row0; r < row_end; r += x.tile, ask += inputs * kBytes / 64 * ask_step) {
           const int64_t rows = min_of(x.tile, x.m - r), s = r * x.segments + first * x.tile;
           const uint32_t* apart_rows = x.apart_rows + r / x.tile * x.segments + first;
           run.apart = mine.apart;
           run_apart<kCodes>(segments, count, apart_rows, x.apart + s, x.tile, rows, codes, mine.apart);
-          run.y = mine.y + (r - row0) * kPanel;
+          run.from = begins ? mine.zeros : mine.y + (r - row0) * kPanel;
+          run.y = ends ? to + (r - row0) * to_stride : mine.y + (r - row0) * kPanel;
           const auto multiply = tiles == 1 ? dot_run<kPacked, kForm, true> : dot_run<kPacked, kForm, false>;
           multiply(rows, codes, x.q + r * x.k_padded + k0 * x.tile, x.tile, x.minus + s,
                    x.scale + r * x.blocks + k0 / kActBlock * x.tile, segments, apart_rows, ask, ask_step, run);
         }
         codes += inputs * kBytes;
       }
-      for (int64_t r = row0; r < row_end; ++r) store_panel(out, w.n, r, panel, mine.y + (r - row0) * kPanel);
+      for (int64_t r = row0; !plain && r < row_end; ++r) store_panel(out, w.n, r, panel, mine.y + (r - row0) * kPanel);
     }
   }
 }

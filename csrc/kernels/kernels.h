@@ -136,6 +136,9 @@ struct Kernels {
   void (*load_rows)(const Rows& in, const FloatRows& out, Range rows);
   // All m rows times the columns of panels [panels.begin, panels.end). scratch: kScratchBytes, 64-byte aligned.
   void (*linear_i8)(const Weight& w, const QuantizedRows& x, const Output& out, Range panels, void* scratch);
+  // Rows that linear_i8 takes no less time for than for the same among many more; 0: all of a call share an unpacking of
+  // the codes, so that more rows take less each.
+  int64_t block_rows;
   void (*linear_f32)(const Weight& w, const FloatRows& x, const Output& out, Range panels, void* scratch);
   // bf16 products; only called where tile_bf16 gives a tile.
   void (*load_rows_bf16)(const Rows& in, const Bf16Rows& out, Range rows);
