@@ -18,13 +18,13 @@ inline Range share(int64_t count, const Member& member) {
 struct Ahead {
   const uint8_t *at = nullptr, *end = nullptr;
 
-  // Of a product's panels the first are read next; of several products the first that has any, from `at` == `end` on. Up
-  // to a sixteenth of the L2 cache: what a wait has time for, and what the inputs made meanwhile leave in place.
+  // The first of these panels are read next; called for several products in the order in which they are read, it takes the
+  // first that has any. At most a quarter of the L2 cache: the inputs that are made meanwhile stay there too.
   void expect(const Linear& l, Range panels) {
     if (at != end || panels.begin >= panels.end) return;
     const int64_t panel = l.w.k_padded * kPanel * l.w.bits / 8;  // bytes, a multiple of kLine
     at = l.w.codes + panels.begin * panel;
-    end = at + std::min((panels.end - panels.begin) * panel, l2_bytes / 16 / kLine * kLine);
+    end = at + std::min((panels.end - panels.begin) * panel, l2_bytes / 4 / kLine * kLine);
   }
 
   void operator()() {
