@@ -39,15 +39,16 @@ Input carve(Arena& arena, const HeadProgram& head, int64_t rows, int64_t threads
 int64_t head_workspace(const HeadProgram& head, const HeadCall& call, const Kernels& kernels, int64_t threads) {
   Barrier barrier;
   Arena arena{nullptr};
-  Team team{kernels, {0, threads}, barrier, nullptr};
+  Ahead ahead;
+  Team team{kernels, {0, threads}, barrier, nullptr, ahead};
   carve(arena, head, call.rows, threads, team);
   return arena.used;
 }
 
 int64_t run_head(const HeadProgram& head, const HeadCall& call, const Kernels& kernels, Member member, int64_t threads,
-                 Barrier& barrier, Slices* slices, char* workspace) {
+                 Barrier& barrier, Slices* slices, Ahead& ahead, char* workspace) {
   Arena arena{workspace};
-  Team team{kernels, member, barrier, slices};
+  Team team{kernels, member, barrier, slices, ahead};
   const Weight& w = head.linear.w;
   const Input in = carve(arena, head, call.rows, threads, team);
   const bool alone = is_private(head, call.rows, threads);
@@ -58,6 +59,11 @@ int64_t run_head(const HeadProgram& head, const HeadCall& call, const Kernels& k
     product(kernels, head.linear, in, call.y, w.n, panels, team.kernel_scratch, call.type);
   });
   return team.barriers;
+}
+
+void expect_head(const HeadProgram& head, const Member& member, Ahead& ahead) {
+  ahead = {};
+  ahead.expect(head.linear, share(panels_of(head.linear.w.n), member));
 }
 
 }  // namespace cpullm

@@ -26,6 +26,9 @@ int64_t head_workspace(const HeadProgram& head, const HeadCall& call, const Kern
 
 // One thread's part, as of run_layers; x must be whole. Returns how many barriers it passed.
 int64_t run_head(const HeadProgram& head, const HeadCall& call, const Kernels& kernels, Member member, int64_t threads,
-                 Barrier& barrier, Slices* slices, char* workspace);
+                 Barrier& barrier, Slices* slices, Ahead& ahead, char* workspace);
+
+// The thread's next run is of this head.
+void expect_head(const HeadProgram& head, const Member& member, Ahead& ahead);
 
 }  // namespace cpullm

@@ -5,6 +5,15 @@
 namespace cpullm {
 namespace {
 
+// Panels of all queries, keys and values.
+int64_t qkv_panels(const LayerGroup& group) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < group.count; ++i)
+    for (int j = 0; j < group.layers[i].program->qkv_count; ++j)
+      total += panels_of(group.layers[i].program->qkv[j].w.n);
+  return total;
+}
+
 struct LayerRun {
   const LayerGroup& g;
   Team team;
@@ -21,9 +30,9 @@ struct LayerRun {
   float* residual = nullptr;  // x + sum a, then of a spread group what its members here add to x
 
   LayerRun(const LayerGroup& group, const Kernels& kernels, Member who, int64_t threads, Barrier& barrier,
-           Slices* slices, Arena& arena, RankSums sums)
+           Slices* slices, Ahead& ahead, Arena& arena, RankSums sums)
       : g(group),
-        team{kernels, who, barrier, slices},
+        team{kernels, who, barrier, slices, ahead},
         c(group.layers[0].call),
         spread(is_spread(group.summed)),
         parts_sum(sums.of_parts(group.summed)),
@@ -113,12 +122,24 @@ struct LayerRun {
     return !alone;
   }
 
+  // The next products are those with `hidden` outputs.
+  void expect_hidden(Linear LayerProgram::* next) {
+    team.ahead = {};
+    team.ahead.expect(parts[0].p->*next, team.mine(panels_of(hidden)));
+  }
+
+  // The next products are those of up_and_act().
+  void expect_up() {
+    team.ahead = {};
+    int64_t total = 0;
+    for (const Part& part : *this) total += panels_of(part.p->intermediate);
+    Shared shared{team.mine(total)};
+    for (const Part& part : *this) team.ahead.expect(part.p->up[0], shared.next(panels_of(part.p->intermediate)));
+  }
+
   // All queries, keys and values.
   void project() {
-    int64_t total = 0;
-    for (const Part& part : *this)
-      for (int i = 0; i < part.p->qkv_count; ++i) total += panels_of(part.p->qkv[i].w.n);
-    team.each(total, hidden, m, [&](Range panels) {
+    team.each(qkv_panels(g), hidden, m, [&](Range panels) {
       Shared shared{panels};
       for (Part& part : *this) {
         int64_t column = 0;
@@ -359,6 +380,7 @@ struct LayerRun {
     }
     if (wait) team.sync();
     up_and_act(rows);
+    expect_hidden(&LayerProgram::down);
     team.sync();
     wait = false;
     for (Part& part : *this) {
@@ -367,6 +389,7 @@ struct LayerRun {
       wait |= input(part.in, part.input_b, part.private_b, {}, acted, p.down);
     }
     if (wait) team.sync();
+    team.ahead = {};  // what follows is for the caller to say
     const int64_t width = parts[0].p->intermediate;
     if (c.stage == Stage::mlp) {
       float* const to = static_cast<float*>(c.y) + row0 * hidden;
@@ -426,6 +449,7 @@ struct LayerRun {
     }
     if (wait) team.sync();
     project();
+    expect_hidden(&LayerProgram::o);
     team.sync();
     place();
   }
@@ -448,6 +472,7 @@ struct LayerRun {
       }
       if (at_once) add_attention(columns_of(some, m));
     });
+    expect_up();
     if (!add || at_once) return true;
     if (!sum_parts(&Part::o_out, m)) return false;
     add_attention(finish(&LayerProgram::post_attention_norm, &Part::o_out, m));
@@ -479,16 +504,26 @@ struct LayerRun {
 int64_t layer_workspace(const LayerGroup& group, const Kernels& kernels, int64_t threads) {
   Barrier barrier;
   Arena arena{nullptr};
-  LayerRun(group, kernels, {0, threads}, threads, barrier, nullptr, arena, {});
+  Ahead ahead;
+  LayerRun(group, kernels, {0, threads}, threads, barrier, nullptr, ahead, arena, {});
   return arena.used;
 }
 
 int64_t run_layers(const LayerGroup& group, const Kernels& kernels, Member member, int64_t threads, Barrier& barrier,
-                   Slices* slices, char* workspace, RankSums sums) {
+                   Slices* slices, Ahead& ahead, char* workspace, RankSums sums) {
   Arena arena{workspace};
-  LayerRun run(group, kernels, member, threads, barrier, slices, arena, sums);
+  LayerRun run(group, kernels, member, threads, barrier, slices, ahead, arena, sums);
   run.run();
   return run.team.barriers;
+}
+
+void expect_layers(const LayerGroup& group, const Member& member, Ahead& ahead) {
+  ahead = {};
+  Shared shared{share(qkv_panels(group), member)};
+  for (int64_t i = 0; i < group.count; ++i) {
+    const LayerProgram& p = *group.layers[i].program;
+    for (int j = 0; j < p.qkv_count; ++j) ahead.expect(p.qkv[j], shared.next(panels_of(p.qkv[j].w.n)));
+  }
 }
 
 }  // namespace cpullm

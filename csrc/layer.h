@@ -14,7 +14,7 @@
 // b batch, s tokens of this call, m = b s rows.
 #pragma once
 
-#include "input.h"
+#include "ahead.h"
 #include "kernels/block.h"
 #include "ranks.h"
 #include "team.h"
@@ -116,8 +116,11 @@ int64_t layer_workspace(const LayerGroup& group, const Kernels& kernels, int64_t
 
 // One thread's part; all threads of the team call it with the same arguments but their own `member` and `sums`. Returns
 // how many barriers it passed, which for a group are no more than for its layers each, and one more per sum over ranks
-// (of many rows: per part). Once one of `sums` is gone() the rest is left out. slices: see divide().
+// (of many rows: per part). Once one of `sums` is gone() the rest is left out. slices: see divide(). ahead: of this thread.
 int64_t run_layers(const LayerGroup& group, const Kernels& kernels, Member member, int64_t threads, Barrier& barrier,
-                   Slices* slices, char* workspace, RankSums sums);
+                   Slices* slices, Ahead& ahead, char* workspace, RankSums sums);
+
+// The thread's next run is of this group.
+void expect_layers(const LayerGroup& group, const Member& member, Ahead& ahead);
 
 }  // namespace cpullm

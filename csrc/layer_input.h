@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "ahead.h"
 #include "input.h"
 #include "layer.h"
 
@@ -32,20 +33,17 @@ struct Team {
   Member member;
   Barrier& barrier;
   Slices* slices;
+  Ahead& ahead;
   int64_t barriers = 0;
   float *normed = nullptr, *attention_scratch = nullptr;
   char* kernel_scratch = nullptr;
 
   void sync() {
-    barrier.wait(member.count);
+    barrier.wait(member.count, ahead);
     ++barriers;
   }
 
-  Range mine(int64_t count) const {
-    Range r;
-    share(count, member, r.begin, r.end);
-    return r;
-  }
+  Range mine(int64_t count) const { return share(count, member); }
 
   // f(panels) for parts of [0, count): this thread's, and what others have not come to. k inputs, `rows` rows: see divide().
   template <class F>

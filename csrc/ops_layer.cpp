@@ -166,17 +166,20 @@ Tensor run_steps(Steps& steps, const Tensor& x, const RankMemory* ranks = nullpt
   const MaybeSum team_sums = rank_team ? MaybeSum(*rank_team) : std::nullopt;
   const auto part = [&](const Member& member) {
     int64_t passed = 0;
+    Ahead ahead;
     MaybeSum all = all_sums, team = team_sums;
     const RankSums sums{all ? &*all : nullptr, team ? &*team : nullptr};
     for (size_t i = 0; i < count; ++i) {
-      if (i) barrier.wait(member.count);
-      passed += run_layers(steps.groups[i], table, member, threads, barrier, slices, memory, sums);
+      if (i) barrier.wait(member.count, ahead);
+      passed += run_layers(steps.groups[i], table, member, threads, barrier, slices, ahead, memory, sums);
       passed += i ? 1 : 0;
       if (sums.gone()) break;  // on all threads alike
+      if (i + 1 < count) expect_layers(steps.groups[i + 1], member, ahead);
     }
     if (head && !sums.gone()) {
-      barrier.wait(member.count);
-      passed += 1 + run_head(*head, tail, table, member, threads, barrier, slices, memory);
+      expect_head(*head, member, ahead);
+      barrier.wait(member.count, ahead);
+      passed += 1 + run_head(*head, tail, table, member, threads, barrier, slices, ahead, memory);
     }
     if (member.id == 0) barriers = passed;
   };

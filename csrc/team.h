@@ -21,10 +21,15 @@ inline void share(int64_t count, const Member& member, int64_t& begin, int64_t& 
 }
 
 // Everybody waits for everybody. Spins for about the length of a step, then yields, so that a busy neighbour costs its
-// share of time and not more.
+// share of time and not more. idle(): called in every spin.
 class Barrier {
  public:
   void wait(int64_t count) {
+    wait(count, [] {});
+  }
+
+  template <class F>
+  void wait(int64_t count, F&& idle) {
     if (count == 1) return;
     const int64_t phase = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
@@ -34,6 +39,7 @@ class Barrier {
     }
     for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
       if (spins < kSpins) {
+        idle();
 #ifdef __x86_64__
         __builtin_ia32_pause();
 #endif
