@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import sys
 import weakref
@@ -9,12 +10,27 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .layer_match import IRRELEVANT
 from .layer_parts import own_state
 from .linear import PackedLinear, PackedModule
+
+# dict -> a number that grows whenever the dict is written to, as Dynamo's guards use it. Where torch has none: a larger
+# one every time, as if everything were written to between two looks.
+_version_of_dict = getattr(torch._C._dynamo.guards, "dict_version", lambda _, count=itertools.count(): next(count))
+_version_of = operator.attrgetter("_version")
+
+
+def written(dicts: Iterable[dict], tensors: Iterable[Tensor] = ()) -> int:
+    """A number that grows whenever one of these is written to.
+
+    It says the same as a comparison of what they hold and touches one word of each: between two tokens all of that
+    comes from memory. tensors: none made under inference_mode, which have no version.
+    """
+    return sum(map(_version_of_dict, dicts)) + sum(map(_version_of, tensors))
 
 
 class Watch:
@@ -44,13 +60,18 @@ class Watch:
         self._held = [
             (linear.packed, linear.bias, linear.order) for linear in self._linears
         ]  # so that no other gets their id
+        # The first layer's attributes hold what holds this.
+        self._first, self._watched = weakref.ref(layers[0]), [layer.__dict__ for layer in layers[1:]]
+        self._watched = (*self._watched, *self._dicts, *self._all, self._config)
+        self._written, self._changes = self.written(), PackedModule.changes
         self._seen, self._slow = self._look(), self._look_closely()
-        self._changes = PackedModule.changes
+
+    def written(self) -> int:
+        """A number that stays the same only while nothing changes, hooks aside; AttributeError once a layer is gone."""
+        return PackedModule.changes + _version_of_dict(self._first().__dict__) + written(self._watched, self._versioned)
 
     def _look(self) -> list[Any]:
-        """What every call compares, in few and long lists: between two tokens the weights have passed through the
-        caches, and every object that is touched comes from memory.
-        """
+        """What is compared where something was written to."""
         own = [[cast("nn.Module", ref()).__dict__ for ref in refs] for _, refs in self._layers]
         return [
             [*chain.from_iterable(map(dict.values, self._dicts))],
@@ -73,11 +94,16 @@ class Watch:
     def same(self) -> bool:
         """Whether nothing has changed, hooks aside."""
         try:
-            if self._changes != PackedModule.changes:
-                if self._look_closely() != self._slow:
-                    return False
-                self._changes = PackedModule.changes
-            return self._look() == self._seen
+            at = self.written()
+            if at == self._written:
+                return True
+            changes = PackedModule.changes
+            if changes != self._changes and self._look_closely() != self._slow:
+                return False
+            if self._look() != self._seen:
+                return False
+            self._written, self._changes = at, changes
+            return True
         except (AttributeError, KeyError, RuntimeError, TypeError):  # another tensor, an attribute that is gone
             return False
 
@@ -124,6 +150,7 @@ class Glance:
     """
 
     def __init__(self, module: nn.Module, settings: Iterable[str] | None = None) -> None:
+        self._config, self._written = vars(module.config), 0
         self._get = _getter(["training", "config", *(name for name in own_state(module) if name not in _LEFT_OUT)])
         self._settings = None if settings is None else tuple(settings)
         self._seen = self._look(module)
@@ -136,10 +163,16 @@ class Glance:
 
     def same(self, module: nn.Module) -> bool:
         """Whether ``module`` is still what it was."""
+        at = written((module.__dict__, module._modules, self._config))
+        if at == self._written:
+            return True
         try:
-            return self._look(module) == self._seen
+            if self._look(module) != self._seen:
+                return False
         except KeyError:  # an attribute is gone
             return False
+        self._written = at
+        return True
 
 
 def _texts(hook: Any) -> Iterator[Any]:
