@@ -180,8 +180,8 @@ class LayerProgram:
         self._run: Run | None = None
         self._watch: Watch | None = None
         self._stack: LayerStack | None = None
-        # Of the first layer of a stack: all its programs, the others' attributes, whether the layers are what they were,
-        # the module that has the list of them, its name there and the list; what was written() when all was in place.
+        # Of the first layer of a stack: all its programs, the others' attributes, whether their layers are what they
+        # were, where the list of them is (a module, its name there, itself), and what was written() when all was so.
         self._others: list[weakref.ref[LayerProgram]] = []
         self._states: list[dict[str, Any]] = []
         self._stack_watch: Watch | None = None

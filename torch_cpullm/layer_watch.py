@@ -20,7 +20,8 @@ from .linear import PackedLinear, PackedModule
 
 # dict -> a number that grows whenever the dict is written to, as Dynamo's guards use it. Where torch has none: a larger
 # one every time, as if everything were written to between two looks.
-_version_of_dict = getattr(torch._C._dynamo.guards, "dict_version", lambda _, count=itertools.count(): next(count))
+_counted = itertools.count()
+_version_of_dict = getattr(torch._C._dynamo.guards, "dict_version", lambda _: next(_counted))
 _version_of = operator.attrgetter("_version")
 
 
