@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .layer_parts import own_state
-from .layer_watch import written
+from .layer_watch import unchanged, written
 
 CHUNK = 64  # positions at a time
 
@@ -70,7 +71,7 @@ class Angles:
             return None
         at = self._written(table.held)
         if at != table.written:
-            if self._look() != table.state:
+            if not unchanged(self._look(), table.state):
                 return None
             table.written = at
         return table.made, position - table.first
@@ -85,8 +86,8 @@ class Angles:
     def _look(self) -> list[Any]:
         """What the module's result depends on, beside its arguments."""
         buffers = [t for t in self._module._buffers.values() if t is not None]
-        versions = [(id(t), None if t.is_inference() else t._version) for t in buffers]
-        return [versions, own_state(self._module)]
+        versions = [None if t.is_inference() else t._version for t in buffers]
+        return [*buffers, *versions, *chain.from_iterable(own_state(self._module).items())]
 
     def _make(self, x: Tensor, positions: Tensor, first: int) -> tuple[Tensor, ...]:
         """The module's result, and the table from this position on."""
@@ -100,5 +101,7 @@ class Angles:
             return result
         alike = all(each.dim() == 3 and each.shape[:2] == rows.shape for each in made)
         alike = alike and all(torch.equal(a[:1], b[:, :1]) for a, b in zip(result, made, strict=True))
-        self._table = _Table(first, x.dtype, state, at, made, held) if alike and self._look() == state else None
+        self._table = (
+            _Table(first, x.dtype, state, at, made, held) if alike and unchanged(self._look(), state) else None
+        )
         return result

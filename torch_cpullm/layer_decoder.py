@@ -180,11 +180,7 @@ class DecoderStep:
         length = stack.length_of(cache)
         if length < 0 or (mask is not None and (mask.shape[1] != length + 1 or not bool(mask.all()))):
             return None
-        inputs = _all_in_one(learnt, kwargs)
-        if inputs is None:
-            x = learnt.embedding(kwargs["input_ids"])
-            inputs = x, [t for each in learnt.positions for t in each(x, kwargs["position_ids"])], None, -1
-        x, angles, rows, first = inputs
+        x, angles, rows, first = _inputs(learnt, kwargs["input_ids"], kwargs["position_ids"])
         self._tries = TRIES  # what was learnt holds
         return stack.run(self._unchanged, x, angles, learnt.rotary, None, cache, head, rows, first)
 
@@ -245,16 +241,17 @@ def _rows_of(embedding: nn.Module) -> Embedding | None:
         return None
 
 
-def _all_in_one(learnt: _Learnt, kwargs: dict[str, Any]) -> tuple[Tensor, list[Tensor], Embedding, int] | None:
-    """(ids, tables of angles, embedding, place in the tables) for an operator that begins with the ids, if it can."""
+def _inputs(learnt: _Learnt, ids: Tensor, positions: Tensor) -> tuple[Tensor, list[Tensor], Embedding | None, int]:
+    """(x, angles, embedding, first) of a step, see :class:`layer_program.Stack`: from the ids on where it can be."""
     rows = learnt.rows
-    if rows is None or not rows.is_all_of(learnt.embedding):
-        return None
-    position = position_of(kwargs["position_ids"])
-    found = [] if position is None else [each.find(position, rows.dtype) for each in learnt.positions]
-    if not found or None in found or len({each[1] for each in found}) > 1:
-        return None
-    return kwargs["input_ids"], [t for each in found for t in each[0]], rows, found[0][1]
+    if rows is not None and rows.is_all_of(learnt.embedding):
+        position = position_of(positions)
+        found = [] if position is None else [each.find(position, rows.dtype) for each in learnt.positions]
+        tables = [each for each in found if each is not None]
+        if len(tables) == len(learnt.positions) and len({first for _, first in tables}) == 1:
+            return ids, [t for made, _ in tables for t in made], rows, tables[0][1]
+    x = learnt.embedding(ids)
+    return x, [t for each in learnt.positions for t in each(x, positions)], None, -1
 
 
 def _is_no_mask(mask: Any, window: int) -> bool:
