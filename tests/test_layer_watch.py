@@ -143,6 +143,7 @@ GLANCES = {
     "an attribute more": lambda m: setattr(m, "note", 1),
     "an attribute less": lambda m: delattr(m, "padding_idx"),
     "an attribute": lambda m: setattr(m, "padding_idx", 7),
+    "the dict of children": lambda m: m.__dict__.update(_modules=dict(m._modules)),
     "training": lambda m: m.train(),
 }
 

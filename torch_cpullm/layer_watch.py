@@ -159,7 +159,7 @@ class Glance:
     """
 
     def __init__(self, module: nn.Module, settings: Iterable[str] | None = None) -> None:
-        self._config, self._written = vars(module.config), 0
+        self._config, self._children, self._written = vars(module.config), module._modules, 0
         self._names = ["training", "config", *(name for name in own_state(module) if name not in _LEFT_OUT)]
         self._settings = None if settings is None else tuple(settings)
         self._seen = self._look(module)
@@ -167,11 +167,12 @@ class Glance:
     def _look(self, module: nn.Module) -> list[Any]:
         state, config = module.__dict__, self._config
         settings = config if self._settings is None else {name: config.get(name) for name in self._settings}
-        return [len(state), *map(state.__getitem__, self._names), *_items(module._modules), *_items(settings)]
+        children = module._modules
+        return [len(state), *map(state.__getitem__, self._names), children, *_items(children), *_items(settings)]
 
     def same(self, module: nn.Module) -> bool:
         """Whether ``module`` is still what it was."""
-        at = written((module.__dict__, module._modules, self._config))
+        at = written((module.__dict__, self._children, self._config))
         if at == self._written:
             return True
         try:
