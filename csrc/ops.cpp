@@ -272,6 +272,37 @@ Tensor linear_of(const char* op, const Tensor& x, const Weight& w, const Optiona
   return y;
 }
 
+constexpr const char* kEmbedding = "cpullm::embedding";
+
+Tensor rows_of(const Tensor& ids, const Weight& w, ScalarType dtype) {
+  const bool wide = ids.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(ids.is_cpu() && (wide || ids.scalar_type() == ScalarType::Int), kEmbedding,
+                  ": ids must be an int64 or int32 CPU tensor");
+  check_storage(kEmbedding, "ids", ids);
+  const Float type = dtype == ScalarType::Float ? Float::f32 : dtype == ScalarType::Half ? Float::f16 : Float::bf16;
+  const Tensor flat = ids.is_contiguous() ? ids : torch::stable::contiguous(ids);
+  const void* p = flat.const_data_ptr();
+  const int64_t count = ids.numel();
+  const auto id_at = [&](int64_t i) {
+    return wide ? static_cast<const int64_t*>(p)[i] : int64_t(static_cast<const int32_t*>(p)[i]);
+  };
+  for (int64_t i = 0; i < count; ++i)
+    STD_TORCH_CHECK(id_at(i) >= 0 && id_at(i) < w.n, kEmbedding, ": id ", id_at(i), " is outside [0, ", w.n, ")");
+  int64_t sizes[64];
+  const int64_t dims = ids.dim() + 1;
+  STD_TORCH_CHECK(dims <= 64, kEmbedding, ": ids has too many dimensions: ", dims - 1);
+  for (int64_t i = 0; i + 1 < dims; ++i) sizes[i] = ids.size(i);
+  sizes[dims - 1] = w.k;
+  Tensor out = empty_cpu(sizes, dims, dtype);
+  char* y = static_cast<char*>(out.mutable_data_ptr());
+  const int64_t row_bytes = w.k * (type == Float::f32 ? 4 : 2);
+  const Kernels& table = kernels();
+  parallel(count, 8 * w.k, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) table.dequantize_row(w, id_at(i), y + i * row_bytes, type);
+  });
+  return out;
+}
+
 namespace {
 
 Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros,
@@ -346,35 +377,10 @@ Tensor dequantize(const Tensor& codes, const Tensor& scales, const OptionalTenso
 
 Tensor embedding(const Tensor& ids, const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros, int64_t n,
                  int64_t k, int64_t group_size, ScalarType dtype) {
-  constexpr const char* op = "cpullm::embedding";
-  const Weight w = check_weight(op, codes, scales, zeros, n, k, group_size);
-  const bool wide = ids.scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK(ids.is_cpu() && (wide || ids.scalar_type() == ScalarType::Int), op,
-                  ": ids must be an int64 or int32 CPU tensor");
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op,
+  const Weight w = check_weight(kEmbedding, codes, scales, zeros, n, k, group_size);
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, kEmbedding,
                   ": dtype must be float32, bfloat16 or float16");
-  const Float type = dtype == ScalarType::Float ? Float::f32 : dtype == ScalarType::Half ? Float::f16 : Float::bf16;
-  const Tensor flat = ids.is_contiguous() ? ids : torch::stable::contiguous(ids);
-  const void* p = flat.const_data_ptr();
-  const int64_t count = ids.numel();
-  const auto id_at = [&](int64_t i) {
-    return wide ? static_cast<const int64_t*>(p)[i] : int64_t(static_cast<const int32_t*>(p)[i]);
-  };
-  for (int64_t i = 0; i < count; ++i)
-    STD_TORCH_CHECK(id_at(i) >= 0 && id_at(i) < n, op, ": id ", id_at(i), " is outside [0, ", n, ")");
-  int64_t sizes[64];
-  const int64_t dims = ids.dim() + 1;
-  STD_TORCH_CHECK(dims <= 64, op, ": ids has too many dimensions: ", dims - 1);
-  for (int64_t i = 0; i + 1 < dims; ++i) sizes[i] = ids.size(i);
-  sizes[dims - 1] = k;
-  Tensor out = empty_cpu(sizes, dims, dtype);
-  char* y = static_cast<char*>(out.mutable_data_ptr());
-  const int64_t row_bytes = k * (type == Float::f32 ? 4 : 2);
-  const Kernels& table = kernels();
-  parallel(count, 8 * k, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) table.dequantize_row(w, id_at(i), y + i * row_bytes, type);
-  });
-  return out;
+  return rows_of(ids, w, dtype);
 }
 
 // ---- limits of the machine, for benchmarks --------------------------------------------------------------------------

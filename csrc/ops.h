@@ -116,6 +116,9 @@ const int32_t* check_order(const char* op, const OptionalTensor& perm, int64_t k
 Tensor linear_of(const char* op, const Tensor& x, const Weight& w, const OptionalTensor& bias,
                  const OptionalTensor& perm, int64_t compute);
 
+// Rows of W of a float type, ids int64 | int32 [..] -> [.., k]; an id outside [0, n) is an error of cpullm::embedding.
+Tensor rows_of(const Tensor& ids, const Weight& w, ScalarType dtype);
+
 // The activation of this name; anything else is an error that names `op`.
 Act act_of(const char* op, const std::string& name);
 

@@ -8,17 +8,21 @@
 namespace cpullm {
 namespace {
 
-// cos or sin [1|b, s, >= rotary_dim] into `call`.
-const void* check_rope(const OptionalTensor& t, const char* name, const LayerProgram& p, LayerCall& c) {
+// cos or sin of the tokens, or of more positions, of which they are those from `first` on: [1|b, s, >= rotary_dim]
+// into `call`.
+const void* check_rope(const OptionalTensor& t, const char* name, const LayerProgram& p, int64_t first, LayerCall& c) {
   STD_TORCH_CHECK(t && t->is_cpu() && t->dim() == 3 && (t->size(0) == 1 || t->size(0) == c.batch) &&
-                      t->size(1) == c.tokens && t->size(2) >= p.rotary_dim && t->stride(2) == 1,
+                      (first < 0 ? t->size(1) == c.tokens : c.tokens <= t->size(1) - first) &&
+                      t->size(2) >= p.rotary_dim && t->stride(2) == 1,
                   kForward, ": ", name, " must be a CPU tensor [1 or ", c.batch, ", ", c.tokens, ", ", p.rotary_dim,
-                  "] with unit last stride", t ? ", got " + shape_of(*t) : std::string());
+                  "] with unit last stride", first < 0 ? "" : " from position " + std::to_string(first) + " on",
+                  t ? ", got " + shape_of(*t) : std::string());
   check_storage(kForward, name, *t);
   c.rope_type = float_type(*t, kForward, name);
   c.rope_stride[0] = t->size(0) == 1 ? 0 : t->stride(0);
   c.rope_stride[1] = t->stride(1);
-  return t->const_data_ptr();
+  const int64_t skipped = std::max<int64_t>(first, 0) * t->stride(1) * (c.rope_type == Float::f32 ? 4 : 2);
+  return static_cast<const char*>(t->const_data_ptr()) + skipped;
 }
 
 void check_mask(const Tensor& t, const LayerProgram& p, LayerCall& c) {
@@ -104,17 +108,17 @@ LayerCall check_input(const LayerProgram& p, const Tensor& x) {
   return c;
 }
 
-// The arguments of one layer, but for its cache and where it reads and writes.
+// The arguments of one layer, but for its cache and where it reads and writes. first: see check_rope().
 LayerCall check_inputs(const LayerProgram& p, const Tensor& x, const OptionalTensor& cos, const OptionalTensor& sin,
-                       const OptionalTensor& mask, int64_t length) {
+                       const OptionalTensor& mask, int64_t length, int64_t first = -1) {
   STD_TORCH_CHECK(length >= 0 && length < kMostSize, kForward, ": length must not be negative, got ", length);
   LayerCall c = check_input(p, x);
   c.length = length;
   if (p.rotary_dim) {
-    c.cos = check_rope(cos, "cos", p, c);
+    c.cos = check_rope(cos, "cos", p, first, c);
     const Float type = c.rope_type;
     const int64_t stride[2] = {c.rope_stride[0], c.rope_stride[1]};
-    c.sin = check_rope(sin, "sin", p, c);
+    c.sin = check_rope(sin, "sin", p, first, c);
     STD_TORCH_CHECK(type == c.rope_type && stride[0] == c.rope_stride[0] && stride[1] == c.rope_stride[1], kForward,
                     ": cos and sin must have one type and layout");
   }
@@ -348,8 +352,8 @@ int64_t stack_create(std::vector<int64_t> handles, std::vector<Tensor> caches, s
 
 void stack_free(int64_t stack) { stacks.free(stack); }
 
-Tensor stack_forward(int64_t stack, const Tensor& x, std::vector<Tensor> angles, const OptionalTensor& mask,
-                     int64_t length, int64_t head) {
+Tensor stack_forward(int64_t stack, const Tensor& x_or_ids, std::vector<Tensor> angles, const OptionalTensor& mask,
+                     int64_t length, int64_t head, int64_t embedding, int64_t first) {
   constexpr const char* op = "cpullm::stack_forward";
   std::shared_ptr<const Stack> s = stacks.find(stack);
   STD_TORCH_CHECK(s, op, ": there is no stack ", stack);
@@ -361,12 +365,19 @@ Tensor stack_forward(int64_t stack, const Tensor& x, std::vector<Tensor> angles,
     s = made(*s);
     stacks.replace(stack, s);
   }
+  const auto rows = [&] {
+    const auto table = find_program(op, embedding);
+    const auto& e = table->as<EmbeddingProgram>(op, embedding, "embedding");
+    return rows_of(x_or_ids, e.table, e.type);
+  };
+  const Tensor x = embedding ? rows() : x_or_ids;
   LayerCall call{};
   for (size_t i = 0; i < count; ++i) {
     const LayerProgram& p = layer_of(steps.programs[i], s->handles[i]);
     const int64_t* const rotary = &s->rotary[2 * i];
     if (i == 0 || !same_inputs(p, *steps.layers[i - 1].program, rotary))
-      call = check_inputs(p, x, pick(angles, rotary[0], "rotary"), pick(angles, rotary[1], "rotary"), mask, length);
+      call =
+          check_inputs(p, x, pick(angles, rotary[0], "rotary"), pick(angles, rotary[1], "rotary"), mask, length, first);
     static_cast<CacheMemory&>(call) = s->memory[i];
     steps.layers.push_back({&p, call});
   }
@@ -421,8 +432,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cpullm, m) {
   m.def("stack_create(int[] programs, Tensor[] caches, int[] rotary, int[] groups, int bypass) -> int");
   m.def("stack_free(int stack) -> ()");
   // rotary's indices point into angles; mask: of every layer. The caches of the stack take the new tokens. head: of
-  // head_create, 0 for none: the result is what it makes of the last layer's, [b, s, n].
-  m.def("stack_forward(int stack, Tensor x, Tensor[] angles, Tensor? mask, int length, int head=0) -> Tensor");
+  // head_create, 0 for none: the result is what it makes of the last layer's, [b, s, n]. embedding: of embedding_create:
+  // x is its rows of these ids [b, s]. first: -1, or angles are of many positions and the tokens' are those from it on.
+  m.def(
+      "stack_forward(int stack, Tensor x, Tensor[] angles, Tensor? mask, int length, int head=0, int embedding=0, "
+      "int first=-1) -> Tensor");
   m.def("layer_barriers() -> int");
 }
 

@@ -11,7 +11,7 @@ std::shared_ptr<const Program> make(Program::Any (*read)(const Source&), Source 
   Program::Any what = read(from);
   std::vector<Place> places;
   for (const Tensor& t : from.tensors) {
-    STD_TORCH_CHECK(t.is_cpu(), "cpullm::layer_create, head_create: every tensor must be on the CPU");
+    STD_TORCH_CHECK(t.is_cpu(), "cpullm::layer_create, head_create, embedding_create: every tensor must be on the CPU");
     places.push_back({t.const_data_ptr(), storage_bytes(t)});
   }
   return std::make_shared<const Program>(Program{what, read, std::move(from), std::move(places)});
@@ -55,12 +55,15 @@ struct Reader {
                     shape_of(*t));
     return static_cast<const float*>(t->const_data_ptr());
   }
-  Linear linear(const char* what, int64_t n, int64_t k) {
+  Weight weight(const char* what, int64_t n, int64_t k) {
     const Tensor *codes = tensor(what), *scales = tensor(what), *zeros = tensor(what);
     STD_TORCH_CHECK(codes && scales, op, ": ", what, " has no codes or scales");
     const int64_t group = next(1, kMostSize, "a group size");
+    return check_weight(op, *codes, *scales, zeros ? OptionalTensor(*zeros) : OptionalTensor(), n, k, group);
+  }
+  Linear linear(const char* what, int64_t n, int64_t k) {
     Linear l;
-    l.w = check_weight(op, *codes, *scales, zeros ? OptionalTensor(*zeros) : OptionalTensor(), n, k, group);
+    l.w = weight(what, n, k);
     l.bias = vector(what, n);
     const Tensor* order = tensor(what);
     l.order = check_order(op, order ? OptionalTensor(*order) : OptionalTensor(), k);
@@ -178,12 +181,27 @@ Program::Any read_head(const Source& from) {
   return p;
 }
 
+Program::Any read_embedding(const Source& from) {
+  constexpr const char* op = "cpullm::embedding_create";
+  constexpr ScalarType types[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+  Reader in{op, from.tensors, from.ints, from.floats};
+  const int64_t k = in.next(1, kMost, "hidden"), n = in.next(1, kMost, "the number of rows");
+  const ScalarType type = types[in.next(0, 2, "dtype")];
+  EmbeddingProgram p{in.weight("table", n, k), type};
+  in.check_end();
+  return p;
+}
+
 int64_t layer_create(std::vector<Tensor> tensors, std::vector<int64_t> ints, std::vector<double> floats) {
   return programs.keep(make(read_layer, {std::move(tensors), std::move(ints), std::move(floats)}));
 }
 
 int64_t head_create(std::vector<Tensor> tensors, std::vector<int64_t> ints, std::vector<double> floats) {
   return programs.keep(make(read_head, {std::move(tensors), std::move(ints), std::move(floats)}));
+}
+
+int64_t embedding_create(std::vector<Tensor> tensors, std::vector<int64_t> ints) {
+  return programs.keep(make(read_embedding, {std::move(tensors), std::move(ints), {}}));
 }
 
 void layer_free(int64_t program) { programs.free(program); }
@@ -206,11 +224,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cpullm, m) {
   m.def("layer_create(Tensor[] tensors, int[] ints, float[] floats) -> int");
   // A last norm and output head, in the order of torch_cpullm/layer_program.py; returns a handle.
   m.def("head_create(Tensor[] tensors, int[] ints, float[] floats) -> int");
-  m.def("layer_free(int program) -> ()");  // of either kind
+  // A packed table of which stack_forward takes rows: [hidden, rows, dtype (float32, bfloat16, float16), codes, scales,
+  // zeros, group]; returns a handle.
+  m.def("embedding_create(Tensor[] tensors, int[] ints) -> int");
+  m.def("layer_free(int program) -> ()");  // of any kind
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cpullm, CompositeExplicitAutograd, m) {
   m.impl("layer_create", TORCH_BOX(&cpullm::layer_create));
   m.impl("head_create", TORCH_BOX(&cpullm::head_create));
+  m.impl("embedding_create", TORCH_BOX(&cpullm::embedding_create));
   m.impl("layer_free", TORCH_BOX(&cpullm::layer_free));
 }

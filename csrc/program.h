@@ -1,4 +1,4 @@
-// Programs that operators name by a handle: decoder layers, and heads.
+// Programs that operators name by a handle: decoder layers, heads and embeddings.
 #pragma once
 
 #include "head.h"
@@ -27,8 +27,14 @@ struct Place {
   bool is_of(const Tensor& t) const { return storage_bytes(t) == bytes && t.const_data_ptr() == data; }
 };
 
+// Rows of a packed table.
+struct EmbeddingProgram {
+  Weight table;
+  ScalarType type;  // of the rows
+};
+
 struct Program {
-  using Any = std::variant<LayerProgram, HeadProgram>;
+  using Any = std::variant<LayerProgram, HeadProgram, EmbeddingProgram>;
 
   Any what;
   Any (*read)(const Source&);

@@ -215,11 +215,14 @@ def test_a_decoder_that_interferes_is_an_error_once(monkeypatch):
 def test_a_deleted_model_is_gone_at_once():
     model = optimised()
     warm(model)
-    gone = weakref.ref(model)
+    layers = model.model.layers[0], model.model.layers[-1]
+    parts = [part for each in layers for part in (each, each.input_layernorm.weight, each.mlp.up_proj.packed.codes)]
+    gone = [weakref.ref(part) for part in (model, *parts)]
+    del layers, parts
     gc.disable()
     try:
         del model
-        assert gone() is None
+        assert [ref() for ref in gone] == [None] * len(gone)
     finally:
         gc.enable()
 

@@ -27,7 +27,7 @@ from .layer_program import MOST_MEMBERS, Program, run_group, sums_of
 from .layer_spec import IGNORED
 from .layer_stack import LayerStack
 from .layer_token import TokenStep, install_token_step
-from .layer_watch import Watch
+from .layer_watch import Watch, written
 from .ops import recording
 
 ONE_OP, TWO_OPS, GROUP_OP, PER_LINEAR = "one op", "two ops", "one op per group", "per-linear ops"
@@ -112,8 +112,9 @@ def _stack_up(model: nn.Module, decoder: Decoder) -> None:
         each._stack = stack
     first = all_[0]
     first._others, first._stack_watch = [weakref.ref(each) for each in all_], Watch(layers, owner.config)
+    first._states = [each.__dict__ for each in all_[1:]]
     above, _, name = decoder.path.rpartition(".")
-    first._listed = weakref.ref(owner.get_submodule(above)), name
+    first._listed = weakref.ref(owner.get_submodule(above)), name, weakref.ref(decoder.layers)
     if "forward" not in owner.__dict__:
         owner.__dict__["forward"] = DecoderStep(owner, stack, first._all_unchanged, windows)
     install_token_step(model, owner)
@@ -179,10 +180,13 @@ class LayerProgram:
         self._run: Run | None = None
         self._watch: Watch | None = None
         self._stack: LayerStack | None = None
-        # Of the first layer of a stack: all its programs, and whether their layers are what they were.
+        # Of the first layer of a stack: all its programs, the others' attributes, whether their layers are what they
+        # were, where the list of them is (a module, its name there, itself), and what was written() when all was so.
         self._others: list[weakref.ref[LayerProgram]] = []
+        self._states: list[dict[str, Any]] = []
         self._stack_watch: Watch | None = None
-        self._listed: tuple[weakref.ref[nn.Module], str] | None = None  # where the list of the stack's layers is
+        self._listed: tuple[weakref.ref[nn.Module], str, weakref.ref[nn.Module]] | None = None
+        self._in_place = 0
         self._alibi_heads = 0
         self._reason = "not looked at yet"
         self._number = number_layer(self)
@@ -357,14 +361,24 @@ class LayerProgram:
     def _all_unchanged(self) -> bool:
         """Whether every program of the stack is still that of its layer."""
         watch, stack = self._stack_watch, self._stack
-        found = [ref() for ref in self._others]
-        holder = None if self._listed is None else self._listed[0]()
-        listed = None if holder is None else holder._modules.get(self._listed[1])  # type: ignore[index]
-        if watch is None or listed is None or len(listed._modules) != len(found) or not watch.unchanged():
+        if watch is None or self._listed is None or self._layer() is None or watch.waiting():
+            return False
+        holder, name, list_ = self._listed[0](), self._listed[1], self._listed[2]()
+        if holder is None or list_ is None or holder._modules.get(name) is not list_:
+            return False
+        layers = list_._modules
+        at = written((layers, *self._states)) + watch.written()
+        if at == self._in_place:
+            return True
+        programs = [ref() for ref in self._others]
+        if len(layers) != len(programs) or not watch.same():
             return False
         # In this order. transformers 5.0 wraps the forward of layers whose outputs it records.
-        layers = zip(found, listed._modules.values(), strict=True)
-        return all(p is not None and p._stack is stack and layer.__dict__.get("forward") is p for p, layer in layers)
+        pairs = zip(programs, layers.values(), strict=True)
+        if all(p is not None and p._stack is stack and layer.__dict__.get("forward") is p for p, layer in pairs):
+            self._in_place = at
+            return True
+        return False
 
     def _traced(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What Dynamo sees: one operator, which calls this object again when it runs, or the class's forward."""

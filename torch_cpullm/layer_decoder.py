@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layer_angles import Angles
-from .layer_program import Head
+from .layer_angles import Angles, position_of
+from .layer_program import Embedding, Head
 from .layer_spec import IGNORED
 from .layer_stack import LayerStack, Seen
 from .layer_watch import Glance
@@ -41,10 +41,12 @@ _SETTINGS = ("output_hidden_states", "_output_attentions", "output_attentions", 
 class _Learnt:
     """The modules of a decoder that a step needs beside its layers, and the class of its result.
 
-    positions: of each kind of position embeddings; rotary: see :class:`layer_program.Stack`.
+    rows: the embedding's, where the operator can take them; positions: of each kind of position embeddings; rotary: see
+    :class:`layer_program.Stack`.
     """
 
     embedding: nn.Module
+    rows: Embedding | None
     positions: tuple[Angles, ...]
     rotary: list[int]
     norm: nn.Module
@@ -152,7 +154,8 @@ class DecoderStep:
             place = next((i for i, other in enumerate(pairs) if other is pair), -1)
             rotary += [2 * place, 2 * place + 1] if place >= 0 else [-1, -1]
         positions = tuple(Angles(*way) for way in found if way is not None)
-        self._learnt = _Learnt(embedding, positions, rotary, norm, type(out), Glance(owner, _SETTINGS))
+        rows = _rows_of(embedding) if self.is_whole else None
+        self._learnt = _Learnt(embedding, rows, positions, rotary, norm, type(out), Glance(owner, _SETTINGS))
 
     # ---- running ----------------------------------------------------------------------------------------------------
 
@@ -177,10 +180,9 @@ class DecoderStep:
         length = stack.length_of(cache)
         if length < 0 or (mask is not None and (mask.shape[1] != length + 1 or not bool(mask.all()))):
             return None
-        x = learnt.embedding(kwargs["input_ids"])
-        angles = [t for each in learnt.positions for t in each(x, kwargs["position_ids"])]
+        x, angles, rows, first = _inputs(learnt, kwargs["input_ids"], kwargs["position_ids"])
         self._tries = TRIES  # what was learnt holds
-        return stack.run(self._unchanged, x, angles, learnt.rotary, None, cache, head)
+        return stack.run(self._unchanged, x, angles, learnt.rotary, None, cache, head, rows, first)
 
     # ---- for a step of the whole model ------------------------------------------------------------------------------
 
@@ -190,9 +192,9 @@ class DecoderStep:
         return None if self._learnt is None else self._learnt.norm
 
     @property
-    def may_have_head(self) -> bool:
+    def is_whole(self) -> bool:
         """Whether :meth:`logits` may be called."""
-        return self._stack is not None and self._stack.may_have_head
+        return self._stack is not None and self._stack.is_whole
 
     def logits(self, owner: nn.Module, kwargs: dict[str, Any], head: Head, norm: nn.Module) -> Tensor | None:
         """What ``head``, read from this last norm, makes of a plain call of the decoder; None if the classes' forwards
@@ -227,6 +229,29 @@ def _inert(owner: nn.Module) -> DecoderStep:
 def _children(owner: nn.Module) -> Iterator[nn.Module]:
     """The modules beside the list of layers."""
     return (module for module in owner.children() if not isinstance(module, nn.ModuleList))
+
+
+def _rows_of(embedding: nn.Module) -> Embedding | None:
+    """The rows of an embedding that is no more than that."""
+    if embedding.__class__ is not PackedEmbedding:
+        return None
+    try:
+        return Embedding(embedding)
+    except ValueError:
+        return None
+
+
+def _inputs(learnt: _Learnt, ids: Tensor, positions: Tensor) -> tuple[Tensor, list[Tensor], Embedding | None, int]:
+    """(x, angles, embedding, first) of a step, see :class:`layer_program.Stack`: from the ids on where it can be."""
+    rows = learnt.rows
+    if rows is not None and rows.is_all_of(learnt.embedding):
+        position = position_of(positions)
+        found = [] if position is None else [each.find(position, rows.dtype) for each in learnt.positions]
+        tables = [each for each in found if each is not None]
+        if len(tables) == len(learnt.positions) and len({first for _, first in tables}) == 1:
+            return ids, [t for made, _ in tables for t in made], rows, tables[0][1]
+    x = learnt.embedding(ids)
+    return x, [t for each in learnt.positions for t in each(x, positions)], None, -1
 
 
 def _is_no_mask(mask: Any, window: int) -> bool:

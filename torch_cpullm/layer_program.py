@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .layer_reference import CacheLayer
 from .layer_spec import ACTIVATIONS, LayerSpec, Norm, QkvLayout
-from .linear import PackedLinear
+from .linear import PackedEmbedding, PackedLinear
 from .ops import COMPUTE
+from .packing import PackedWeight
 
 _forward = torch.ops.cpullm.layer_forward.default
 _group_forward = torch.ops.cpullm.layers_forward.default
 _stack_forward = torch.ops.cpullm.stack_forward.default
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # numbers that embedding_create takes
 MOST_MEMBERS = 8  # of a group: kMostMembers in csrc/layer.h
 
 
@@ -81,12 +83,40 @@ class Head:
         weakref.finalize(self, torch.ops.cpullm.layer_free.default, self.handle).atexit = False
 
 
+class Embedding:
+    """The rows of a packed embedding, for :class:`Stack`. Raises ValueError where they are scaled."""
+
+    def __init__(self, module: PackedEmbedding) -> None:
+        if module.multiplier is not None:
+            raise ValueError("the embedding multiplies its rows")
+        self._packed, self.dtype = module.packed, module.dtype
+        to = _Writer()
+        to.ints += [self._packed.k, self._packed.n, _FLOATS.index(self.dtype)]
+        to.packed(self._packed)
+        self.handle = torch.ops.cpullm.embedding_create.default(to.tensors, to.ints)
+        weakref.finalize(self, torch.ops.cpullm.layer_free.default, self.handle).atexit = False
+
+    def is_all_of(self, module: nn.Module) -> bool:
+        """Whether ``module(ids)`` is these rows and nothing else happens in the call."""
+        own = module.__dict__
+        return (
+            module.__class__ is PackedEmbedding
+            and own["packed"] is self._packed
+            and own["dtype"] is self.dtype
+            and own["multiplier"] is None
+            and "forward" not in own
+            and not (own["_forward_hooks"] or own["_forward_pre_hooks"])
+        )
+
+
 class Stack:
-    """Layers in groups and the caches they write, checked once: ``stack(x, angles, mask, length, head) -> y``.
+    """Layers in groups and the caches they write, checked once: ``stack(x, angles, mask, length) -> y``.
 
     programs, groups, bypass, caches, rotary: as of :func:`ops.layers_forward`, whose result it is; rotary's indices are
-    those of angles. x [b, s, hidden]; mask [1 or b, 1 or h, s, length + s] of every layer; length: tokens that the
-    caches hold. With a head its logits [b, s, n], of x's dtype. Raises RuntimeError for what does not fit.
+    those of angles. x [b, s, hidden], or with an embedding the ids [b, s] of its rows; mask [1 or b, 1 or h, s, length
+    + s] of every layer; length: tokens that the caches hold. With a head its logits [b, s, n], of x's dtype. first: -1,
+    or angles are of many positions and the tokens' are those from this place on. Raises RuntimeError for what does not
+    fit.
     """
 
     def __init__(
@@ -96,10 +126,18 @@ class Stack:
         weakref.finalize(self, torch.ops.cpullm.stack_free.default, self._number).atexit = False
 
     def __call__(
-        self, x: Tensor, angles: list[Tensor], mask: Tensor | None, length: int, head: Head | None = None
+        self,
+        x: Tensor,
+        angles: list[Tensor],
+        mask: Tensor | None,
+        length: int,
+        head: Head | None = None,
+        embedding: Embedding | None = None,
+        first: int = -1,
     ) -> Tensor:
         """Run all layers once; the caches take the new tokens."""
-        return _stack_forward(self._number, x, angles, mask, length, 0 if head is None else head.handle)
+        before, after = 0 if embedding is None else embedding.handle, 0 if head is None else head.handle
+        return _stack_forward(self._number, x, angles, mask, length, after, before, first)
 
 
 def run_group(programs: Sequence[Program], bypass: int, calls: Sequence[tuple], ranks: Any = None) -> Tensor | None:
@@ -199,11 +237,13 @@ class _Writer:
     def vector(self, tensor: Tensor | None) -> None:
         self.tensor(None if tensor is None else tensor.detach().to(torch.float32).contiguous())
 
-    def linear(self, linear: PackedLinear) -> None:
-        packed = linear.packed
-        for tensor in (packed.codes, packed.scales, packed.zeros):
+    def packed(self, packed: PackedWeight) -> None:
+        for tensor in packed.tensors:
             self.tensor(tensor)
         self.ints.append(packed.group)
+
+    def linear(self, linear: PackedLinear) -> None:
+        self.packed(linear.packed)
         self.vector(linear.bias)
         self.tensor(None if linear.order is None else linear.order.clone())  # checked once: nobody else's
 

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
-from .layer_program import Head, Program, Stack, Sums, fitting, run_all
+from .layer_program import Embedding, Head, Program, Stack, Sums, fitting, run_all
 
 MOST_TOKENS = 8  # of a sequence in one step; beyond, the operators' own cost does not matter
 BUFFERS = "_stack_buffers"  # attribute of a cache: a _Buffers
@@ -167,21 +168,23 @@ class LayerStack:
         mask: Tensor | None,
         cache: Any,
         head: Head | None = None,
+        embedding: Embedding | None = None,
+        first: int = -1,
     ) -> Tensor | None:
         """The output of all layers, or what ``head`` makes of it; None if each has to be called.
 
-        unchanged: as in :meth:`begin`. angles, rotary: see :class:`layer_program.Stack`; mask: of every layer. head:
-        see :attr:`may_have_head`.
+        unchanged: as in :meth:`begin`. The rest: see :class:`layer_program.Stack`; without :attr:`is_whole` there are
+        neither head nor embedding and first is -1.
         """
         if self._hooked() or not unchanged():
             return None
-        ready = self._reserve(cache, x, rotary)
+        ready = self._reserve(cache, x, rotary, x.dtype if embedding is None else embedding.dtype)
         if ready is None:
             return None
         held, buffers, length = ready
         mask = fitting(mask, length + x.shape[1])
         if buffers.stack is not None:
-            y = buffers.stack(x, angles, mask, length, head)
+            y = buffers.stack(x, angles, mask, length, head, embedding, first)
         else:
             tensors = angles if mask is None else [*angles, mask]
             masks = [-1 if mask is None else len(angles)] * len(self._programs)
@@ -193,8 +196,8 @@ class LayerStack:
         return y
 
     @property
-    def may_have_head(self) -> bool:
-        """Whether a head may follow in the operator: nothing is summed over ranks."""
+    def is_whole(self) -> bool:
+        """Whether embedding and head may be in the operator: nothing is summed over ranks."""
         return self._sums is None
 
     def take_last(self) -> Seen | None:
@@ -233,8 +236,10 @@ class LayerStack:
         """Whether somebody waits for the call of a layer."""
         return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks or any(self._waiting))
 
-    def _reserve(self, cache: Any, x: Tensor, rotary: list[int]) -> tuple[list[Any], _Buffers, int] | None:
-        """(layers of the cache, their memory, length), or None if it cannot be written."""
+    def _reserve(
+        self, cache: Any, x: Tensor, rotary: list[int], dtype: torch.dtype
+    ) -> tuple[list[Any], _Buffers, int] | None:
+        """(layers of the cache, their memory, length), or None if it cannot be written. dtype: of the layers' x."""
         held = getattr(cache, "layers", None)
         if held is None or len(held) != self._last + 1:
             return None
@@ -252,7 +257,9 @@ class LayerStack:
                 or x.shape[0] != buffers.keys[0].shape[0]
                 or not all(map(operator.is_, [each.k for each in held], buffers.keys))
             ):
-                buffers = cache.__dict__[BUFFERS] = self._make(held, x, rotary)
+                buffers = cache.__dict__[BUFFERS] = self._make(
+                    held, x.new_empty((*x.shape[:2], 0), dtype=dtype), rotary
+                )
         except AttributeError:  # a cache of another make
             return None
         return held, buffers, length

@@ -88,7 +88,7 @@ class TokenStep:
             out = self._original(model, *args, **kwargs)
         finally:
             done = step.take_done()
-        if done is None or not step.may_have_head or step.norm is None or _hooked(decoder):
+        if done is None or not step.is_whole or step.norm is None or _hooked(decoder):
             return out
         self._tries -= 1
         if getattr(out, "past_key_values", None) is not named["past_key_values"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import sys
 import weakref
@@ -9,12 +10,40 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .layer_match import IRRELEVANT
 from .layer_parts import own_state
 from .linear import PackedLinear, PackedModule
+
+# dict -> a number that grows whenever the dict is written to, as Dynamo's guards use it. Where torch has none: a larger
+# one every time, as if everything were written to between two looks.
+_counted = itertools.count()
+_version_of_dict = getattr(torch._C._dynamo.guards, "dict_version", lambda _: next(_counted))
+_version_of = operator.attrgetter("_version")
+
+
+def written(dicts: Iterable[dict], tensors: Iterable[Tensor] = ()) -> int:
+    """A number that grows whenever one of these is written to.
+
+    It says the same as a comparison of what they hold and touches one word of each: between two tokens all of that
+    comes from memory. tensors: none made under inference_mode, which have no version.
+    """
+    return sum(map(_version_of_dict, dicts)) + sum(map(_version_of, tensors))
+
+
+def unchanged(now: list[Any], seen: list[Any]) -> bool:
+    """Whether these are the same objects, or numbers and texts of the same value.
+
+    Another list or config of equal value is a change: nobody would see it when that is written to.
+    """
+    return len(now) == len(seen) and all(map(_same, now, seen))
+
+
+def _same(now: Any, seen: Any) -> bool:
+    return now is seen or (now.__class__ is seen.__class__ and isinstance(now, (int, float, str)) and now == seen)
 
 
 class Watch:
@@ -30,36 +59,38 @@ class Watch:
         self._hooks = [hooks for module in inner for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._hooks_seen = self._no_hooks_at = -1  # numbers of hooks registered in the process
         self._dicts = [d for m in (*layers, *others) for d in (m._modules, m._parameters, m._buffers) if d]
-        self._layers = _alike(
-            (("training", *(name for name in own_state(layer) if name != "forward")), weakref.ref(layer))
+        self._layers = [
+            (weakref.ref(layer), ["training", *(name for name in own_state(layer) if name != "forward")])
             for layer in layers
-        )
-        self._states = _alike((tuple(own_state(module)), module.__dict__) for module in others if own_state(module))
-        self._all = [module.__dict__ for module in others]
+        ]
+        self._states = [(module.__dict__, list(own_state(module))) for module in others]
         self._weights = [t for module in others for t in module.parameters(recurse=False)]
         self._versioned = [t for t in self._weights if not t.is_inference()]  # those have no version
         self._config = {"": None} if config is None else vars(config)
-        self._settings = _getter(name for name in self._config if name not in IRRELEVANT)
+        self._settings = [name for name in self._config if name not in IRRELEVANT]
         self._linears = [module for module in inner if isinstance(module, PackedLinear)]
-        self._held = [
-            (linear.packed, linear.bias, linear.order) for linear in self._linears
-        ]  # so that no other gets their id
+        # So that no other gets their id.
+        self._held = [(linear.packed, linear.bias, linear.order) for linear in self._linears]
+        # The first layer's attributes hold what holds this.
+        self._first, rest = weakref.ref(layers[0]), (layer.__dict__ for layer in layers[1:])
+        self._watched = (*rest, *self._dicts, *(state for state, _ in self._states), self._config)
+        self._written, self._changes = self.written(), PackedModule.changes
         self._seen, self._slow = self._look(), self._look_closely()
-        self._changes = PackedModule.changes
+
+    def written(self) -> int:
+        """A number that stays the same only while nothing changes, hooks aside; AttributeError once a layer is gone."""
+        return PackedModule.changes + _version_of_dict(self._first().__dict__) + written(self._watched, self._versioned)
 
     def _look(self) -> list[Any]:
-        """What every call compares, in few and long lists: between two tokens the weights have passed through the
-        caches, and every object that is touched comes from memory.
-        """
-        own = [[cast("nn.Module", ref()).__dict__ for ref in refs] for _, refs in self._layers]
+        """What is compared where something was written to."""
+        own = [(cast("nn.Module", ref()).__dict__, names) for ref, names in self._layers]
+        states = [*own, *self._states, (self._config, self._settings)]
         return [
-            [*chain.from_iterable(map(dict.values, self._dicts))],
-            [*map(len, self._dicts)],
-            [*map(len, chain(*own, self._all))],
-            *([*map(get, states)] for (get, _), states in zip(self._layers, own, strict=True)),
-            *([*map(get, states)] for get, states in self._states),
-            [t._version for t in self._versioned],
-            self._settings(self._config),
+            *chain.from_iterable(map(dict.values, self._dicts)),
+            *map(len, self._dicts),
+            *(len(state) for state, _ in (*own, *self._states)),
+            *(state[name] for state, names in states for name in names),
+            *map(_version_of, self._versioned),
         ]
 
     def _look_closely(self) -> list[Any]:
@@ -73,11 +104,16 @@ class Watch:
     def same(self) -> bool:
         """Whether nothing has changed, hooks aside."""
         try:
-            if self._changes != PackedModule.changes:
-                if self._look_closely() != self._slow:
-                    return False
-                self._changes = PackedModule.changes
-            return self._look() == self._seen
+            at = self.written()
+            if at == self._written:
+                return True
+            changes = PackedModule.changes
+            if changes != self._changes and self._look_closely() != self._slow:
+                return False
+            if not unchanged(self._look(), self._seen):
+                return False
+            self._written, self._changes = at, changes
+            return True
         except (AttributeError, KeyError, RuntimeError, TypeError):  # another tensor, an attribute that is gone
             return False
 
@@ -119,27 +155,33 @@ _LEFT_OUT = ("forward", "generation_config")
 class Glance:
     """Tells whether a module's attributes, its children and its config's settings are those of when it was made.
 
-    Attributes are compared by value, children by identity; ``forward`` is left out, and what only generate() reads.
-    settings: names, None: all.
+    ``forward`` is left out, and what only generate() reads. settings: names, None: all.
     """
 
     def __init__(self, module: nn.Module, settings: Iterable[str] | None = None) -> None:
-        self._get = _getter(["training", "config", *(name for name in own_state(module) if name not in _LEFT_OUT)])
+        self._config, self._children, self._written = vars(module.config), module._modules, 0
+        self._names = ["training", "config", *(name for name in own_state(module) if name not in _LEFT_OUT)]
         self._settings = None if settings is None else tuple(settings)
         self._seen = self._look(module)
 
-    def _look(self, module: Any) -> tuple[Any, ...]:
-        state = module.__dict__
-        config = vars(state["config"])
-        settings = dict(config) if self._settings is None else [config.get(name) for name in self._settings]
-        return len(state), self._get(state), dict(state["_modules"]), settings
+    def _look(self, module: nn.Module) -> list[Any]:
+        state, config = module.__dict__, self._config
+        settings = config if self._settings is None else {name: config.get(name) for name in self._settings}
+        children = module._modules
+        return [len(state), *map(state.__getitem__, self._names), children, *_items(children), *_items(settings)]
 
     def same(self, module: nn.Module) -> bool:
         """Whether ``module`` is still what it was."""
+        at = written((module.__dict__, self._children, self._config))
+        if at == self._written:
+            return True
         try:
-            return self._look(module) == self._seen
+            if not unchanged(self._look(module), self._seen):
+                return False
         except KeyError:  # an attribute is gone
             return False
+        self._written = at
+        return True
 
 
 def _texts(hook: Any) -> Iterator[Any]:
@@ -147,13 +189,5 @@ def _texts(hook: Any) -> Iterator[Any]:
     return (cell for cell in hook.__closure__ if isinstance(cell.cell_contents, str))
 
 
-def _getter(names: Iterable[str]) -> operator.itemgetter:
-    return operator.itemgetter(*names)
-
-
-def _alike(named: Iterable[tuple[tuple[str, ...], Any]]) -> list[tuple[operator.itemgetter, list[Any]]]:
-    """[(names, anything)] as [(getter of those names, all that have them)]."""
-    found: dict[tuple[str, ...], list[Any]] = {}
-    for names, each in named:
-        found.setdefault(names, []).append(each)
-    return [(_getter(names), each) for names, each in found.items()]
+def _items(of: dict) -> Iterator[Any]:
+    return chain.from_iterable(of.items())

@@ -321,11 +321,9 @@ def layers_forward(
     return torch.ops.cpullm.layers_forward.default(*given, team_shared, team_rank, team_ranks)
 
 
-def stack_forward(
-    stack: int, x: Tensor, angles: list[Tensor], mask: Tensor | None, length: int, head: int = 0
-) -> Tensor:
+def stack_forward(stack: int, x: Tensor, angles: list[Tensor], mask: Tensor | None, length: int, *rest: int) -> Tensor:
     """What a :class:`layer_program.Stack` calls, which says what the arguments are. Raises RuntimeError as it does."""
-    return torch.ops.cpullm.stack_forward.default(stack, x, angles, mask, length, head)
+    return torch.ops.cpullm.stack_forward.default(stack, x, angles, mask, length, *rest)
 
 
 def layer_attention(
@@ -480,7 +478,7 @@ def _layers_forward_fake(
 
 
 @torch.library.register_fake("cpullm::stack_forward")
-def _stack_forward_fake(stack, x, angles, mask, length, head=0):
+def _stack_forward_fake(stack, x, angles, mask, length, head=0, embedding=0, first=-1):
     raise RuntimeError("cpullm::stack_forward writes caches that a trace does not see: trace layers_forward instead")
 
 
