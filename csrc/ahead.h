@@ -33,7 +33,7 @@ struct Ahead {
 
  private:
   static constexpr int64_t kLine = 64;
-  static constexpr int64_t kLines = 8;  // between two looks at the barrier: fewer do not fill a wait of a microsecond
+  static constexpr int64_t kLines = 16;  // between two looks at the barrier: fewer do not fill a wait of a microsecond
 };
 
 }  // namespace cpullm
