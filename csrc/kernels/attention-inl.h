@@ -2,8 +2,9 @@
 // Source of the online softmax: Milakov and Gimelshein, Online normalizer calculation for softmax (2018); of the order
 // of the loops: Dao et al., FlashAttention (2022).
 //
-// An item goes through its keys in blocks of kBlockKeys, which begin at multiples of it. Few rows read keys and values
-// as they are, converted in registers. Many rows turn a block into fp32 once, keys transposed, and take it tile by
+// An item goes through its keys in blocks. Few rows read keys and values as they are, converted in registers: kDirectKeys
+// keys, meanwhile asking for their values, then these, meanwhile asking for the next keys, so that memory is never idle.
+// Many rows turn a block into fp32 once, keys transposed, and take it tile by
 // tile: kQueryRows rows x 2 vectors of sums in registers. What a row adds up, and in which order, does not depend on the
 // rows beside it.
 #pragma once
@@ -59,31 +60,36 @@ struct Vecs {
   static constexpr int kCount = kVecs;
 };
 
-// Up to kDirectRows rows from row `first` of the item on.
+// Keys that will be read: their first row, and how many.
+struct KeysAhead {
+  const void* k;
+  int64_t count;
+};
+
+// Up to kDirectRows rows from row `first` of the item on; ahead: what is read after the block.
 template <int kRows, CacheType kType>
 static inline void direct_rows(const Attention& a, const AttentionScratch& m, const AttentionItem& at,
-                               const KeyBlock& block, int64_t first) {
+                               const KeyBlock& block, const KeysAhead& ahead, int64_t first) {
   using S = Simd;
+  static_assert(kRows * kDirectKeys <= 16 * kBlockKeys, "scores have room");
+  const bool asks = first == 0;  // once is enough
   float fade[kRows];
   direct_scores<kRows, kType>(m.q + first * m.padded, m.padded, block.k, a.k_stride[2], block.v, a.v_stride[2],
-                              block.count, a.width, m.scores);
-  int64_t begin = kBlockKeys, end = 0;
+                              asks ? block.count : 0, block.count, a.width, m.scores);
+  int64_t begin = kDirectKeys, end = 0;
   for (int r = 0; r < kRows; ++r) {
     const RowPlace row = place_of(a, at.rows.begin + first + r);
     const Range seen = seen_in(a, block, row.query);
     begin = min_of(begin, seen.begin);
     end = seen.end > end ? seen.end : end;
-    fade[r] = soften(a, m, block, mask_offset(a, at, row) + block.first, seen, m.scores + r * kBlockKeys,
+    fade[r] = soften(a, m, block, mask_offset(a, at, row) + block.first, seen, m.scores + r * kDirectKeys,
                      m.most[first + r], m.total[first + r]);
   }
   float* sums = m.sums + first * m.padded;
-  constexpr int64_t kBytes = kType == CacheType::f32 ? 4 : kType == CacheType::i8 ? 1 : 2;
-  const void* next = reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(block.k) +
-                                                   uintptr_t(kBlockKeys * a.k_stride[2] * kBytes));
   const auto values = [&](auto vecs, int64_t c) {
-    direct_values<kRows, decltype(vecs)::kCount, kType>(m.scores, block.v, a.v_stride[2], c, a.width, begin, end, fade,
-                                                        sums + c, m.padded, c == 0 ? next : nullptr, a.k_stride[2],
-                                                        a.width);
+    direct_values<kRows, decltype(vecs)::kCount, kType>(
+        m.scores, block.v, a.v_stride[2], c, a.width, begin, end, fade, sums + c, m.padded,
+        static_cast<const char*>(ahead.k) + c * kCacheBytes<kType>, a.k_stride[2], asks ? ahead.count : 0);
   };
   int64_t c = 0;
   for (; c + 4 * S::kLanes <= a.width; c += 4 * S::kLanes) values(Vecs<4>{}, c);
@@ -160,16 +166,16 @@ static inline void tile_rows_of(const Attention& a, const AttentionScratch& m, c
 
 template <CacheType kType>
 static inline void direct_pass(const Attention& a, const AttentionScratch& m, const AttentionItem& at,
-                               const KeyBlock& block) {
+                               const KeyBlock& block, const KeysAhead& ahead) {
   const int64_t rows = at.rows.end - at.rows.begin, most = even_tile(rows, Simd::kDirectRows);
   for (int64_t first = 0; first < rows;) {
     const int64_t n = min_of(rows - first, most);
     switch (n) {
-      case 1: direct_rows<1, kType>(a, m, at, block, first); break;
-      case 2: direct_rows<2, kType>(a, m, at, block, first); break;
+      case 1: direct_rows<1, kType>(a, m, at, block, ahead, first); break;
+      case 2: direct_rows<2, kType>(a, m, at, block, ahead, first); break;
 #if CPULLM_TILE_ROWS > 6
-      case 3: direct_rows<3, kType>(a, m, at, block, first); break;
-      case 4: direct_rows<4, kType>(a, m, at, block, first); break;
+      case 3: direct_rows<3, kType>(a, m, at, block, ahead, first); break;
+      case 4: direct_rows<4, kType>(a, m, at, block, ahead, first); break;
 #endif
       default: __builtin_trap();  // kDirectRows of this level
     }
@@ -204,27 +210,48 @@ struct FloatTiles {
   }
 };
 
-// The keys [keys.begin, keys.end) of an item, block by block.
+// Keys that any row of the item sees, from the begin of a block on.
+static inline Range keys_of(const Attention& a, const AttentionItem& at) {
+  const Range first = visible_keys(a, place_of(a, at.rows.begin).query);
+  const Range last = visible_keys(a, place_of(a, at.rows.end - 1).query);
+  const int64_t begin = first.begin > at.keys.begin ? first.begin : at.keys.begin;
+  return {begin / kBlockKeys * kBlockKeys, min_of(last.end, at.keys.end)};
+}
+
+// The item's keys, block by block. next: the item after it; null: none.
 template <CacheType kType, class Tiles>
-static void all_blocks(const Attention& a, const AttentionScratch& m, const AttentionItem& at, Range keys,
-                       bool direct) {
-  constexpr int64_t kBytes = kType == CacheType::f32 ? 4 : kType == CacheType::i8 ? 1 : 2;
-  const char* k = static_cast<const char*>(a.k) + (at.b * a.k_stride[0] + at.g * a.k_stride[1]) * kBytes;
+static void all_blocks(const Attention& a, const AttentionScratch& m, const AttentionItem& at,
+                       const AttentionItem* next, bool direct) {
+  constexpr int64_t kBytes = kCacheBytes<kType>;
+  const auto keys_from = [&](const AttentionItem& item, int64_t row) {
+    return static_cast<const char*>(a.k) +
+           (item.b * a.k_stride[0] + item.g * a.k_stride[1] + row * a.k_stride[2]) * kBytes;
+  };
+  const Range keys = keys_of(a, at);
+  const int64_t step = direct ? kDirectKeys : kBlockKeys;
   const char* v = static_cast<const char*>(a.v) + (at.b * a.v_stride[0] + at.g * a.v_stride[1]) * kBytes;
-  for (int64_t first = keys.begin / kBlockKeys * kBlockKeys; first < keys.end; first += kBlockKeys) {
-    const KeyBlock block{k + first * a.k_stride[2] * kBytes, v + first * a.v_stride[2] * kBytes, first,
-                         min_of(kBlockKeys, keys.end - first), kType == CacheType::i8};
+  for (int64_t first = keys.begin; first < keys.end; first += step) {
+    const int64_t count = min_of(step, keys.end - first);
+    const KeyBlock block{keys_from(at, first),  v + first * a.v_stride[2] * kBytes, first, count, whole_blocks(count),
+                         kType == CacheType::i8};
     if (kType == CacheType::i8) {
       const float* k_scale = a.k_scale + at.b * a.k_scale_stride[0] + at.g * a.k_scale_stride[1];
       const float* v_scale = a.v_scale + at.b * a.v_scale_stride[0] + at.g * a.v_scale_stride[1];
-      for (int64_t j = 0; j < kBlockKeys; j += Simd::kLanes) {
-        const int64_t count = block.count > j ? block.count - j : 0;
-        Simd::store(m.k_scale + j, load_part(k_scale, first + j, count));
-        Simd::store(m.v_scale + j, load_part(v_scale, first + j, count));
+      for (int64_t j = 0; j < block.room; j += Simd::kLanes) {
+        const int64_t rest = count > j ? count - j : 0;
+        Simd::store(m.k_scale + j, load_part(k_scale, first + j, rest));
+        Simd::store(m.v_scale + j, load_part(v_scale, first + j, rest));
       }
     }
     if (direct) {
-      direct_pass<kType>(a, m, at, block);
+      KeysAhead ahead{block.k, 0};
+      if (first + step < keys.end) {
+        ahead = {keys_from(at, first + step), min_of(step, keys.end - first - step)};
+      } else if (next) {
+        const Range after = keys_of(a, *next);
+        ahead = {keys_from(*next, after.begin), min_of(step, after.end - after.begin)};
+      }
+      direct_pass<kType>(a, m, at, block, ahead);
     } else {
       // Many rows find the next block in a cache: their other blocks have read it.
       Tiles::template convert<kType>(a, m, block, at.rows.end - at.rows.begin <= kFewBlockRows);
@@ -287,16 +314,13 @@ static void attention_with(const Attention& a, Range items, float* scratch) {
     const int64_t rows = at.rows.end - at.rows.begin;
     const bool direct = plan.rows <= Simd::kDirectMost;
     load_queries<Tiles>(a, m, at, direct);
-    const Range first = visible_keys(a, place_of(a, at.rows.begin).query);
-    const Range last = visible_keys(a, place_of(a, at.rows.end - 1).query);
-    const Range keys{first.begin > at.keys.begin ? first.begin : at.keys.begin, min_of(last.end, at.keys.end)};
-    if (keys.begin < keys.end) {
-      switch (a.type) {
-        case CacheType::f32: all_blocks<CacheType::f32, Tiles>(a, m, at, keys, direct); break;
-        case CacheType::bf16: all_blocks<CacheType::bf16, Tiles>(a, m, at, keys, direct); break;
-        case CacheType::f16: all_blocks<CacheType::f16, Tiles>(a, m, at, keys, direct); break;
-        case CacheType::i8: all_blocks<CacheType::i8, Tiles>(a, m, at, keys, direct); break;
-      }
+    const AttentionItem after = attention_item(a, plan, item + 1 < items.end ? item + 1 : item);
+    const AttentionItem* const next = item + 1 < items.end ? &after : nullptr;
+    switch (a.type) {
+      case CacheType::f32: all_blocks<CacheType::f32, Tiles>(a, m, at, next, direct); break;
+      case CacheType::bf16: all_blocks<CacheType::bf16, Tiles>(a, m, at, next, direct); break;
+      case CacheType::f16: all_blocks<CacheType::f16, Tiles>(a, m, at, next, direct); break;
+      case CacheType::i8: all_blocks<CacheType::i8, Tiles>(a, m, at, next, direct); break;
     }
     for (int64_t r = 0; r < rows; ++r) {
       float* sums = m.sums + r * m.padded;

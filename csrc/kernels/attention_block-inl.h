@@ -37,9 +37,9 @@ struct AttentionScratch {
   float* keys;     // [padded, kBlockKeys]
   float* values;   // [kBlockKeys, padded]
   float* convert;  // [kLanes, padded]
-  float* scores;   // [kQueryRows, kBlockKeys]
-  float* k_scale;  // [kBlockKeys]
-  float* v_scale;  // [kBlockKeys]
+  float* scores;   // [kQueryRows, kBlockKeys] or [kDirectRows, kDirectKeys]
+  float* k_scale;  // [kDirectKeys]
+  float* v_scale;  // [kDirectKeys]
   float* most;     // [rows]
   float* total;    // [rows]
   int64_t padded;  // head dim, rounded up to 16
@@ -58,8 +58,8 @@ struct AttentionScratch {
     values = take(padded * kBlockKeys);
     convert = take(16 * padded);
     scores = take(16 * kBlockKeys);
-    k_scale = take(kBlockKeys);
-    v_scale = take(kBlockKeys);
+    k_scale = take(kDirectKeys);
+    v_scale = take(kDirectKeys);
     most = take(rows);
     total = take(rows);
   }
@@ -69,26 +69,33 @@ struct AttentionScratch {
 struct KeyBlock {
   const void *k, *v;
   int64_t first, count;  // key index, keys that exist here
+  int64_t room;          // count, rounded up to kBlockKeys: scores that are computed
   bool scaled;           // int8: k_scale and v_scale of the scratch hold
 };
 
 // ---- scores ---------------------------------------------------------------------------------------------------------
 
-// Asks for row `row` of keys or values, which is needed soon. The address may lie beyond the cache.
+template <CacheType kType>
+constexpr int64_t kCacheBytes = kType == CacheType::f32  ? 4
+                                : kType == CacheType::i8 ? 1
+                                                         : 2;
+
+// Asks for row `row` of keys or values, which is needed soon, to L2: blocks do not fit L1. The address may lie beyond the
+// cache.
 template <CacheType kType>
 static inline void prefetch_row(const void* p, int64_t stride, int64_t row, int64_t width) {
-  constexpr int64_t kBytes = kType == CacheType::f32 ? 4 : kType == CacheType::i8 ? 1 : 2;
+  constexpr int64_t kBytes = kCacheBytes<kType>;
   const uintptr_t at = reinterpret_cast<uintptr_t>(p) + uintptr_t(row * stride * kBytes);
-  for (int64_t i = 0; i < width * kBytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(at + i), _MM_HINT_T0);
+  for (int64_t i = 0; i < width * kBytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(at + i), _MM_HINT_T1);
 }
 
-// scores [kRows, kBlockKeys] = q K^T, four keys at a time. Asks for the block's values.
+// scores [kRows, kDirectKeys] = q K^T, four keys at a time. Asks for the first `ask` of the block's values.
 template <int kRows, CacheType kType>
 static inline void direct_scores(const float* q, int64_t padded, const void* k, int64_t k_stride, const void* v,
-                                 int64_t v_stride, int64_t count, int64_t width, float* scores) {
+                                 int64_t v_stride, int64_t ask, int64_t count, int64_t width, float* scores) {
   using S = Simd;
   for (int64_t j = 0; j < count; j += 4) {
-    for (int i = 0; i < 4; ++i) prefetch_row<kType>(v, v_stride, j + i, width);
+    for (int i = 0; i < 4 && j < ask; ++i) prefetch_row<kType>(v, v_stride, j + i, width);
     int64_t at[4];
     for (int i = 0; i < 4; ++i) at[i] = min_of(j + i, count - 1) * k_stride;  // the last one again: hidden later
     S::F sum[kRows][4];
@@ -124,7 +131,7 @@ static inline void direct_scores(const float* q, int64_t padded, const void* k, 
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r)
-      S::reduce_sum4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], scores + r * kBlockKeys + j);
+      S::reduce_sum4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], scores + r * kDirectKeys + j);
   }
 }
 
@@ -165,10 +172,11 @@ static inline void tile_product(const float* a, const float* b, int64_t b_stride
 
 // ---- softmax --------------------------------------------------------------------------------------------------------
 
-// added [kBlockKeys] = the mask of one row: 0 or -inf, or what a float mask adds.
-static inline void load_mask(const Attention& a, int64_t at, int64_t count, float* added) {
+// added [block.room] = the mask of one row: 0 or -inf, or what a float mask adds.
+static inline void load_mask(const Attention& a, int64_t at, const KeyBlock& block, float* added) {
   using S = Simd;
-  for (int64_t j = 0; j < kBlockKeys; j += S::kLanes) {
+  const int64_t count = block.count;
+  for (int64_t j = 0; j < block.room; j += S::kLanes) {
     if (!a.mask_is_bool) {
       S::store(added + j, count > j ? load_part(a.mask, at + j, count - j, a.mask_type) : S::zero());
       continue;
@@ -180,20 +188,17 @@ static inline void load_mask(const Attention& a, int64_t at, int64_t count, floa
   }
 }
 
-alignas(64) const
-    float kIota[kBlockKeys] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
-                               22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
-                               44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
+alignas(64) const float kIota[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-// One row of scores [kBlockKeys] after the keys' scales, softcap and mask; -inf outside of [seen.begin, seen.end).
+// One row of scores [block.room] after the keys' scales, softcap and mask; -inf outside of [seen.begin, seen.end).
 static inline void adjust_scores(const Attention& a, const AttentionScratch& m, const KeyBlock& block, int64_t mask_at,
                                  Range seen, float* scores) {
   using S = Simd;
-  alignas(64) float added[kBlockKeys];
-  if (a.mask) load_mask(a, mask_at, block.count, added);
+  alignas(64) float added[kDirectKeys];
+  if (a.mask) load_mask(a, mask_at, block, added);
   const S::F begin = S::set1(float(seen.begin)), end = S::set1(float(seen.end)), never = S::set1(kNever);
   const S::F cap = S::set1(a.softcap), inverse_cap = S::set1(a.softcap > 0.0f ? 1.0f / a.softcap : 0.0f);
-  for (int64_t j = 0; j < kBlockKeys; j += S::kLanes) {
+  for (int64_t j = 0; j < block.room; j += S::kLanes) {
     S::F x = S::load(scores + j);
     if (block.scaled) x = S::mul(x, S::load(m.k_scale + j));
     if (a.softcap > 0.0f) x = S::mul(cap, tanh_of(S::mul(x, inverse_cap)));
@@ -201,37 +206,40 @@ static inline void adjust_scores(const Attention& a, const AttentionScratch& m, 
       const S::F plus = S::load(added + j);
       x = S::select_less(plus, S::set1(-0x1.fffffep127f), never, x + plus);
     }
-    const S::F index = S::load(kIota + j);
+    const S::F index = S::load(kIota) + S::set1(float(j));
     S::store(scores + j, S::select_less(index, begin, never, S::select_less(index, end, x, never)));
   }
 }
 
-// One row of scores [kBlockKeys], of which [seen.begin, seen.end) count, becomes probabilities relative to the row's new
+// One row of scores [block.room], of which [seen.begin, seen.end) count, becomes probabilities relative to the row's new
 // maximum, times the values' scales. Returns what the sums so far shrink by.
 static inline float soften(const Attention& a, const AttentionScratch& m, const KeyBlock& block, int64_t mask_at,
                            Range seen, float* scores, float& most, float& total) {
   using S = Simd;
   constexpr int kVecs = int(kBlockKeys) / S::kLanes;
-  const bool adjust = seen.begin > 0 || seen.end < kBlockKeys || a.mask || a.softcap > 0.0f;
+  const bool adjust = seen.begin > 0 || seen.end < block.room || a.mask || a.softcap > 0.0f;
   if (adjust) adjust_scores(a, m, block, mask_at, seen, scores);
   S::F top = S::set1(kNever);
+  const auto for_all = [&](const auto& change) {
+    for (int64_t j = 0; j < block.room; j += kBlockKeys)
 #pragma GCC unroll 8
-  for (int i = 0; i < kVecs; ++i) {
-    S::F x = S::load(scores + i * S::kLanes);
-    if (block.scaled && !adjust) S::store(scores + i * S::kLanes, x = S::mul(x, S::load(m.k_scale + i * S::kLanes)));
+      for (int i = 0; i < kVecs; ++i) change(j + i * S::kLanes);
+  };
+  for_all([&](int64_t j) {
+    S::F x = S::load(scores + j);
+    if (block.scaled && !adjust) S::store(scores + j, x = S::mul(x, S::load(m.k_scale + j)));
     top = S::max(top, x);
-  }
+  });
   const float new_top = S::reduce_max(top), new_most = new_top > most ? new_top : most;
   const S::F from = S::set1(new_most == kNever ? 0.0f : new_most);
   S::F sum = S::zero();
-#pragma GCC unroll 8
-  for (int i = 0; i < kVecs; ++i) {
-    const S::F x = S::load(scores + i * S::kLanes);
+  for_all([&](int64_t j) {
+    const S::F x = S::load(scores + j);
     S::F p = S::keep_above(x, kNever, exp_negative(x - from));  // exactly 0 where hidden
     sum = sum + p;
-    if (block.scaled) p = S::mul(p, S::load(m.v_scale + i * S::kLanes));
-    S::store(scores + i * S::kLanes, p);
-  }
+    if (block.scaled) p = S::mul(p, S::load(m.v_scale + j));
+    S::store(scores + j, p);
+  });
   const float fade = new_most == most ? 1.0f : exp_negative(S::set1(most - new_most))[0];
   most = new_most;
   total = total * fade + S::reduce_sum(sum);
@@ -240,11 +248,11 @@ static inline float soften(const Attention& a, const AttentionScratch& m, const 
 
 // ---- values ---------------------------------------------------------------------------------------------------------
 
-// sums [kRows, kVecs vectors] = fade sums + p V. next: null, or the rows of a block to ask for.
+// sums [kRows, kVecs vectors] = fade sums + p V. Asks for these columns of the first `ask` rows from `next` on.
 template <int kRows, int kVecs, CacheType kType>
 static inline void direct_values(const float* p, const void* v, int64_t v_stride, int64_t at, int64_t width,
                                  int64_t begin, int64_t end, const float* fade, float* sums, int64_t padded,
-                                 const void* next, int64_t next_stride, int64_t next_width) {
+                                 const void* next, int64_t next_stride, int64_t ask) {
   using S = Simd;
   S::F sum[kRows][kVecs];
 #pragma GCC unroll 4
@@ -252,7 +260,7 @@ static inline void direct_values(const float* p, const void* v, int64_t v_stride
 #pragma GCC unroll 4
     for (int i = 0; i < kVecs; ++i) sum[r][i] = S::mul(S::load(sums + r * padded + i * S::kLanes), S::set1(fade[r]));
   for (int64_t j = begin; j < end; ++j) {
-    if (next) prefetch_row<kType>(next, next_stride, j, next_width);
+    if (j < ask) prefetch_row<kType>(next, next_stride, j, kVecs * S::kLanes);
     S::F x[kVecs];
 #pragma GCC unroll 4
     for (int i = 0; i < kVecs; ++i)
@@ -260,7 +268,7 @@ static inline void direct_values(const float* p, const void* v, int64_t v_stride
                         : load_half<kType>(v, j * v_stride + at + i / 2 * 2 * S::kLanes, i % 2);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      const S::F w = S::set1(p[r * kBlockKeys + j]);
+      const S::F w = S::set1(p[r * kDirectKeys + j]);
 #pragma GCC unroll 4
       for (int i = 0; i < kVecs; ++i) sum[r][i] = S::fma(w, x[i], sum[r][i]);
     }

@@ -107,7 +107,8 @@ struct AttentionPlan {
   int64_t rows;  // of one kv head
   int64_t block_rows;  // rows of one item
   int64_t blocks;  // ceil(rows / block_rows)
-  int64_t splits;  // runs of kSplitKeys keys; 1: the kernel writes out itself, else combine_attention does
+  int64_t splits;  // runs of split_keys keys; 1: the kernel writes out itself, else combine_attention does
+  int64_t split_keys;  // a multiple of kBlockKeys
   int64_t items;  // of attention: ((b * kv_heads + g) * blocks + block) * splits + split
   int64_t combine_items;  // of combine_attention: (b * kv_heads + g) * rows + row; 0 where splits is 1
   int64_t partial;  // floats of Attention::partial
@@ -115,14 +116,19 @@ struct AttentionPlan {
   int64_t scratch;  // floats per thread, 64-byte aligned
 };
 
-constexpr int64_t kSplitKeys = 256;  // keys of one split where few rows read a long cache
-constexpr int64_t kBlockKeys = 64;  // keys whose scores are held at a time; divides kSplitKeys
+constexpr int64_t kSplitKeys = 256;  // most keys of one split where few rows read a long cache
+constexpr int64_t kLeastSplitKeys = 128;
+constexpr int64_t kSplitItems = 12;  // of a sequence, if splits are not to be smaller than that: for few kv heads
+constexpr int64_t kBlockKeys = 64;  // keys whose scores are held at a time
+constexpr int64_t kDirectKeys = 256;  // the same of few rows, which read keys and values as they are: longer streams
 constexpr int64_t kFewRows = 96;  // up to here the length is split and blocks are small
 constexpr int64_t kFewBlockRows = 24;  // rows of a block then
 constexpr int64_t kManyBlockRows = 96;
 
 // Rows that a block has room for: whole tiles of every level, none of which has more than 12 rows.
 static inline int64_t padded_rows(const AttentionPlan& p) { return (p.block_rows + 11) / 12 * 12; }
+
+static inline int64_t whole_blocks(int64_t keys) { return (keys + kBlockKeys - 1) / kBlockKeys * kBlockKeys; }
 
 static inline AttentionPlan plan_attention(int64_t batch, int64_t queries, int64_t heads, int64_t kv_heads,
                                            int64_t length, int64_t width) {
@@ -132,14 +138,19 @@ static inline AttentionPlan plan_attention(int64_t batch, int64_t queries, int64
   const bool few = p.rows <= kFewRows;
   p.block_rows = few ? (p.rows < kFewBlockRows ? p.rows : kFewBlockRows) : kManyBlockRows;
   p.blocks = (p.rows + p.block_rows - 1) / p.block_rows;
-  p.splits = few ? (length + kSplitKeys - 1) / kSplitKeys : 1;
+  int64_t splits = (kSplitItems + kv_heads - 1) / kv_heads;
+  if (splits > length / kLeastSplitKeys) splits = length / kLeastSplitKeys;
+  if (splits * kSplitKeys < length) splits = (length + kSplitKeys - 1) / kSplitKeys;
+  if (!few || splits < 1) splits = 1;
+  p.split_keys = whole_blocks((length + splits - 1) / splits);
+  p.splits = splits > 1 ? (length + p.split_keys - 1) / p.split_keys : 1;
   p.items = batch * kv_heads * p.blocks * p.splits;
   p.combine_items = p.splits > 1 ? batch * kv_heads * p.rows : 0;
   p.partial_stride = padded + 16;
   p.partial = p.combine_items * p.splits * p.partial_stride;
   const int64_t rows = padded_rows(p);
   // queries and sums of the block; keys and values of kBlockKeys; 16 rows being converted; scores of a tile; rest
-  p.scratch = padded * (2 * rows + 2 * kBlockKeys + 16) + 16 * kBlockKeys + 4 * rows + 4 * kBlockKeys + 64;
+  p.scratch = padded * (2 * rows + 2 * kBlockKeys + 16) + 16 * kBlockKeys + 4 * rows + 2 * kDirectKeys + 64;
   return p;
 }
 
@@ -163,8 +174,8 @@ static inline AttentionItem attention_item(const Attention& a, const AttentionPl
   at.b = item / (p.splits * p.blocks * a.kv_heads);
   const int64_t row_end = (block + 1) * p.block_rows;
   at.rows = {block * p.block_rows, row_end < p.rows ? row_end : p.rows};
-  const int64_t key_end = (at.split + 1) * kSplitKeys;
-  at.keys = {at.split * kSplitKeys, p.splits > 1 && key_end < a.length ? key_end : a.length};
+  const int64_t key_end = (at.split + 1) * p.split_keys;
+  at.keys = {at.split * p.split_keys, p.splits > 1 && key_end < a.length ? key_end : a.length};
   return at;
 }
 
