@@ -1,5 +1,6 @@
 #include "layer.h"
 
+#include "layer_heads.h"
 #include "layer_rows.h"
 
 namespace cpullm {
@@ -153,63 +154,15 @@ struct LayerRun {
     });
   }
 
-  // Norms over all heads of a row: the layout has them side by side.
-  void norm_whole_rows(const Part& part) {
-    const auto whole = [&](const LayerNorm& norm, float* x, int64_t width) {
-      const Rows in{x, m, width, part.qkv_width, Float::f32, nullptr};
-      if (norm.present) team.kernels.norm(norm.norm, in, x, part.qkv_width, team.mine(m));
-    };
-    float* const qkv = part.qkv + row0 * part.qkv_width;
-    whole(part.p->q_norm, qkv, part.p->heads * part.p->head_dim);
-    whole(part.p->k_norm, qkv + part.p->layout.k_start, part.p->kv_heads * part.p->head_dim);
-  }
-
-  // Norm and rope of queries and keys, keys and values to the cache: per row and head.
-  void place_heads(const Part& part) {
-    const LayerProgram& p = *part.p;
-    const LayerCall& call = *part.c;
-    const Kernels& kernels = team.kernels;
-    const Heads q = part.queries(), k = part.keys(p.layout.k_start);
-    const auto items = [&](int64_t heads) {
-      const Range own = team.mine(m * heads);
-      return Range{row0 * heads + own.begin, row0 * heads + own.end};
-    };
-    const Range q_items = items(p.heads), k_items = items(p.kv_heads);
-    if (!p.qk_norm_whole) {
-      if (p.q_norm.present) kernels.norm_heads(p.q_norm.norm, q, q_items);
-      if (p.k_norm.present) kernels.norm_heads(p.k_norm.norm, k, k_items);
-    }
-    if (p.rotary_dim) {
-      const Rope rope{call.cos,
-                      call.sin,
-                      call.rope_type,
-                      p.rope_style,
-                      p.rotary_dim,
-                      c.tokens,
-                      {call.rope_stride[0], call.rope_stride[1]}};
-      kernels.rope(rope, q, q_items);
-      kernels.rope(rope, k, k_items);
-    }
-    const Attention& a = part.a;
-    const auto append = [&](const Heads& from, const void* cache, const float* scale, const int64_t* stride,
-                            const int64_t* scale_stride) {
-      const Append to{from,     const_cast<void*>(cache),          const_cast<float*>(scale),         a.type, c.tokens,
-                      c.length, {stride[0], stride[1], stride[2]}, {scale_stride[0], scale_stride[1]}};
-      kernels.append(to, k_items);
-    };
-    append(k, a.k, a.k_scale, a.k_stride, a.k_scale_stride);
-    append(part.keys(p.layout.v_start), a.v, a.v_scale, a.v_stride, a.v_scale_stride);
-  }
-
   // Queries, keys and values as attention reads them.
   void place() {
     bool whole = false;
     for (Part& part : *this) {
-      if (part.p->qk_norm_whole) norm_whole_rows(part);
+      if (part.p->qk_norm_whole) norm_whole_rows(team, part, row0, m);
       whole |= part.p->qk_norm_whole;
     }
     if (whole) team.sync();
-    for (const Part& part : *this) place_heads(part);
+    for (const Part& part : *this) place_heads(team, part, row0, m);
   }
 
   void attend() {
