@@ -48,7 +48,8 @@ def _same(now: Any, seen: Any) -> bool:
 
 class Watch:
     """Tells whether anything that the matches of layers were made from has changed: objects by identity, settings by
-    value. ``config`` is that of all the layers.
+    value. ``config`` is that of all the layers. Not seen: writes through ``.data``, which count nowhere, and another
+    ``__class__``.
 
     Holds no reference to the layers themselves, whose attributes hold the programs.
     """
