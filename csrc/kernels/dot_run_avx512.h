@@ -21,7 +21,10 @@ namespace {
 
 constexpr int kRunRows = 5;  // most rows of a tile
 constexpr int64_t kRunBytes = 8192;  // codes of a run: with the next ones, half of L1
-constexpr int64_t kRunTail = kActBlock;  // inputs at the end that are no run of their own: sums would move for little
+constexpr int64_t kRunTail =
+    kActBlock;  // inputs at the end that are no run of their own: sums would move for little; a
+// run ends where blocks of activations do
+static_assert(kRunTail % kActBlock == 0 && kRunBytes / 32 % kActBlock == 0, "runs are whole blocks");
 
 // What a run needs besides.
 struct Run {
@@ -113,7 +116,7 @@ static_assert(__builtin_offsetof(Run, from) == 8 && __builtin_offsetof(Run, y) =
 // the run waits for: those of the run after to L2, on whose way may be more lines than on that to L1.
 template <int R, bool kPacked, Zeros kForm, bool kAlone>
 inline void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const int32_t* minus, const float* x_scale,
-                    const BlockSegment* segment, const uint32_t* apart_rows, const uint8_t* ask, int64_t ask_step,
+                    const BlockSegment* segment, const uint32_t* apart_rows, uintptr_t ask, int64_t ask_step,
                     Run& run) {
   static_assert(R >= 1 && R <= kRunRows && kChunk % (8 * kStep) == 0, "sums and chains fit, steps come in eights");
   const void* p;
@@ -225,7 +228,7 @@ inline void run_apart(const BlockSegment* segments, int64_t count, const uint32_
 
 template <bool kPacked, Zeros kForm, bool kAlone>
 void dot_run(int64_t rows, const uint8_t* codes, const int8_t* x, int64_t tile, const int32_t* minus,
-             const float* x_scale, const BlockSegment* segments, const uint32_t* apart_rows, const uint8_t* ask,
+             const float* x_scale, const BlockSegment* segments, const uint32_t* apart_rows, uintptr_t ask,
              int64_t ask_step, Run& run) {
   switch (rows) {
     case 1:
@@ -292,8 +295,8 @@ void linear_i8_runs(const Weight& w, const QuantizedRows& x, const Output& out, 
         const int64_t at = (panel * w.groups + k0 / w.group) * kPanel;
         run.scales = w.scales + at;
         if (kForm != Zeros::symmetric) run.zeros = static_cast<const char*>(w.zeros) + at * kZeroBytes;
-        const uint8_t* ask = codes + inputs * kBytes;
-        for (int64_t r = row0; r < row_end; r += x.tile, ask += inputs * kBytes / 64 * ask_step) {
+        uintptr_t ask = reinterpret_cast<uintptr_t>(codes + inputs * kBytes);  // may end up beyond them
+        for (int64_t r = row0; r < row_end; r += x.tile, ask += uintptr_t(inputs * kBytes / 64 * ask_step)) {
           const int64_t rows = min_of(x.tile, x.m - r), s = r * x.segments + first * x.tile;
           const uint32_t* apart_rows = x.apart_rows + r / x.tile * x.segments + first;
           run.apart = mine.apart;
