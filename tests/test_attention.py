@@ -132,7 +132,7 @@ def test_int8_cache(shape, isa):
 @pytest.mark.parametrize("cache", ["bf16", "i8"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_queries_and_probabilities_may_be_rounded(shape, cache, isa):
-    """Not exact: scaled queries and then probabilities are rounded to bf16; one or two rows and other levels stay exact.
+    """Not exact: scaled queries, then probabilities, are rounded to bf16; one or two rows and other levels are exact.
 
     With such queries, what probabilities' rounding by 2^-9 can do: 2^-9 sum p |v|; as much again for the rest.
     """
