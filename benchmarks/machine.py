@@ -16,7 +16,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from torch_cpullm import doctor, launch, ops, packing
+from torch_cpullm import doctor, launch, memory, ops
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 1 << 30
@@ -128,7 +128,7 @@ class ForeignCpu:
 
 def aligned_bytes(count: int) -> Tensor:
     """uint8 [count], uninitialised, from the same allocator as packed weights."""
-    return packing.aligned_empty((count,))
+    return memory.aligned_empty((count,))
 
 
 class Memory:

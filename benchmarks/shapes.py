@@ -132,7 +132,8 @@ def packed_model(
     from transformers.initialization import no_init_weights
 
     from torch_cpullm import distributed, swap
-    from torch_cpullm.packing import PackedWeight, aligned_empty, resolve_group
+    from torch_cpullm.memory import aligned_empty
+    from torch_cpullm.packing import PackedWeight, resolve_group
     from torch_cpullm.plan import find_targets
     from torch_cpullm.share import cut_targets
 

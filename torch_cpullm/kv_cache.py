@@ -26,9 +26,9 @@ from .config import KV_CACHES
 from .layer import all_in_programs
 from .layer_graph import number_cache
 from .layer_stack import BUFFERS, forget_buffers
+from .memory import Slots
 
 CHUNK = 256
-DOUBLE_FROM = 4096
 
 Reserved = tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]
 
@@ -46,15 +46,18 @@ class CpuLlmCacheLayer(CacheLayerMixin):
 
     k, v [b, g, capacity, d] (v may have a head dim of its own), k_scale, v_scale [b, g, capacity] or None; None, all of
     them, before the first token. What lies behind ``length`` is undefined. A layer with a sliding window keeps every
-    token: mask and kernel apply the window, and a crop can always go back.
+    token: mask and kernel apply the window, and a crop can always go back. slots: the memory of the cache's layers.
     """
 
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, dtype: torch.dtype | None = None, sliding_window: int | None = None) -> None:
+    def __init__(
+        self, dtype: torch.dtype | None = None, sliding_window: int | None = None, slots: Slots | None = None
+    ) -> None:
         # Not the base's __init__: it assigns keys and values, which are computed here.
         self.stored_dtype = dtype
+        self._slots = Slots() if slots is None else slots
         self.dtype = torch.float32  # what keys and values are given as: the model's
         self.is_sliding = sliding_window is not None
         if sliding_window is not None:
@@ -100,8 +103,8 @@ class CpuLlmCacheLayer(CacheLayerMixin):
             )
         need = self.length + tokens
         if need > self.capacity:
-            double = 2 * self.capacity if self.capacity >= DOUBLE_FROM else 0
-            self._resize(max(_round_up(need + 1), double))
+            # A copy per eighth costs less than a hundredth of the reads in between, and huge pages are all memory.
+            self._resize(_round_up(max(need + 1, self.capacity + self.capacity // 8)))
         return cast("Tensor", self.k), cast("Tensor", self.v), self.k_scale, self.v_scale, self.length
 
     def advance(self, tokens: int) -> None:
@@ -214,39 +217,34 @@ class CpuLlmCacheLayer(CacheLayerMixin):
 
     def _allocate(self, shape: tuple[int, ...], capacity: int, dtype: torch.dtype, device: torch.device | str) -> None:
         batch, heads, *dims = shape
+        wanted: list[tuple[tuple[int, ...], torch.dtype]] = [((batch, heads, capacity, d), dtype) for d in dims]
+        if dtype == torch.int8:
+            wanted += [((batch, heads, capacity), torch.float32)] * 2
         # Never inference tensors: a chat begun under torch.inference_mode() may go on without it.
         with torch.inference_mode(False):
-            self.k, self.v = (torch.empty(batch, heads, capacity, d, dtype=dtype, device=device) for d in dims)
-            self.k_scale = self.v_scale = None
-            if dtype == torch.int8:
-                self.k_scale, self.v_scale = (torch.empty(batch, heads, capacity, device=device) for _ in dims)
+            if torch.device(device).type == "cpu":
+                made = self._slots.empty(wanted)
+            else:
+                made = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in wanted]
+        self.k, self.v, self.k_scale, self.v_scale = (*made, None, None)[:4]
 
-    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Put ``change(buffer)`` in the place of every buffer."""
+    def _renew(self, batch: int, capacity: int, used: Callable[[Tensor], Tensor]) -> None:
+        """New memory that begins with ``used(buffer)`` [batch, g, length, ..] of every buffer."""
+        k, v = cast("Tensor", self.k), cast("Tensor", self.v)
+        old = [k, v] if self.k_scale is None or self.v_scale is None else [k, v, self.k_scale, self.v_scale]
+        self._allocate((batch, k.shape[1], k.shape[3], v.shape[3]), capacity, k.dtype, k.device)
         with torch.inference_mode(False):
-            self.k, self.v, self.k_scale, self.v_scale = (
-                None if buffer is None else change(buffer) for buffer in (self.k, self.v, self.k_scale, self.v_scale)
-            )
+            for new, buffer in zip((self.k, self.v, self.k_scale, self.v_scale), old, strict=False):
+                cast("Tensor", new)[:, :, : self.length] = used(buffer)
 
     def _resize(self, capacity: int) -> None:
-        def larger(buffer: Tensor) -> Tensor:
-            new = buffer.new_empty(*buffer.shape[:2], capacity, *buffer.shape[3:])
-            new[:, :, : self.length] = buffer[:, :, : self.length]
-            return new
-
-        self._change(larger)
+        self._renew(cast("Tensor", self.k).shape[0], capacity, lambda buffer: buffer[:, :, : self.length])
 
     def _select(self, indices: Tensor) -> None:
         """Rows of the batch by index or by mask, into new memory."""
-
-        def chosen(buffer: Tensor) -> Tensor:
-            new = buffer.new_empty(rows.shape[0], *buffer.shape[1:])
-            new[:, :, : self.length] = buffer[rows, :, : self.length]
-            return new
-
         if self.k is not None:
             rows = torch.arange(self.k.shape[0])[indices.cpu()]
-            self._change(chosen)
+            self._renew(rows.shape[0], self.capacity, lambda buffer: buffer[rows, :, : self.length])
 
 
 def _write(buffer: Tensor, scale: Tensor | None, start: int, states: Tensor) -> None:
@@ -337,7 +335,8 @@ def _own_layers(cache: Cache, dtype: str) -> list[CpuLlmCacheLayer] | None:
     if not cache.layers or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
         return None
     windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
-    return [CpuLlmCacheLayer(KV_CACHES[dtype], window) for window in windows]
+    slots = Slots(len(windows))
+    return [CpuLlmCacheLayer(KV_CACHES[dtype], window, slots) for window in windows]
 
 
 # ---- injection ------------------------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ import torch
 from .layer_program import Program, run_all, sums_of
 from .layer_spec import LayerSpec, Norm
 from .linear import PackedLinear
+from .memory import aligned_empty
 from .ops import linear
-from .packing import PackedWeight, aligned_empty, pack, resolve_group, round_up
+from .packing import PackedWeight, pack, resolve_group, round_up
 from .quant import quantize_rtn
 
 READ_BYTES = 256 << 20  # that a bandwidth measurement reads: beyond the caches

@@ -5,9 +5,6 @@ Letters: n output columns, k inputs. ``groups = ceil(k / group_size)``; the last
 
 from __future__ import annotations
 
-import contextlib
-import math
-import mmap
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
@@ -15,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import library  # noqa: F401  it loads the operators
+from .memory import HUGE_PAGE, aligned_empty, huge_pages
 
 PANEL = 32  # output columns of a panel
 STEP = 4  # inputs of a block
@@ -240,37 +238,6 @@ def alike(a: PackedWeight | PackedStack, b: PackedWeight | PackedStack) -> bool:
     return all((x is None and y is None) or (x is not None and y is not None and torch.equal(x, y)) for x, y in pairs)
 
 
-_HUGE_PAGE = 1 << 21
-
-
-def _huge_pages(count: int) -> tuple[mmap.mmap, int]:
-    """Memory of its own whose ``count`` bytes from the second value on begin a huge page; advised to use such pages.
-
-    The advice is a hint; systems without huge pages ignore it.
-    """
-    mapping = mmap.mmap(-1, count + _HUGE_PAGE - 1, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    start = -torch.frombuffer(mapping, dtype=torch.uint8).data_ptr() % _HUGE_PAGE
-    whole = count // _HUGE_PAGE * _HUGE_PAGE
-    with contextlib.suppress(AttributeError, OSError):  # Linux only; page-aligned, as a mapping is
-        mapping.madvise(mmap.MADV_HUGEPAGE, start, whole)
-    return mapping, start
-
-
-def aligned_empty(shape: tuple[int, ...]) -> Tensor:
-    """Uninitialised uint8 tensor at a 64-byte boundary; from 2 MiB on at a huge page's, and advised to use huge pages.
-
-    Large ones have a mapping of their own: malloc would take them from a heap that quantisation's temporary memory has
-    torn, in pages that are small already. Small ones: see :func:`gathered`.
-    """
-    count = math.prod(shape)
-    if count < _HUGE_PAGE:
-        raw = torch.empty(count + 63, dtype=torch.uint8)
-        start = -raw.data_ptr() % 64
-        return raw[start : start + count].view(shape)
-    mapping, start = _huge_pages(count)
-    return torch.frombuffer(mapping, dtype=torch.uint8, count=count, offset=start).view(shape)
-
-
 def gathered(weights: list[PackedWeight]) -> list[PackedWeight]:
     """The same weights, their tensors below 2 MiB copied one after the other into huge pages; as they are where these
     together fill none.
@@ -278,15 +245,15 @@ def gathered(weights: list[PackedWeight]) -> list[PackedWeight]:
     Cores read less from memory where it is in small pages: on Zen 4, two of them 31 GB/s and not 36. The memory is
     freed with the last of the tensors, each of which has a storage of its own.
     """
-    small = [t for w in weights for t in w.tensors if t is not None and t.nbytes < _HUGE_PAGE]
+    small = [t for w in weights for t in w.tensors if t is not None and t.nbytes < HUGE_PAGE]
     total = sum(round_up(t.nbytes, 64) for t in small)
-    if total < _HUGE_PAGE:
+    if total < HUGE_PAGE:
         return weights
-    mapping, free = _huge_pages(total)
+    mapping, free = huge_pages(total)
 
     def moved(t: Tensor) -> Tensor:
         nonlocal free
-        if t.nbytes >= _HUGE_PAGE:
+        if t.nbytes >= HUGE_PAGE:
             return t
         to = torch.frombuffer(mapping, dtype=t.dtype, count=t.numel(), offset=free).view(t.shape)
         free += round_up(t.nbytes, 64)

@@ -66,6 +66,23 @@ struct KeysAhead {
   int64_t count;
 };
 
+// Scores of kRows rows from row `first` of the item on become probabilities; fade [kRows]: see soften. Returns the keys
+// that any of the rows sees.
+template <int kRows>
+static inline Range soften_rows(const Attention& a, const AttentionScratch& m, const AttentionItem& at,
+                                const KeyBlock& block, int64_t first, float* fade) {
+  Range any{kDirectKeys, 0};
+  for (int r = 0; r < kRows; ++r) {
+    const RowPlace row = place_of(a, at.rows.begin + first + r);
+    const Range seen = seen_in(a, block, row.query);
+    any.begin = min_of(any.begin, seen.begin);
+    any.end = seen.end > any.end ? seen.end : any.end;
+    fade[r] = soften(a, m, block, mask_offset(a, at, row) + block.first, seen, m.scores + r * kDirectKeys,
+                     m.most[first + r], m.total[first + r]);
+  }
+  return any;
+}
+
 // Up to kDirectRows rows from row `first` of the item on; ahead: what is read after the block.
 template <int kRows, CacheType kType>
 static inline void direct_rows(const Attention& a, const AttentionScratch& m, const AttentionItem& at,
@@ -76,17 +93,9 @@ static inline void direct_rows(const Attention& a, const AttentionScratch& m, co
   float fade[kRows];
   direct_scores<kRows, kType>(m.q + first * m.padded, m.padded, block.k, a.k_stride[2], block.v, a.v_stride[2],
                               asks ? block.count : 0, block.count, a.width, m.scores);
-  int64_t begin = kDirectKeys, end = 0;
-  for (int r = 0; r < kRows; ++r) {
-    const RowPlace row = place_of(a, at.rows.begin + first + r);
-    const Range seen = seen_in(a, block, row.query);
-    begin = min_of(begin, seen.begin);
-    end = seen.end > end ? seen.end : end;
-    fade[r] = soften(a, m, block, mask_offset(a, at, row) + block.first, seen, m.scores + r * kDirectKeys,
-                     m.most[first + r], m.total[first + r]);
-  }
+  const auto [begin, end] = soften_rows<kRows>(a, m, at, block, first, fade);
   float* sums = m.sums + first * m.padded;
-  const auto values = [&](auto vecs, int64_t c) {
+  const auto values = [&, begin = begin, end = end](auto vecs, int64_t c) {
     direct_values<kRows, decltype(vecs)::kCount, kType>(
         m.scores, block.v, a.v_stride[2], c, a.width, begin, end, fade, sums + c, m.padded,
         static_cast<const char*>(ahead.k) + c * kCacheBytes<kType>, a.k_stride[2], asks ? ahead.count : 0);
@@ -164,27 +173,10 @@ static inline void tile_rows_of(const Attention& a, const AttentionScratch& m, c
     tile_product<kRows, int(kBlockKeys), 1, 1>(p, v + c, m.padded, end - begin, fade, sums + c, m.padded);
 }
 
-template <CacheType kType>
-static inline void direct_pass(const Attention& a, const AttentionScratch& m, const AttentionItem& at,
-                               const KeyBlock& block, const KeysAhead& ahead) {
-  const int64_t rows = at.rows.end - at.rows.begin, most = even_tile(rows, Simd::kDirectRows);
-  for (int64_t first = 0; first < rows;) {
-    const int64_t n = min_of(rows - first, most);
-    switch (n) {
-      case 1: direct_rows<1, kType>(a, m, at, block, ahead, first); break;
-      case 2: direct_rows<2, kType>(a, m, at, block, ahead, first); break;
-#if CPULLM_TILE_ROWS > 6
-      case 3: direct_rows<3, kType>(a, m, at, block, ahead, first); break;
-      case 4: direct_rows<4, kType>(a, m, at, block, ahead, first); break;
-#endif
-      default: __builtin_trap();  // kDirectRows of this level
-    }
-    first += n;
-  }
-}
-
 // Tiles of many rows in fp32.
 struct FloatTiles {
+  static constexpr bool kFew = false;  // few rows are never rounded
+
   // Scaled queries of an item, in tiles with the rows side by side.
   static void load(const Attention& a, const AttentionScratch& m, const AttentionItem& at) {
     constexpr int kRows = Simd::kQueryRows;
@@ -209,6 +201,40 @@ struct FloatTiles {
     tile_rows_of(a, m, at, block, first);
   }
 };
+
+// Whether the rows of an item that reads keys and values as they are take them in bf16 products.
+template <class Tiles>
+static inline bool rounds_few(const Attention& a, const AttentionItem& at) {
+  if constexpr (Tiles::kFew) return Tiles::few(a, at.rows.end - at.rows.begin);
+  return false;
+}
+
+template <int kRows, CacheType kType, class Tiles>
+static inline void few_rows(const Attention& a, const AttentionScratch& m, const AttentionItem& at,
+                            const KeyBlock& block, const KeysAhead& ahead, int64_t first) {
+  if constexpr (kType == CacheType::bf16 && Tiles::kFew)
+    if (rounds_few<Tiles>(a, at)) return Tiles::template few_rows<kRows>(a, m, at, block, ahead, first);
+  direct_rows<kRows, kType>(a, m, at, block, ahead, first);
+}
+
+template <CacheType kType, class Tiles>
+static inline void direct_pass(const Attention& a, const AttentionScratch& m, const AttentionItem& at,
+                               const KeyBlock& block, const KeysAhead& ahead) {
+  const int64_t rows = at.rows.end - at.rows.begin, most = even_tile(rows, Simd::kDirectRows);
+  for (int64_t first = 0; first < rows;) {
+    const int64_t n = min_of(rows - first, most);
+    switch (n) {
+      case 1: few_rows<1, kType, Tiles>(a, m, at, block, ahead, first); break;
+      case 2: few_rows<2, kType, Tiles>(a, m, at, block, ahead, first); break;
+#if CPULLM_TILE_ROWS > 6
+      case 3: few_rows<3, kType, Tiles>(a, m, at, block, ahead, first); break;
+      case 4: few_rows<4, kType, Tiles>(a, m, at, block, ahead, first); break;
+#endif
+      default: __builtin_trap();  // kDirectRows of this level
+    }
+    first += n;
+  }
+}
 
 // Keys that any row of the item sees, from the begin of a block on.
 static inline Range keys_of(const Attention& a, const AttentionItem& at) {
@@ -251,7 +277,7 @@ static void all_blocks(const Attention& a, const AttentionScratch& m, const Atte
         const Range after = keys_of(a, *next);
         ahead = {keys_from(*next, after.begin), min_of(step, after.end - after.begin)};
       }
-      direct_pass<kType>(a, m, at, block, ahead);
+      direct_pass<kType, Tiles>(a, m, at, block, ahead);
     } else {
       // Many rows find the next block in a cache: their other blocks have read it.
       Tiles::template convert<kType>(a, m, block, at.rows.end - at.rows.begin <= kFewBlockRows);
@@ -283,7 +309,10 @@ static inline int64_t round_rows(int64_t rows) {
 }
 
 // Whether q and sums are kept parted, as load_half gives keys and values to rows that read them as they are.
-static inline bool is_parted(const Attention& a, bool direct) { return direct && a.type == CacheType::bf16; }
+template <class Tiles>
+static inline bool is_parted(const Attention& a, const AttentionItem& at, bool direct) {
+  return direct && a.type == CacheType::bf16 && !rounds_few<Tiles>(a, at);
+}
 
 // Scaled queries and empty sums of an item's rows.
 template <class Tiles>
@@ -296,12 +325,14 @@ static inline void load_queries(const Attention& a, const AttentionScratch& m, c
   }
   memset(m.sums, 0, size_t(padded_rows * m.padded) * 4);
   if (!direct) return Tiles::load(a, m, at);
+  if constexpr (Tiles::kFew)
+    if (rounds_few<Tiles>(a, at)) return Tiles::load_few(a, m, at);
   const S::F scale = S::set1(a.scale);
   for (int64_t r = 0; r < rows; ++r) {
     const float* q = query_of(a, at, at.rows.begin + r);
     for (int64_t c = 0; c < m.padded; c += S::kLanes)
       S::store(m.q + r * m.padded + c, c < a.width ? S::mul(load_part(q, c, a.width - c), scale) : S::zero());
-    if (is_parted(a, direct)) for_pairs(m.q + r * m.padded, a.width, S::part);
+    if (is_parted<Tiles>(a, at, direct)) for_pairs(m.q + r * m.padded, a.width, S::part);
   }
 }
 
@@ -324,7 +355,7 @@ static void attention_with(const Attention& a, Range items, float* scratch) {
     }
     for (int64_t r = 0; r < rows; ++r) {
       float* sums = m.sums + r * m.padded;
-      if (is_parted(a, direct)) for_pairs(sums, a.width, Simd::join);
+      if (is_parted<Tiles>(a, at, direct)) for_pairs(sums, a.width, Simd::join);
       if (plan.splits == 1) {
         finish_row(a, at.b, at.g, at.rows.begin + r, sums, m.most[r], m.total[r]);
         continue;

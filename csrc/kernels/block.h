@@ -96,8 +96,8 @@ struct Attention {
   CacheType type;
   Float mask_type;
   bool mask_is_bool;
-  // Not exact: where a level has bf16 products and rows are many, queries and probabilities may be rounded to bf16 over
-  // caches whose values bf16 holds.
+  // Not exact: where a level has bf16 products and a kv head more than two rows, queries and probabilities may be rounded
+  // to bf16 over caches whose values bf16 holds.
   bool exact;
 };
 
