@@ -21,9 +21,9 @@ struct LayerRun {
   Part parts[kMostMembers];
   int64_t m, hidden;
   bool parallel, lp;
-  bool by_rows;  // in blocks of rows: see layer_rows.h
+  int64_t blocks;  // of rows, if it goes by blocks, else 0: see layer_rows.h
   bool in_block = false;  // whether this is a run of some of the rows by one thread
-  int64_t row0 = 0;  // the first of these
+  int64_t first_row = 0;  // of these
   Compute compute;
   LayerCall c;  // what all members share
   bool spread;  // members on several ranks
@@ -44,8 +44,9 @@ struct LayerRun {
     parallel = first.parallel;
     compute = first.compute;
     lp = g.count == 1 || g.bypass == kAllMembers;
-    by_rows =
+    const bool by_rows =
         goes_by_rows(kernels, compute, m, threads) && c.stage == Stage::whole && !parallel && !parts_sum && !spread;
+    blocks = by_rows ? blocks_of_rows(kernels, m, threads) : 0;
     for (int64_t i = 0; i < g.count; ++i) {
       Part& part = parts[i];
       part = {};
@@ -63,8 +64,8 @@ struct LayerRun {
 
   // Everything the run needs, in the same order whether memory is counted or handed out.
   void carve(Arena& arena, int64_t threads) {
-    const int64_t block = by_rows ? m / blocks_of_rows(team.kernels, m) : m;  // there are blocks of one more
-    const int64_t most = by_rows ? block + 1 : m, rows = std::min(most, kMlpRows);
+    const int64_t block = blocks ? m / blocks : m;  // there are blocks of one more
+    const int64_t most = blocks ? block + 1 : m, rows = std::min(most, kMlpRows);
     int64_t scratch = 0;
     for (Part& part : *this) {
       const LayerProgram& p = *part.p;
@@ -90,11 +91,11 @@ struct LayerRun {
         part.input_b = at.take<char>(part.b_bytes);
       }
     };
-    if (!by_rows) steps(arena);
+    if (!blocks) steps(arena);
     const int64_t begin = arena.used;
     char* const base = arena.base;
     const auto cut = [&](Arena& mine) {
-      if (by_rows) steps(mine);
+      if (blocks) steps(mine);
       for (Part& part : *this) {
         const int64_t narrowest = std::min({hidden, part.p->heads * part.p->head_dim, part.p->intermediate});
         part.private_a = mine.take<char>(team.is_private(m, m, hidden) ? part.a_bytes : 0);
@@ -146,7 +147,7 @@ struct LayerRun {
         int64_t column = 0;
         for (int i = 0; i < part.p->qkv_count; ++i) {
           const Linear& l = part.p->qkv[i];
-          float* const to = part.qkv + row0 * part.qkv_width + column;
+          float* const to = part.qkv + first_row * part.qkv_width + column;
           team.product(l, part.h, to, part.qkv_width, shared.next(panels_of(l.w.n)));
           column += l.w.n;
         }
@@ -158,11 +159,11 @@ struct LayerRun {
   void place() {
     bool whole = false;
     for (Part& part : *this) {
-      if (part.p->qk_norm_whole) norm_whole_rows(team, part, row0, m);
+      if (part.p->qk_norm_whole) norm_whole_rows(team, part, first_row, m);
       whole |= part.p->qk_norm_whole;
     }
     if (whole) team.sync();
-    for (const Part& part : *this) place_heads(team, part, row0, m);
+    for (const Part& part : *this) place_heads(team, part, first_row, m);
   }
 
   void attend() {
@@ -412,7 +413,7 @@ struct LayerRun {
     bool wait = false;
     for (Part& part : *this) {
       const int64_t width = part.p->heads * part.p->head_dim;
-      const Rows attended{part.attended + row0 * width, m, width, width, Float::f32, nullptr};
+      const Rows attended{part.attended + first_row * width, m, width, width, Float::f32, nullptr};
       wait |= input(part.in, part.input_b, part.private_b, {}, attended, part.p->o);
     }
     if (wait) team.sync();
@@ -441,7 +442,7 @@ struct LayerRun {
 
   void run() {
     for (Part& part : *this) part.a = part.attention();
-    if (by_rows) return run_by_rows(*this);
+    if (blocks) return run_by_rows(*this);
     if (c.stage != Stage::mlp && !attention()) return;
     if (c.stage == Stage::attention) return;
     if (c.stage == Stage::whole) team.sync();  // the residual is whole, and nobody reads input b any more

@@ -11,9 +11,10 @@ namespace {
 
 constexpr int64_t kPanelsAtOnce = 8;  // of gate and of up in such a block, before they are activated
 
-// Blocks of a layer with m rows, of kernels whose products have a block size.
-inline int64_t blocks_of_rows(const Kernels& kernels, int64_t m) {
-  return (m + kernels.block_rows - 1) / kernels.block_rows;
+// Blocks of a layer with m rows, of kernels whose products have a block size: as many for each of the threads asked for.
+inline int64_t blocks_of_rows(const Kernels& kernels, int64_t m, int64_t threads) {
+  const int64_t least = (m + kernels.block_rows - 1) / kernels.block_rows;
+  return (least + threads - 1) / threads * threads;
 }
 
 // Whether there are enough of them: two for each thread.
@@ -27,7 +28,7 @@ LayerRun block_of(const LayerRun& whole, int64_t begin, int64_t end) {
   LayerRun run(whole);
   run.team.member = {0, 1};
   run.in_block = true;
-  run.row0 = begin;
+  run.first_row = begin;
   run.m = end - begin;
   run.c.x = element_of(whole.c.x, begin * whole.c.x_stride, whole.c.type);
   run.c.y = const_cast<void*>(element_of(whole.c.y, begin * whole.hidden, whole.c.type));
@@ -37,7 +38,7 @@ LayerRun block_of(const LayerRun& whole, int64_t begin, int64_t end) {
 // f(run) for every block of rows, by the thread that has it. panels: of all products in f, of `hidden` inputs each, about.
 template <class LayerRun, class F>
 void each_block(const LayerRun& whole, int64_t panels, const F& f) {
-  const int64_t m = whole.m, blocks = blocks_of_rows(whole.team.kernels, m);
+  const int64_t m = whole.m, blocks = whole.blocks;
   whole.team.each(blocks, whole.hidden * panels, m / blocks, [&](Range some) {
     for (int64_t i = some.begin; i < some.end; ++i) {
       LayerRun run = block_of(whole, m * i / blocks, m * (i + 1) / blocks);

@@ -112,7 +112,7 @@ def _stack_up(model: nn.Module, decoder: Decoder) -> None:
         each._stack = stack
     first = all_[0]
     first._others, first._stack_watch = [weakref.ref(each) for each in all_], Watch(layers, owner.config)
-    first._states = [each.__dict__ for each in all_[1:]]
+    first._states, first._in_place = [each.__dict__ for each in all_[1:]], 0
     above, _, name = decoder.path.rpartition(".")
     first._listed = weakref.ref(owner.get_submodule(above)), name, weakref.ref(decoder.layers)
     if "forward" not in owner.__dict__:
