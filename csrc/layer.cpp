@@ -1,7 +1,7 @@
 #include "layer.h"
 
 #include "layer_heads.h"
-#include "layer_rows.h"
+#include "layer_last.h"
 
 namespace cpullm {
 namespace {
@@ -53,8 +53,8 @@ struct LayerRun {
       part.p = g.layers[i].program;
       part.c = &g.layers[i].call;
       for (int j = 0; j < part.p->qkv_count; ++j) part.qkv_width += part.p->qkv[j].w.n;
-      part.plan =
-          plan_attention(c.batch, c.tokens, part.p->heads, part.p->kv_heads, c.length + c.tokens, part.p->head_dim);
+      part.plan = plan_attention(c.batch, c.tokens, part.p->heads, part.p->kv_heads, c.length + c.tokens,
+                                 part.p->head_dim, c.tiled);
     }
     carve(arena, threads);
   }
@@ -444,7 +444,11 @@ struct LayerRun {
     for (Part& part : *this) part.a = part.attention();
     if (blocks) return run_by_rows(*this);
     if (c.stage != Stage::mlp && !attention()) return;
-    if (c.stage == Stage::attention) return;
+    if (c.stage != Stage::attention) after_residual();
+  }
+
+  // The MLPs.
+  void after_residual() {
     if (c.stage == Stage::whole) team.sync();  // the residual is whole, and nobody reads input b any more
     for (int64_t row0 = 0; row0 < m; row0 += kMlpRows) {
       if (row0) team.sync();  // the rows before are done with the shared buffers
@@ -459,7 +463,13 @@ int64_t layer_workspace(const LayerGroup& group, const Kernels& kernels, int64_t
   Barrier barrier;
   Arena arena{nullptr};
   Ahead ahead;
-  LayerRun(group, kernels, {0, threads}, threads, barrier, nullptr, ahead, arena, {});
+  const auto count = [&](const LayerGroup& g) {
+    LayerRun(g, kernels, {0, threads}, threads, barrier, nullptr, ahead, arena, {});
+  };
+  count(group);
+  if (!group.layers[0].call.last) return arena.used;
+  const Layer last = last_of(group.layers[0]);
+  count({&last, 1, group.bypass});
   return arena.used;
 }
 
@@ -467,8 +477,15 @@ int64_t run_layers(const LayerGroup& group, const Kernels& kernels, Member membe
                    Slices* slices, Ahead& ahead, char* workspace, RankSums sums) {
   Arena arena{workspace};
   LayerRun run(group, kernels, member, threads, barrier, slices, ahead, arena, sums);
-  run.run();
-  return run.team.barriers;
+  if (!group.layers[0].call.last) {
+    run.run();
+    return run.team.barriers;
+  }
+  const Layer last = last_of(group.layers[0]);
+  const LayerGroup alone{&last, 1, group.bypass};
+  LayerRun tail(alone, kernels, member, threads, barrier, slices, ahead, arena, {});
+  run_last(run, tail);
+  return run.team.barriers + tail.team.barriers;
 }
 
 void expect_layers(const LayerGroup& group, const Member& member, Ahead& ahead) {

@@ -76,6 +76,8 @@ struct LayerCall : CacheMemory {
   int64_t mask_stride[3];  // b, h, s
   int64_t length;
   Stage stage;
+  bool last;  // y is of each sequence's last token alone: see layer_last.h
+  bool tiled;  // of attention: see there
 };
 
 // A layer and its part of a run.

@@ -215,6 +215,7 @@ struct Part {
     a.mask_type = call.mask_type;
     a.mask_is_bool = call.mask_is_bool;
     a.exact = p->compute == Compute::fp32;
+    a.tiled = call.tiled;
     return a;
   }
 };

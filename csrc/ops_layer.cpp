@@ -141,8 +141,9 @@ LayerCall check_call(const LayerProgram& p, const Tensor& x, const OptionalTenso
 Tensor run_steps(Steps& steps, const Tensor& x, const RankMemory* ranks = nullptr,
                  const RankMemory* rank_team = nullptr, const HeadProgram* head = nullptr) {
   const Tensor source = x.is_contiguous() ? x : torch::stable::contiguous(x);
-  const int64_t sizes[] = {x.size(0), x.size(1), head ? head->linear.w.n : x.size(2)};
-  const bool whole = steps.layers[0].call.stage == Stage::whole;
+  const LayerCall& first = steps.layers[0].call;
+  const int64_t sizes[] = {x.size(0), first.last ? 1 : x.size(1), head ? head->linear.w.n : x.size(2)};
+  const bool whole = first.stage == Stage::whole;
   Tensor y = empty_cpu(sizes, 3, whole ? x.scalar_type() : ScalarType::Float);
   if (x.numel() == 0) return y;
   const Kernels& table = kernels();
@@ -194,11 +195,18 @@ Tensor run_steps(Steps& steps, const Tensor& x, const RankMemory* ranks = nullpt
 
 Tensor layer_forward(int64_t handle, const Tensor& x, const OptionalTensor& cos, const OptionalTensor& sin,
                      const OptionalTensor& mask, const OptionalTensor& k_cache, const OptionalTensor& v_cache,
-                     const OptionalTensor& k_scale, const OptionalTensor& v_scale, int64_t length) {
+                     const OptionalTensor& k_scale, const OptionalTensor& v_scale, int64_t length, bool last) {
   Steps steps;
   steps.programs.push_back(find_program(kForward, handle));
   const LayerProgram& p = layer_of(steps.programs[0], handle);
   steps.layers.push_back({&p, check_call(p, x, cos, sin, mask, k_cache, v_cache, k_scale, v_scale, length)});
+  LayerCall& call = steps.layers[0].call;
+  call.last = last;
+  STD_TORCH_CHECK(!last || (p.compute == Compute::int8 && !p.parallel && call.k_cache &&
+                            call.tokens * (p.heads / p.kv_heads) > kFewRows),
+                  kForward,
+                  ": the last token alone is of a sequential layer in int8 with a cache and a prompt of more than ",
+                  kFewRows, " rows per key and value head, got ", call.tokens, " tokens");
   steps.group({1}, 0, {});
   return run_steps(steps, x);
 }
@@ -405,10 +413,11 @@ int64_t layer_barriers() { return last_barriers; }
 STABLE_TORCH_LIBRARY_FRAGMENT(cpullm, m) {
   // x [b, s, hidden] -> the same shape and type. cos, sin [1|b, s, rotary_dim]; mask [1|b, 1|h, s, length + s] bool or
   // added, none: causal. Caches [b, g, capacity, d] fp32 | bf16 | fp16, or int8 with fp32 scales [b, g, capacity]: hold
-  // `length` tokens, the new ones are written behind them. No cache: attention over the s tokens.
+  // `length` tokens, the new ones are written behind them. No cache: attention over the s tokens. last: the result is
+  // [b, 1, hidden], of the last token; of prompts whose attention does not count as that of few rows.
   m.def(
       "layer_forward(int program, Tensor x, Tensor? cos, Tensor? sin, Tensor? mask, Tensor(a!)? k_cache, "
-      "Tensor(b!)? v_cache, Tensor(c!)? k_scale, Tensor(d!)? v_scale, int length) -> Tensor");
+      "Tensor(b!)? v_cache, Tensor(c!)? k_scale, Tensor(d!)? v_scale, int length, bool last=False) -> Tensor");
   // The parts of a layer that is cut among ranks, this rank's summand of each, float32: of attention's output, and of the
   // MLP's, which reads the layer's x and the sum of attention's outputs, or of a parallel layer x alone.
   m.def(

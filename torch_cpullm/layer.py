@@ -226,7 +226,8 @@ class LayerProgram:
         ready = self._ready(args, kwargs)
         if ready is None:
             return self._plain(args, kwargs)
-        y = cast("Run", self._run)(*ready)
+        run = cast("Run", self._run)
+        y = run(*ready) if stack is None else stack.compute(self._index, run, ready)
         if stack is not None:
             stack.look(self._index, ready[0], y, self._shared(kwargs))
         return y if not self._outputs else (y, *[None] * (self._outputs - 1))

@@ -34,7 +34,7 @@ _HARMLESS = {"use_cache": (None, True), "return_dict": (None, True)}
 TRIES = 8  # steps in a row that may be looked at in vain: a model that never is the same twice costs no more
 _OFF = (None, False)  # what any other argument must be
 # Settings of a config that change what a decoder returns, not what its layers compute.
-_SETTINGS = ("output_hidden_states", "_output_attentions", "output_attentions", "return_dict", "use_cache", "is_causal")
+SETTINGS = ("output_hidden_states", "_output_attentions", "output_attentions", "return_dict", "use_cache", "is_causal")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class DecoderStep:
         if stack is None or recording():
             return self._original(owner, *args, **kwargs)
         named = dict(zip(self._names, args, strict=False)) | kwargs
-        if len(named) != len(args) + len(kwargs) or not self.plain(named):
+        if len(named) != len(args) + len(kwargs) or self.plain(named) != 1:
             return self._original(owner, *args, **kwargs)
         return self._decode(owner, stack, named)
 
@@ -111,20 +111,20 @@ class DecoderStep:
             self._learn(owner, seen, kwargs, out)
         return out
 
-    def plain(self, kwargs: dict[str, Any]) -> bool:
-        """Whether this is a decode step that needs no mask: one token per sequence, and padding nowhere."""
+    def plain(self, kwargs: dict[str, Any]) -> int:
+        """Tokens per sequence of a call that asks for hidden states and a written cache; 0 where it is another."""
         for name, value in kwargs.items():
             allowed = _HARMLESS.get(name, _OFF)  # by identity: a value may be a tensor
             if name not in _TAKEN and value is not allowed[0] and value is not allowed[1]:
-                return False
+                return 0
         get = kwargs.get
         ids, mask, positions = get("input_ids"), get("attention_mask"), get("position_ids")
-        if ids.__class__ is not Tensor or ids.dim() != 2 or ids.shape[1] != 1 or positions.__class__ is not Tensor:
-            return False
+        if ids.__class__ is not Tensor or ids.dim() != 2 or positions.__class__ is not Tensor:
+            return 0
         if get("past_key_values") is None or (mask is not None and (mask.__class__ is not Tensor or mask.dim() != 2)):
-            return False
+            return 0
         capturing = sys.modules.get("transformers.utils.output_capturing")
-        return capturing is None or not capturing._active_collector.get()
+        return 0 if capturing is not None and capturing._active_collector.get() else ids.shape[1]
 
     # ---- learning ---------------------------------------------------------------------------------------------------
 
@@ -136,15 +136,15 @@ class DecoderStep:
             return
         if not all(map(_is_no_mask, (mask for mask, _ in seen.calls), self._windows)):
             return
-        embeddings = [m for m in _children(owner) if isinstance(m, (nn.Embedding, PackedEmbedding))]
+        embeddings = [m for m in children(owner) if isinstance(m, (nn.Embedding, PackedEmbedding))]
         embedding = next((m for m in embeddings if gives(m, seen.x, kwargs["input_ids"])), None)
-        norm = next((m for m in _children(owner) if gives(m, out.last_hidden_state, seen.y)), None)
+        norm = next((m for m in children(owner) if gives(m, out.last_hidden_state, seen.y)), None)
         pairs: list[Any] = []  # the different position embeddings
         for _, pair in seen.calls:
             if pair is not None and not any(pair is other for other in pairs):
                 pairs.append(pair)
         kinds = sorted(set(getattr(owner.config, "layer_types", None) or ()))
-        ways = [(m, extra) for extra in ((), *((kind,) for kind in kinds)) for m in _children(owner)]
+        ways = [(m, extra) for extra in ((), *((kind,) for kind in kinds)) for m in children(owner)]
         given = (seen.x, kwargs["position_ids"])
         found = [next((way for way in ways if gives(way[0], pair, *given, *way[1])), None) for pair in pairs]
         if embedding is None or norm is None or None in found:
@@ -155,7 +155,7 @@ class DecoderStep:
             rotary += [2 * place, 2 * place + 1] if place >= 0 else [-1, -1]
         positions = tuple(Angles(*way) for way in found if way is not None)
         rows = _rows_of(embedding) if self.is_whole else None
-        self._learnt = _Learnt(embedding, rows, positions, rotary, norm, type(out), Glance(owner, _SETTINGS))
+        self._learnt = _Learnt(embedding, rows, positions, rotary, norm, type(out), Glance(owner, SETTINGS))
 
     # ---- running ----------------------------------------------------------------------------------------------------
 
@@ -205,6 +205,11 @@ class DecoderStep:
             return None
         return self._layers(owner, stack, learnt, kwargs, head)
 
+    def prompts(self) -> LayerStack | None:
+        """The stack, if its last layer may be told to compute a prompt's last token alone."""
+        stack = self._stack
+        return stack if stack is not None and stack.is_whole and not stack.hooked() and self._unchanged() else None
+
     def want_done(self) -> None:
         """Keep this thread's next step for :meth:`take_done`."""
         self._last.wanted, self._last.done = True, None
@@ -226,7 +231,7 @@ def _inert(owner: nn.Module) -> DecoderStep:
     return DecoderStep(owner, None, bool, [])
 
 
-def _children(owner: nn.Module) -> Iterator[nn.Module]:
+def children(owner: nn.Module) -> Iterator[nn.Module]:
     """The modules beside the list of layers."""
     return (module for module in owner.children() if not isinstance(module, nn.ModuleList))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ _group_forward = torch.ops.cpullm.layers_forward.default
 _stack_forward = torch.ops.cpullm.stack_forward.default
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # numbers that embedding_create takes
 MOST_MEMBERS = 8  # of a group: kMostMembers in csrc/layer.h
+MOST_FEW_ROWS = 96  # of a kv head: kFewRows in csrc/kernels/block.h
 
 
 # The barriers of a program need threads that all run at once.
@@ -44,6 +46,9 @@ class Program:
             raise ValueError(text.split("layer_create: ")[-1]) from None
         weakref.finalize(self, torch.ops.cpullm.layer_free.default, self.handle).atexit = False
         self._kv_heads, self._head_dim = spec.kv_heads, spec.head_dim
+        # Tokens for last(): of fp32 products the order of additions depends on the rows.
+        alone = spec.o.compute == "int8" and not spec.parallel and spec.ranks is None
+        self._least = 1 + MOST_FEW_ROWS // (spec.heads // spec.kv_heads) if alone else sys.maxsize
         # Sums over the ranks that cut the layer, in a run; in one as a member of a group, whose own sum is another.
         self.ranks, self.sums = spec.ranks, 1 if spec.parallel else 2
         self.member_sums = 0 if spec.parallel else 1 + (spec.post_mlp_norm is not None)
@@ -54,9 +59,24 @@ class Program:
         """Run the layer once; the cache takes the new tokens."""
         if cache is None:
             return _forward(self.handle, x, cos, sin, fitting(mask, x.shape[1]), None, None, None, None, 0)
+        return self._with_cache(x, cos, sin, mask, cache, False)
+
+    def last(
+        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, cache: CacheLayer | None
+    ) -> Tensor | None:
+        """The last token of what a call returns, [b, 1, hidden], with the same bits; None where that is not done, of
+        few tokens or without a cache.
+        """
+        if cache is None or x.dim() != 3 or x.shape[1] < self._least:
+            return None
+        return self._with_cache(x, cos, sin, mask, cache, True)
+
+    def _with_cache(
+        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, cache: CacheLayer, last: bool
+    ) -> Tensor:
         k, v, k_scale, v_scale, length = self.reserve(cache, x)
         mask = fitting(mask, length + x.shape[1])
-        y = _forward(self.handle, x, cos, sin, mask, k, v, k_scale, v_scale, length)
+        y = _forward(self.handle, x, cos, sin, mask, k, v, k_scale, v_scale, length, last)
         cache.advance(x.shape[1])
         return y
 

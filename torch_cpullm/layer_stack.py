@@ -12,6 +12,8 @@ import inspect
 import operator
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, cast
@@ -70,6 +72,8 @@ class _Step(threading.local):
     first: Tensor | None = None  # while looking: what the first layer got
     calls: tuple[tuple[Any, Any], ...] = ()  # while looking: (mask, position embeddings) of the programs so far
     last: Seen | None = None  # the last step that was looked at from end to end
+    ends: list[Tensor] | None = None  # within last_of_prompt
+    only: bool = False  # the same
 
 
 class LayerStack:
@@ -132,6 +136,31 @@ class LayerStack:
             frame = frame.f_back
         return 0
 
+    # ---- prompts ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def last_of_prompt(self, only: bool) -> Iterator[list[Tensor]]:
+        """Within, the last layer of this thread's prompts puts what it returns for the last token into the list.
+
+        only: it computes that token alone, where it can, and returns it in every token's place.
+        """
+        step = self._step
+        step.ends, step.only = [], only
+        try:
+            yield step.ends
+        finally:
+            step.ends, step.only = None, False
+
+    def compute(self, index: int, run: Any, ready: tuple[Tensor, Any, Any, Any, Any]) -> Tensor:
+        """``run(*ready)``, layer ``index`` on its own; see :meth:`last_of_prompt`."""
+        step = self._step
+        if step.ends is None or index != self._last:
+            return run(*ready)
+        y = run.last(*ready) if step.only and isinstance(run, Program) else None
+        whole = run(*ready) if y is None else y.expand(ready[0].shape)
+        step.ends.append(whole[:, -1:])
+        return whole
+
     # ---- running ----------------------------------------------------------------------------------------------------
 
     def begin(
@@ -176,7 +205,7 @@ class LayerStack:
         unchanged: as in :meth:`begin`. The rest: see :class:`layer_program.Stack`; without :attr:`is_whole` there are
         neither head nor embedding and first is -1.
         """
-        if self._hooked() or not unchanged():
+        if self.hooked() or not unchanged():
             return None
         ready = self._reserve(cache, x, rotary, x.dtype if embedding is None else embedding.dtype)
         if ready is None:
@@ -232,7 +261,7 @@ class LayerStack:
             "this step's result would be wrong. Run it again: its layers are now called one by one"
         )
 
-    def _hooked(self) -> bool:
+    def hooked(self) -> bool:
         """Whether somebody waits for the call of a layer."""
         return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks or any(self._waiting))
 

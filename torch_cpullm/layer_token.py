@@ -7,6 +7,7 @@ forward, as does every call that is more than one token per sequence.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import nn
 from .layer_decoder import TRIES, DecoderStep, gives
 from .layer_parts import NoMatchError, read_norm
 from .layer_program import Head
+from .layer_prompt import PromptStep
 from .layer_watch import Glance, Watch
 from .linear import PackedLinear
 from .ops import recording
@@ -50,19 +52,24 @@ class TokenStep:
         self.__signature__ = inspect.Signature(parameters)  # generate() looks whether there is logits_to_keep
         self._learnt: _Learnt | None = None
         self._tries = TRIES
+        self._prompts = PromptStep()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward: arguments and result are those of its class."""
         model: Any = self._model()
         decoder = None if self._decoder is None else self._decoder()
-        if recording() or decoder is None or not (self._tries or self._learnt):
+        if recording() or decoder is None:
             return self._original(model, *args, **kwargs)
-        step = decoder.__dict__.get("forward")
+        step: Any = decoder.__dict__.get("forward")
         named = dict(zip(self._names, args, strict=False)) | kwargs
         once = len(named) == len(args) + len(kwargs)
         keep = named.pop("logits_to_keep", 0)
         plain = once and (keep is None or (keep.__class__ is int and keep >= 0))  # of one token
-        if not plain or not isinstance(step, DecoderStep) or not step.plain(named):
+        tokens = step.plain(named) if plain and isinstance(step, DecoderStep) else 0
+        if tokens > 1 and keep == 1 and not _hooked(decoder):
+            forward = functools.partial(self._original, model, *args, **kwargs)
+            return self._prompts(model, decoder, step, named["past_key_values"], forward)
+        if tokens != 1 or not (self._tries or self._learnt):
             return self._original(model, *args, **kwargs)
         learnt = self._learnt
         if learnt is None:

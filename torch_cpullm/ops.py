@@ -274,16 +274,17 @@ def layer_forward(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     length: int = 0,
+    last: bool = False,
 ) -> Tensor:
     """Run a decoder layer's program: x [b, s, hidden] float32 | bfloat16 | float16 -> the same shape and type.
 
     cos, sin [1 or b, s, rotary_dim]; mask [1 or b, 1 or h, s, length + s] bool (true: attend) or added, None: causal;
     caches [b, g, capacity, d] of any float type, or int8 with float32 scales [b, g, capacity], which hold ``length``
-    tokens and take the new ones. RuntimeError for arguments that do not fit the program.
+    tokens and take the new ones. last: y of the last token alone, [b, 1, hidden], with the same bits; for prompts of a
+    sequential layer. RuntimeError for arguments that do not fit the program.
     """
-    return torch.ops.cpullm.layer_forward.default(
-        program, x, cos, sin, mask, k_cache, v_cache, k_scale, v_scale, length
-    )
+    given = program, x, cos, sin, mask, k_cache, v_cache, k_scale, v_scale, length
+    return torch.ops.cpullm.layer_forward.default(*given, last)
 
 
 def layers_forward(
@@ -463,10 +464,10 @@ def _quantize_activations_fake(x):
 
 
 @torch.library.register_fake("cpullm::layer_forward")
-def _layer_forward_fake(program, x, cos, sin, mask, k_cache, v_cache, k_scale, v_scale, length):
+def _layer_forward_fake(program, x, cos, sin, mask, k_cache, v_cache, k_scale, v_scale, length, last=False):
     caches = {"k_cache": k_cache, "v_cache": v_cache, "k_scale": k_scale, "v_scale": v_scale}
     _check_one_device("layer_forward", x=x, cos=cos, sin=sin, mask=mask, **caches)
-    return x.new_empty(x.shape)
+    return x.new_empty((x.shape[0], 1, x.shape[2]) if last else x.shape)
 
 
 @torch.library.register_fake("cpullm::layers_forward")

@@ -343,7 +343,7 @@ static void attention_with(const Attention& a, Range items, float* scratch) {
   for (int64_t item = items.begin; item < items.end; ++item) {
     const AttentionItem at = attention_item(a, plan, item);
     const int64_t rows = at.rows.end - at.rows.begin;
-    const bool direct = plan.rows <= Simd::kDirectMost;
+    const bool direct = plan.rows <= Simd::kDirectMost && !a.tiled;
     load_queries<Tiles>(a, m, at, direct);
     const AttentionItem after = attention_item(a, plan, item + 1 < items.end ? item + 1 : item);
     const AttentionItem* const next = item + 1 < items.end ? &after : nullptr;

@@ -99,6 +99,7 @@ struct Attention {
   // Not exact: where a level has bf16 products and a kv head more than two rows, queries and probabilities may be rounded
   // to bf16 over caches whose values bf16 holds.
   bool exact;
+  bool tiled;  // rows go in tiles however few they are: their bits are those they have in a prompt of many
 };
 
 // How attention is cut into items; a function of the shapes alone. The rows of a kv head are its queries times its
@@ -131,7 +132,7 @@ static inline int64_t padded_rows(const AttentionPlan& p) { return (p.block_rows
 static inline int64_t whole_blocks(int64_t keys) { return (keys + kBlockKeys - 1) / kBlockKeys * kBlockKeys; }
 
 static inline AttentionPlan plan_attention(int64_t batch, int64_t queries, int64_t heads, int64_t kv_heads,
-                                           int64_t length, int64_t width) {
+                                           int64_t length, int64_t width, bool tiled) {
   AttentionPlan p{};
   const int64_t padded = (width + 15) / 16 * 16;
   p.rows = heads / kv_heads * queries;
@@ -141,7 +142,7 @@ static inline AttentionPlan plan_attention(int64_t batch, int64_t queries, int64
   int64_t splits = (kSplitItems + kv_heads - 1) / kv_heads;
   if (splits > length / kLeastSplitKeys) splits = length / kLeastSplitKeys;
   if (splits * kSplitKeys < length) splits = (length + kSplitKeys - 1) / kSplitKeys;
-  if (!few || splits < 1) splits = 1;
+  if (!few || tiled || splits < 1) splits = 1;
   p.split_keys = whole_blocks((length + splits - 1) / splits);
   p.splits = splits > 1 ? (length + p.split_keys - 1) / p.split_keys : 1;
   p.items = batch * kv_heads * p.blocks * p.splits;
@@ -155,7 +156,7 @@ static inline AttentionPlan plan_attention(int64_t batch, int64_t queries, int64
 }
 
 static inline AttentionPlan plan_attention(const Attention& a) {
-  return plan_attention(a.batch, a.queries, a.heads, a.kv_heads, a.length, a.width);
+  return plan_attention(a.batch, a.queries, a.heads, a.kv_heads, a.length, a.width, a.tiled);
 }
 
 // What an item works on: rows [rows.begin, rows.end) of kv head g of sequence b, keys [keys.begin, keys.end). Blocks are
