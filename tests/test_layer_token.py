@@ -296,6 +296,22 @@ def test_hooks_are_called(monkeypatch):
     assert seen == [1]
 
 
+def test_hooks_that_transformers_leaves_behind_wait_for_nobody(monkeypatch):
+    model = optimised()
+    cache, steps = warm(model), counted(monkeypatch, "logits")
+    out = call(model, cache, ids_of(model, 1, 1), output_hidden_states=True)
+    assert steps[0] == 0
+    assert len(out.hidden_states) == model.config.num_hidden_layers + 1
+    for _ in range(8):  # long enough to learn again
+        call(model, cache, ids_of(model, 1, 1))
+    before = steps[0]
+    assert before > 0
+    again = call(model, cache, ids_of(model, 1, 1), output_hidden_states=True)
+    assert steps[0] == before
+    assert not torch.equal(again.hidden_states[1], again.hidden_states[2])
+    check_next(model, cache, steps, 1)
+
+
 def test_a_changed_config_is_looked_at_again(monkeypatch):
     model = optimised("gemma3")
     cache, steps = warm(model), counted(monkeypatch, "logits")

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
 from .layer_program import Embedding, Head, Program, Stack, Sums, fitting, run_all
+from .layer_watch import wait
 
 MOST_TOKENS = 8  # of a sequence in one step; beyond, the operators' own cost does not matter
 BUFFERS = "_stack_buffers"  # attribute of a cache: a _Buffers
@@ -263,7 +264,9 @@ class LayerStack:
 
     def hooked(self) -> bool:
         """Whether somebody waits for the call of a layer."""
-        return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks or any(self._waiting))
+        if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+            return True
+        return any(self._waiting) and wait(self._waiting)
 
     def _reserve(
         self, cache: Any, x: Tensor, rotary: list[int], dtype: torch.dtype

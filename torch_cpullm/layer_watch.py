@@ -128,26 +128,30 @@ class Watch:
         if registered == self._no_hooks_at:
             return False
         if any(self._hooks):
-            return True
+            return self.hooked()
         if registered == self._hooks_seen:  # in the call before this one: a hook has its number before it is in place
             self._no_hooks_at = registered
         self._hooks_seen = registered
         return False
 
     def hooked(self) -> bool:
-        """Whether a hook inside waits for the module's call.
+        """Whether a hook inside waits for the module's call."""
+        return wait(self._hooks)
 
-        transformers leaves hooks behind once outputs were asked for; they wait only while one of theirs is.
-        """
-        capturing = sys.modules.get("transformers.utils.output_capturing")
-        wanted = None if capturing is None else capturing._active_collector.get()
-        for hooks in self._hooks:
-            for hook in hooks.values():
-                if getattr(hook, "__module__", "") != "transformers.utils.output_capturing":
-                    return True
-                if wanted and hook.__closure__ and any(cell.cell_contents in wanted for cell in _texts(hook)):
-                    return True
-        return False
+
+def wait(hooks: Iterable[dict[int, Any]]) -> bool:
+    """Whether any of these hooks waits for a call.
+
+    transformers leaves hooks behind once outputs were asked for; they wait only while one of theirs is.
+    """
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    wanted = None if capturing is None else capturing._active_collector.get()
+    for hook in chain.from_iterable(each.values() for each in hooks):
+        if getattr(hook, "__module__", "") != "transformers.utils.output_capturing":
+            return True
+        if wanted and hook.__closure__ and any(cell.cell_contents in wanted for cell in _texts(hook)):
+            return True
+    return False
 
 
 _LEFT_OUT = ("forward", "generation_config")
