@@ -86,13 +86,13 @@ int64_t read_l2_bytes() {
   return 512 * 1024;  // unknown: what the smallest servers of ten years have
 }
 
-bool made_by_amd() {
-#ifdef CPULLM_REF_ONLY
-  return false;
-#else
-  unsigned highest, b, c, d;
-  return __get_cpuid(0, &highest, &b, &c, &d) && b == signature_AMD_ebx;
+// The CPU's family where AMD made it, else 0.
+unsigned amd_family() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+#ifndef CPULLM_REF_ONLY
+  if (!__get_cpuid(0, &a, &b, &c, &d) || b != signature_AMD_ebx || !__get_cpuid(1, &a, &b, &c, &d)) return 0;
 #endif
+  return (a >> 8 & 15) + (a >> 20 & 255);
 }
 
 // One table per level, built once and never written again: other threads may be reading it.
@@ -123,7 +123,8 @@ bool cpu_has_avx512_bf16() {
 }
 
 const int64_t l2_bytes = read_l2_bytes();
-const bool prefetch_codes = !made_by_amd();
+const bool prefetch_codes = !amd_family();
+const bool half_width = amd_family() && amd_family() < 26;
 
 const Kernels* select_kernels(const char* cap, const char** error) {
   int top = kLevels - 1;

@@ -19,7 +19,7 @@
 namespace cpullm {
 namespace {
 
-constexpr int kRunRows = 5;  // most rows of a tile
+constexpr int kRunRows = 6;  // most rows of a tile
 constexpr int64_t kRunBytes = 8192;  // codes of a run: with the next ones, half of L1
 constexpr int64_t kRunTail =
     kActBlock;  // inputs at the end that are no run of their own: sums would move for little; a
@@ -35,16 +35,17 @@ struct Run {
   const void* zeros;  // the same
   const int32_t* apart;  // [segments that have some, rows, 32], 64-byte aligned: inputs kept apart times their codes
   int64_t bf16;  // whether scales and minima are
-  uint32_t low_nibbles, high_nibbles;
-  float high_scale;  // what those are divided by
+  uint32_t low_nibbles;
+  float high_scale;  // what sums of the high ones take
   int64_t from_step, y_step;
+  alignas(64) float sums[kRunRows * kPanel];  // the output's chains that no registers are left for
 };
 static_assert(__builtin_offsetof(Run, from) == 8 && __builtin_offsetof(Run, y) == 16 &&
                   __builtin_offsetof(Run, scales) == 24 && __builtin_offsetof(Run, zeros) == 32 &&
                   __builtin_offsetof(Run, apart) == 40 && __builtin_offsetof(Run, bf16) == 48 &&
-                  __builtin_offsetof(Run, low_nibbles) == 56 && __builtin_offsetof(Run, high_nibbles) == 60 &&
-                  __builtin_offsetof(Run, high_scale) == 64 && __builtin_offsetof(Run, from_step) == 72 &&
-                  __builtin_offsetof(Run, y_step) == 80 && __builtin_offsetof(BlockSegment, ends_block) == 4 &&
+                  __builtin_offsetof(Run, low_nibbles) == 56 && __builtin_offsetof(Run, high_scale) == 60 &&
+                  __builtin_offsetof(Run, from_step) == 64 && __builtin_offsetof(Run, y_step) == 72 &&
+                  __builtin_offsetof(Run, sums) == 128 && __builtin_offsetof(BlockSegment, ends_block) == 4 &&
                   __builtin_offsetof(BlockSegment, ends_group) == 8 && sizeof(BlockSegment) == 16,
               "as the assembly has them");
 
@@ -57,53 +58,68 @@ static_assert(__builtin_offsetof(Run, from) == 8 && __builtin_offsetof(Run, y) =
 #define CPULLM_PRODUCTS "40(%[run])"
 #define CPULLM_BF16 "48(%[run])"
 #define CPULLM_LOW "56(%[run])"
-#define CPULLM_HIGH "60(%[run])"
-#define CPULLM_HIGH_SCALE "64(%[run])"
-#define CPULLM_FROM_STEP "72(%[run])"
-#define CPULLM_Y_STEP "80(%[run])"
+#define CPULLM_HIGH_SCALE "60(%[run])"
+#define CPULLM_FROM_STEP "64(%[run])"
+#define CPULLM_Y_STEP "72(%[run])"
+#define CPULLM_SUMS "128+128*"
 #define CPULLM_EACH(ROW) \
-  ROW(0, 0, 1, 10, 11, 20, 21) ROW(1, 2, 3, 12, 13, 22, 23) ROW(2, 4, 5, 14, 15, 24, 25) ROW(3, 6, 7, 16, 17, 26, 27) \
-  ROW(4, 8, 9, 18, 19, 28, 29)
+  ROW(0, 0, 1, 12, 13, 24, 25, 8, 9) ROW(1, 2, 3, 14, 15, 26, 27, 20, 21) ROW(2, 4, 5, 16, 17, 22, 23, 10, 11) \
+  ROW(3, 6, 7, 18, 19, 10, 11, 22, 23) ROW(4, 8, 9, 20, 21, 30, 31, 30, 31) ROW(5, 10, 11, 22, 23, 30, 31, 30, 31)
 #define CPULLM_IF(i, ...) ".if %c[rows] > " #i "\n" __VA_ARGS__ ".endif\n"
-#define CPULLM_LOAD(i, a, b, c, d, e, f) \
-  CPULLM_IF(i, "vmovaps (%[p]), %%zmm" #e "\nvmovaps 64(%[p]), %%zmm" #f "\nadd " CPULLM_FROM_STEP ", %[p]\n")
-#define CPULLM_KEEP(i, a, b, c, d, e, f) \
-  CPULLM_IF(i, "vmovups %%zmm" #e ", (%[p])\nvmovups %%zmm" #f ", 64(%[p])\nadd " CPULLM_Y_STEP ", %[p]\n")
-#define CPULLM_CLEAR(i, a, b, c, d, e, f) \
+#define CPULLM_LOAD(i, a, b, c, d, e, f, g, h) \
+  CPULLM_IF(i, "vmovaps (%[p]), %%zmm" #e "\nvmovaps 64(%[p]), %%zmm" #f "\nadd " CPULLM_FROM_STEP ", %[p]\n"             \
+               ".if %c[kept] <= " #i "\nvmovaps %%zmm" #e ", " CPULLM_SUMS #i "(%[run])\n"                                \
+               "vmovaps %%zmm" #f ", 64+" CPULLM_SUMS #i "(%[run])\n.endif\n")
+#define CPULLM_KEEP(i, a, b, c, d, e, f, g, h) \
+  CPULLM_IF(i, ".if %c[kept] <= " #i "\nvmovaps " CPULLM_SUMS #i "(%[run]), %%zmm" #e "\n"                                \
+               "vmovaps 64+" CPULLM_SUMS #i "(%[run]), %%zmm" #f "\n.endif\n"                                            \
+               "vmovups %%zmm" #e ", (%[p])\nvmovups %%zmm" #f ", 64(%[p])\nadd " CPULLM_Y_STEP ", %[p]\n")
+#define CPULLM_CLEAR(i, a, b, c, d, e, f, g, h) \
   CPULLM_IF(i, "vpxord %%zmm" #c ", %%zmm" #c ", %%zmm" #c "\nvpxord %%zmm" #d ", %%zmm" #d ", %%zmm" #d "\n")
 // What sums start from: minus times the zero point, in the minimum form 0.
-#define CPULLM_START(i, a, b, c, d, e, f)                                                                     \
+#define CPULLM_START(i, a, b, c, d, e, f, g, h)                                                                     \
   CPULLM_IF(i, ".if %c[form] == 0\n"                                                                          \
                "vpslld $(7-4*%c[packed]), 4*" #i "(%[minus])%{1to16%}, %%zmm" #a "\n"                         \
                "vpslld $(4*%c[packed]), %%zmm" #a ", %%zmm" #b "\n.elseif %c[form] == 1\n"                    \
                "vpbroadcastd 4*" #i "(%[minus]), %%zmm" #a "\nvpmaddwd %%zmm31, %%zmm" #a ", %%zmm" #b "\n"    \
                "vpmaddwd %%zmm30, %%zmm" #a ", %%zmm" #a "\n.else\n"                                           \
-               "vpxord %%zmm" #a ", %%zmm" #a ", %%zmm" #a "\nvpxord %%zmm" #b ", %%zmm" #b ", %%zmm" #b "\n.endif\n")
-#define CPULLM_DOT(i, a, b, c, d, e, f)                                        \
-  CPULLM_IF(i, "vpdpbusd 4*" #i "(%[x])%{1to16%}, %%zmm30, %%zmm" #a "\n"      \
-               "vpdpbusd 4*" #i "(%[x])%{1to16%}, %%zmm31, %%zmm" #b "\n")
-#define CPULLM_STEP(s)                                                                                        \
+               "vpxord %%zmm" #a ", %%zmm" #a ", %%zmm" #a "\nvpxord %%zmm" #b ", %%zmm" #b ", %%zmm" #b "\n.endif\n"     \
+               ".if %c[split]\nvpxord %%zmm" #g ", %%zmm" #g ", %%zmm" #g "\n"   \
+               "vpxord %%zmm" #h ", %%zmm" #h ", %%zmm" #h "\n.endif\n")
+#define CPULLM_DOT(i, a, b, c, d, e, f, g, h)                                  \
+  CPULLM_IF(i, "vpbroadcastd 4*" #i "(%[x]), %%zmm29\n"                        \
+               "vpdpbusd %%zmm29, %%zmm30, %%zmm" #a "\nvpdpbusd %%zmm29, %%zmm31, %%zmm" #b "\n")
+#define CPULLM_DOT_OTHER(i, a, b, c, d, e, f, g, h) CPULLM_DOT(i, g, h, c, d, e, f, a, b)
+#define CPULLM_JOIN(i, a, b, c, d, e, f, g, h) \
+  CPULLM_IF(i, "vpaddd %%zmm" #g ", %%zmm" #a ", %%zmm" #a "\nvpaddd %%zmm" #h ", %%zmm" #b ", %%zmm" #b "\n")
+#define CPULLM_CODES(s)                                                                                       \
   ".if %c[packed]\nvmovdqu64 64*" #s "(%[codes]), %%zmm31\n"                                                  \
-  ".if %c[rows] > 4\nvpandd " CPULLM_LOW "%{1to16%}, %%zmm31, %%zmm30\n"                                       \
-  "vpandd " CPULLM_HIGH "%{1to16%}, %%zmm31, %%zmm31\n.else\n"                                                 \
-  "vpandd %%zmm28, %%zmm31, %%zmm30\nvpandnd %%zmm31, %%zmm28, %%zmm31\n.endif\n"                              \
+  "vpandd %%zmm28, %%zmm31, %%zmm30\nvpandnd %%zmm31, %%zmm28, %%zmm31\n"                                     \
   "prefetcht0 (%[ask])\n.if %c[alone]\nprefetcht1 8192(%[ask])\n.endif\nadd %[ask_step], %[ask]\n.else\n"     \
   "vmovdqu64 128*" #s "(%[codes]), %%zmm30\nvmovdqu64 128*" #s "+64(%[codes]), %%zmm31\n"                     \
   "prefetcht0 (%[ask])\nprefetcht0 (%[ask],%[ask_step])\n"                                                    \
   ".if %c[alone]\nprefetcht1 8192(%[ask])\nprefetcht1 8192(%[ask],%[ask_step])\n.endif\n"                     \
-  "lea (%[ask],%[ask_step],2), %[ask]\n.endif\n" CPULLM_EACH(CPULLM_DOT) "add %[x_step], %[x]\n"
-#define CPULLM_APART(i, a, b, c, d, e, f) \
+  "lea (%[ask],%[ask_step],2), %[ask]\n.endif\n"
+#define CPULLM_STEPS(s, t)                                                                                    \
+  CPULLM_CODES(s) CPULLM_EACH(CPULLM_DOT) "add %[x_step], %[x]\n"                                             \
+  CPULLM_CODES(t) ".if %c[split]\n" CPULLM_EACH(CPULLM_DOT_OTHER) ".else\n" CPULLM_EACH(CPULLM_DOT) ".endif\n" \
+  "add %[x_step], %[x]\n"
+#define CPULLM_APART(i, a, b, c, d, e, f, g, h) \
   CPULLM_IF(i, "vpaddd 128*" #i "(%[p]), %%zmm" #a ", %%zmm" #a "\nvpaddd 128*" #i "+64(%[p]), %%zmm" #b ", %%zmm" #b "\n")
-#define CPULLM_FLOAT(i, a, b, c, d, e, f) \
+#define CPULLM_FLOAT(i, a, b, c, d, e, f, g, h) \
   CPULLM_IF(i, "vcvtdq2ps %%zmm" #a ", %%zmm" #a "\nvcvtdq2ps %%zmm" #b ", %%zmm" #b "\n")
-#define CPULLM_CHAIN(i, a, b, c, d, e, f) \
+#define CPULLM_CHAIN(i, a, b, c, d, e, f, g, h) \
   CPULLM_IF(i, "vfmadd231ps %%zmm30, %%zmm" #a ", %%zmm" #c "\nvfmadd231ps %%zmm31, %%zmm" #b ", %%zmm" #d "\n")
-#define CPULLM_MINIMUM(i, a, b, c, d, e, f)                                       \
+#define CPULLM_MINIMUM(i, a, b, c, d, e, f, g, h)                                       \
   CPULLM_IF(i, "vcvtdq2ps 4*" #i "(%[minus])%{1to16%}, %%zmm" #a "\n"             \
                "vfnmadd231ps %%zmm30, %%zmm" #a ", %%zmm" #c "\nvfnmadd231ps %%zmm31, %%zmm" #a ", %%zmm" #d "\n")
-#define CPULLM_BLOCK(i, a, b, c, d, e, f)                                                \
-  CPULLM_IF(i, "vfmadd231ps 4*" #i "(%[x_scale])%{1to16%}, %%zmm" #c ", %%zmm" #e "\n"   \
-               "vfmadd231ps 4*" #i "(%[x_scale])%{1to16%}, %%zmm" #d ", %%zmm" #f "\n")
+#define CPULLM_BLOCK(i, a, b, c, d, e, f, g, h)                                                                 \
+  CPULLM_IF(i, "vbroadcastss 4*" #i "(%[x_scale]), %%zmm29\n.if %c[kept] > " #i "\n"                              \
+               "vfmadd231ps %%zmm29, %%zmm" #c ", %%zmm" #e "\nvfmadd231ps %%zmm29, %%zmm" #d ", %%zmm" #f "\n.else\n" \
+               "vfmadd213ps " CPULLM_SUMS #i "(%[run]), %%zmm29, %%zmm" #c "\n"                                   \
+               "vfmadd213ps 64+" CPULLM_SUMS #i "(%[run]), %%zmm29, %%zmm" #d "\n"                                \
+               "vmovaps %%zmm" #c ", " CPULLM_SUMS #i "(%[run])\n"                                                \
+               "vmovaps %%zmm" #d ", 64+" CPULLM_SUMS #i "(%[run])\n.endif\n")
 // Scales or minima of the group, from p on.
 #define CPULLM_WIDEN                                                                                    \
   "cmpl $0, " CPULLM_BF16 "\nje 4f\n"                                                                   \
@@ -114,16 +130,17 @@ static_assert(__builtin_offsetof(Run, from) == 8 && __builtin_offsetof(Run, y) =
 // R rows x [steps, tile, 4] times the run's codes. All pointers stand at the run's begin: minus and x_scale [.., tile].
 // ask: codes to bring to L1 meanwhile, ask_step bytes for each 64 of codes. kAlone: no other tile is there, memory is what
 // the run waits for: those of the run after to L2, on whose way may be more lines than on that to L1.
-template <int R, bool kPacked, Zeros kForm, bool kAlone>
-inline void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const int32_t* minus, const float* x_scale,
+template <int R, bool kSplit, bool kPacked, Zeros kForm, bool kAlone>
+void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const int32_t* minus, const float* x_scale,
                     const BlockSegment* segment, const uint32_t* apart_rows, uintptr_t ask, int64_t ask_step,
                     Run& run) {
-  static_assert(R >= 1 && R <= kRunRows && kChunk % (8 * kStep) == 0, "sums and chains fit, steps come in eights");
+  constexpr int kKept = R == 6 || (R == 4 && kSplit) ? 2 : R == 5 ? 4 : R;
+  static_assert(R >= 1 && R <= kRunRows && (R <= 4 || !kSplit) && kChunk % (8 * kStep) == 0, "sums and chains fit, steps come in eights");
   const void* p;
   int64_t steps, at = 0;
   __asm__ volatile(
       "mov " CPULLM_FROM ", %[p]\n" CPULLM_EACH(CPULLM_LOAD)
-      ".if %c[rows] <= 4\nvpbroadcastd " CPULLM_LOW ", %%zmm28\n.endif\n"
+      "vpbroadcastd " CPULLM_LOW ", %%zmm28\n"
       "0:\n" CPULLM_EACH(CPULLM_CLEAR)
       "1:\n"
       "mov (%[segment]), %k[steps]\n"
@@ -132,11 +149,11 @@ inline void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const i
       ".if %c[packed]\nvpslld $4, %%zmm31, %%zmm31\n.endif\n.endif\n"
       CPULLM_EACH(CPULLM_START)
       ".p2align 5\n2:\n"
-      CPULLM_STEP(0) CPULLM_STEP(1) CPULLM_STEP(2) CPULLM_STEP(3)
-      CPULLM_STEP(4) CPULLM_STEP(5) CPULLM_STEP(6) CPULLM_STEP(7)
+      CPULLM_STEPS(0, 1) CPULLM_STEPS(2, 3) CPULLM_STEPS(4, 5) CPULLM_STEPS(6, 7)
       "add $512*(2-%c[packed]), %[codes]\n"
       "sub $8, %k[steps]\n"
       "jnz 2b\n"
+      ".if %c[split]\n" CPULLM_EACH(CPULLM_JOIN) ".endif\n"
       "cmpl $0, (%[apart_rows])\n"
       "jne 8f\n"
       "3:\n"
@@ -164,7 +181,8 @@ inline void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const i
       : [codes] "+&r"(codes), [x] "+&r"(x), [segment] "+&r"(segment), [x_scale] "+&r"(x_scale), [minus] "+&r"(minus),
         [apart_rows] "+&r"(apart_rows), [ask] "+&r"(ask), [at] "+&r"(at), [p] "=&r"(p), [steps] "=&r"(steps)
       : [run] "r"(&run), [x_step] "r"(tile * kStep), [ask_step] "r"(ask_step), [rows] "i"(R), [packed] "i"(int(kPacked)),
-        [form] "i"(int(kForm)), [alone] "i"(int(kAlone))
+        [form] "i"(int(kForm)), [alone] "i"(int(kAlone)),
+        [split] "i"(int(kSplit)), [kept] "i"(kKept)
       : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12",
         "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24",
         "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31", "memory", "cc");
@@ -177,10 +195,10 @@ inline void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const i
 #undef CPULLM_PRODUCTS
 #undef CPULLM_BF16
 #undef CPULLM_LOW
-#undef CPULLM_HIGH
 #undef CPULLM_HIGH_SCALE
 #undef CPULLM_FROM_STEP
 #undef CPULLM_Y_STEP
+#undef CPULLM_SUMS
 #undef CPULLM_EACH
 #undef CPULLM_IF
 #undef CPULLM_LOAD
@@ -188,7 +206,10 @@ inline void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const i
 #undef CPULLM_CLEAR
 #undef CPULLM_START
 #undef CPULLM_DOT
-#undef CPULLM_STEP
+#undef CPULLM_DOT_OTHER
+#undef CPULLM_JOIN
+#undef CPULLM_CODES
+#undef CPULLM_STEPS
 #undef CPULLM_APART
 #undef CPULLM_FLOAT
 #undef CPULLM_CHAIN
@@ -226,26 +247,21 @@ inline void run_apart(const BlockSegment* segments, int64_t count, const uint32_
   }
 }
 
+using DotRun = void (*)(const uint8_t* codes, const int8_t* x, int64_t tile, const int32_t* minus, const float* x_scale,
+                        const BlockSegment* segment, const uint32_t* apart_rows, uintptr_t ask, int64_t ask_step,
+                        Run& run);
+
 template <bool kPacked, Zeros kForm, bool kAlone>
-void dot_run(int64_t rows, const uint8_t* codes, const int8_t* x, int64_t tile, const int32_t* minus,
-             const float* x_scale, const BlockSegment* segments, const uint32_t* apart_rows, uintptr_t ask,
-             int64_t ask_step, Run& run) {
+DotRun dot_run_of(int64_t rows) {
   switch (rows) {
-    case 1:
-      return dot_run<1, kPacked, kForm, kAlone>(codes, x, tile, minus, x_scale, segments, apart_rows, ask, ask_step,
-                                                run);
-    case 2:
-      return dot_run<2, kPacked, kForm, kAlone>(codes, x, tile, minus, x_scale, segments, apart_rows, ask, ask_step,
-                                                run);
-    case 3:
-      return dot_run<3, kPacked, kForm, kAlone>(codes, x, tile, minus, x_scale, segments, apart_rows, ask, ask_step,
-                                                run);
+    case 1: return dot_run<1, true, kPacked, kForm, kAlone>;
+    case 2: return dot_run<2, true, kPacked, kForm, kAlone>;
+    case 3: return dot_run<3, true, kPacked, kForm, kAlone>;
     case 4:
-      return dot_run<4, kPacked, kForm, kAlone>(codes, x, tile, minus, x_scale, segments, apart_rows, ask, ask_step,
-                                                run);
-    case 5:
-      return dot_run<5, kPacked, kForm, kAlone>(codes, x, tile, minus, x_scale, segments, apart_rows, ask, ask_step,
-                                                run);
+      if (half_width) return dot_run<4, false, kPacked, kForm, kAlone>;
+      return dot_run<4, true, kPacked, kForm, kAlone>;
+    case 5: return dot_run<5, false, kPacked, kForm, kAlone>;
+    case 6: return dot_run<6, false, kPacked, kForm, kAlone>;
     default: __builtin_trap();  // a tile this level does not make
   }
 }
@@ -270,7 +286,6 @@ void linear_i8_runs(const Weight& w, const QuantizedRows& x, const Output& out, 
   Run run{};
   run.bf16 = w.scale_type == Float::bf16;
   run.low_nibbles = 0x0f0f0f0f;
-  run.high_nibbles = 0xf0f0f0f0;
   run.high_scale = 1.0f / 16;
   memset(mine.zeros, 0, sizeof mine.zeros);
   for (int64_t row0 = 0; row0 < x.m; row0 += block_rows) {
@@ -303,8 +318,9 @@ void linear_i8_runs(const Weight& w, const QuantizedRows& x, const Output& out, 
           run_apart<kCodes>(segments, count, apart_rows, x.apart + s, x.tile, rows, codes, mine.apart);
           run.from = begins ? mine.zeros : mine.y + (r - row0) * kPanel;
           run.y = ends ? to + (r - row0) * to_stride : mine.y + (r - row0) * kPanel;
-          const auto multiply = tiles == 1 ? dot_run<kPacked, kForm, true> : dot_run<kPacked, kForm, false>;
-          multiply(rows, codes, x.q + r * x.k_padded + k0 * x.tile, x.tile, x.minus + s,
+          const auto multiply =
+              tiles == 1 ? dot_run_of<kPacked, kForm, true>(rows) : dot_run_of<kPacked, kForm, false>(rows);
+          multiply(codes, x.q + r * x.k_padded + k0 * x.tile, x.tile, x.minus + s,
                    x.scale + r * x.blocks + k0 / kActBlock * x.tile, segments, apart_rows, ask, ask_step, run);
         }
         codes += inputs * kBytes;
