@@ -33,7 +33,6 @@ struct Run {
   float* y;  // the same, y_step bytes apart: where they go
   const uint16_t* scales;  // [groups, 32] from the run's first group on
   const void* zeros;  // the same
-  const int32_t* apart;  // [segments that have some, rows, 32], 64-byte aligned: inputs kept apart times their codes
   int64_t bf16;  // whether scales and minima are
   uint32_t low_nibbles;
   float high_scale;  // what sums of the high ones take
@@ -42,10 +41,10 @@ struct Run {
 };
 static_assert(__builtin_offsetof(Run, from) == 8 && __builtin_offsetof(Run, y) == 16 &&
                   __builtin_offsetof(Run, scales) == 24 && __builtin_offsetof(Run, zeros) == 32 &&
-                  __builtin_offsetof(Run, apart) == 40 && __builtin_offsetof(Run, bf16) == 48 &&
-                  __builtin_offsetof(Run, low_nibbles) == 56 && __builtin_offsetof(Run, high_scale) == 60 &&
-                  __builtin_offsetof(Run, from_step) == 64 && __builtin_offsetof(Run, y_step) == 72 &&
-                  __builtin_offsetof(Run, sums) == 128 && __builtin_offsetof(BlockSegment, ends_block) == 4 &&
+                  __builtin_offsetof(Run, bf16) == 40 && __builtin_offsetof(Run, low_nibbles) == 48 &&
+                  __builtin_offsetof(Run, high_scale) == 52 && __builtin_offsetof(Run, from_step) == 56 &&
+                  __builtin_offsetof(Run, y_step) == 64 && __builtin_offsetof(Run, sums) == 128 &&
+                  __builtin_offsetof(BlockSegment, ends_block) == 4 &&
                   __builtin_offsetof(BlockSegment, ends_group) == 8 && sizeof(BlockSegment) == 16,
               "as the assembly has them");
 
@@ -55,12 +54,11 @@ static_assert(__builtin_offsetof(Run, from) == 8 && __builtin_offsetof(Run, y) =
 #define CPULLM_Y "16(%[run])"
 #define CPULLM_SCALES "24(%[run])"
 #define CPULLM_ZEROS "32(%[run])"
-#define CPULLM_PRODUCTS "40(%[run])"
-#define CPULLM_BF16 "48(%[run])"
-#define CPULLM_LOW "56(%[run])"
-#define CPULLM_HIGH_SCALE "60(%[run])"
-#define CPULLM_FROM_STEP "64(%[run])"
-#define CPULLM_Y_STEP "72(%[run])"
+#define CPULLM_BF16 "40(%[run])"
+#define CPULLM_LOW "48(%[run])"
+#define CPULLM_HIGH_SCALE "52(%[run])"
+#define CPULLM_FROM_STEP "56(%[run])"
+#define CPULLM_Y_STEP "64(%[run])"
 #define CPULLM_SUMS "128+128*"
 #define CPULLM_EACH(ROW) \
   ROW(0, 0, 1, 12, 13, 24, 25, 8, 9) ROW(1, 2, 3, 14, 15, 26, 27, 20, 21) ROW(2, 4, 5, 16, 17, 22, 23, 10, 11) \
@@ -77,15 +75,18 @@ static_assert(__builtin_offsetof(Run, from) == 8 && __builtin_offsetof(Run, y) =
 #define CPULLM_CLEAR(i, a, b, c, d, e, f, g, h) \
   CPULLM_IF(i, "vpxord %%zmm" #c ", %%zmm" #c ", %%zmm" #c "\nvpxord %%zmm" #d ", %%zmm" #d ", %%zmm" #d "\n")
 // What sums start from: minus times the zero point, in the minimum form 0.
-#define CPULLM_START(i, a, b, c, d, e, f, g, h)                                                                     \
-  CPULLM_IF(i, ".if %c[form] == 0\n"                                                                          \
-               "vpslld $(7-4*%c[packed]), 4*" #i "(%[minus])%{1to16%}, %%zmm" #a "\n"                         \
-               "vpslld $(4*%c[packed]), %%zmm" #a ", %%zmm" #b "\n.elseif %c[form] == 1\n"                    \
-               "vpbroadcastd 4*" #i "(%[minus]), %%zmm" #a "\nvpmaddwd %%zmm31, %%zmm" #a ", %%zmm" #b "\n"    \
-               "vpmaddwd %%zmm30, %%zmm" #a ", %%zmm" #a "\n.else\n"                                           \
-               "vpxord %%zmm" #a ", %%zmm" #a ", %%zmm" #a "\nvpxord %%zmm" #b ", %%zmm" #b ", %%zmm" #b "\n.endif\n"     \
-               ".if %c[split]\nvpxord %%zmm" #g ", %%zmm" #g ", %%zmm" #g "\n"   \
-               "vpxord %%zmm" #h ", %%zmm" #h ", %%zmm" #h "\n.endif\n")
+#define CPULLM_START(i, a, b, c, d, e, f, g, h)                                                                   \
+  CPULLM_IF(i, ".if %c[form] == 0\n"                                                                              \
+               "vpslld $(7-4*%c[packed]), 4*" #i "(%[minus])%{1to16%}, %%zmm" #a "\n"                             \
+               "vpslld $(4*%c[packed]), %%zmm" #a ", %%zmm" #b "\n.elseif %c[form] == 1\n"                        \
+               "vpbroadcastd 4*" #i "(%[minus]), %%zmm" #a "\nvpmaddwd %%zmm31, %%zmm" #a ", %%zmm" #b "\n"        \
+               "vpmaddwd %%zmm30, %%zmm" #a ", %%zmm" #a "\n.elseif %c[split]\n"                                  \
+               "vpxord %%zmm" #a ", %%zmm" #a ", %%zmm" #a "\nvpxord %%zmm" #b ", %%zmm" #b ", %%zmm" #b "\n.endif\n" \
+               ".if %c[split]\nvmovdqa64 128*" #i "(%[apart]), %%zmm" #g "\n"                                     \
+               "vmovdqa64 128*" #i "+64(%[apart]), %%zmm" #h "\n.elseif %c[form] == 2\n"                          \
+               "vmovdqa64 128*" #i "(%[apart]), %%zmm" #a "\nvmovdqa64 128*" #i "+64(%[apart]), %%zmm" #b           \
+               "\n.else\nvpaddd 128*" #i "(%[apart]), %%zmm" #a ", %%zmm" #a                                       \
+               "\nvpaddd 128*" #i "+64(%[apart]), %%zmm" #b ", %%zmm" #b "\n.endif\n")
 #define CPULLM_DOT(i, a, b, c, d, e, f, g, h)                                  \
   CPULLM_IF(i, "vpbroadcastd 4*" #i "(%[x]), %%zmm29\n"                        \
                "vpdpbusd %%zmm29, %%zmm30, %%zmm" #a "\nvpdpbusd %%zmm29, %%zmm31, %%zmm" #b "\n")
@@ -104,8 +105,6 @@ static_assert(__builtin_offsetof(Run, from) == 8 && __builtin_offsetof(Run, y) =
   CPULLM_CODES(s) CPULLM_EACH(CPULLM_DOT) "add %[x_step], %[x]\n"                                             \
   CPULLM_CODES(t) ".if %c[split]\n" CPULLM_EACH(CPULLM_DOT_OTHER) ".else\n" CPULLM_EACH(CPULLM_DOT) ".endif\n" \
   "add %[x_step], %[x]\n"
-#define CPULLM_APART(i, a, b, c, d, e, f, g, h) \
-  CPULLM_IF(i, "vpaddd 128*" #i "(%[p]), %%zmm" #a ", %%zmm" #a "\nvpaddd 128*" #i "+64(%[p]), %%zmm" #b ", %%zmm" #b "\n")
 #define CPULLM_FLOAT(i, a, b, c, d, e, f, g, h) \
   CPULLM_IF(i, "vcvtdq2ps %%zmm" #a ", %%zmm" #a "\nvcvtdq2ps %%zmm" #b ", %%zmm" #b "\n")
 #define CPULLM_CHAIN(i, a, b, c, d, e, f, g, h) \
@@ -128,11 +127,13 @@ static_assert(__builtin_offsetof(Run, from) == 8 && __builtin_offsetof(Run, y) =
   "4:\nvcvtph2ps (%[p],%[at],2), %%zmm30\nvcvtph2ps 32(%[p],%[at],2), %%zmm31\n5:\nprefetcht0 256(%[p],%[at],2)\n"
 
 // R rows x [steps, tile, 4] times the run's codes. All pointers stand at the run's begin: minus and x_scale [.., tile].
+// apart [segments, rows, 32], 64-byte aligned: inputs kept apart times their codes; added without asking, since which
+// segments have some is as good as random, and a wrong guess costs a third of a segment of 32 inputs.
 // ask: codes to bring to L1 meanwhile, ask_step bytes for each 64 of codes. kAlone: no other tile is there, memory is what
 // the run waits for: those of the run after to L2, on whose way may be more lines than on that to L1.
 template <int R, bool kSplit, bool kPacked, Zeros kForm, bool kAlone>
 void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const int32_t* minus, const float* x_scale,
-                    const BlockSegment* segment, const uint32_t* apart_rows, uintptr_t ask, int64_t ask_step,
+                    const BlockSegment* segment, const int32_t* apart, uintptr_t ask, int64_t ask_step,
                     Run& run) {
   constexpr int kKept = R == 6 || (R == 4 && kSplit) ? 2 : R == 5 ? 4 : R;
   static_assert(R >= 1 && R <= kRunRows && (R <= 4 || !kSplit) && kChunk % (8 * kStep) == 0, "sums and chains fit, steps come in eights");
@@ -148,16 +149,14 @@ void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const int32_t*
       "vpmovzxbd (%[p],%[at]), %%zmm30\nvpmovzxbd 16(%[p],%[at]), %%zmm31\nprefetcht0 128(%[p],%[at])\n"
       ".if %c[packed]\nvpslld $4, %%zmm31, %%zmm31\n.endif\n.endif\n"
       CPULLM_EACH(CPULLM_START)
+      "add $128*%c[rows], %[apart]\n"
       ".p2align 5\n2:\n"
       CPULLM_STEPS(0, 1) CPULLM_STEPS(2, 3) CPULLM_STEPS(4, 5) CPULLM_STEPS(6, 7)
       "add $512*(2-%c[packed]), %[codes]\n"
       "sub $8, %k[steps]\n"
       "jnz 2b\n"
       ".if %c[split]\n" CPULLM_EACH(CPULLM_JOIN) ".endif\n"
-      "cmpl $0, (%[apart_rows])\n"
-      "jne 8f\n"
-      "3:\n"
-      "add $4, %[apart_rows]\n" CPULLM_EACH(CPULLM_FLOAT)
+      CPULLM_EACH(CPULLM_FLOAT)
       "mov " CPULLM_SCALES ", %[p]\n" CPULLM_WIDEN
       ".if %c[packed]\nvmulps " CPULLM_HIGH_SCALE "%{1to16%}, %%zmm31, %%zmm31\n.endif\n" CPULLM_EACH(CPULLM_CHAIN)
       ".if %c[form] == 2\n"
@@ -171,15 +170,9 @@ void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const int32_t*
       "add %[x_step], %[x_scale]\n"
       "cmp " CPULLM_END ", %[segment]\n"
       "jne 0b\n"
-      "jmp 9f\n"
-      "8:\n"
-      "mov " CPULLM_PRODUCTS ", %[p]\n" CPULLM_EACH(CPULLM_APART)
-      "addq $128*%c[rows], " CPULLM_PRODUCTS "\n"
-      "jmp 3b\n"
-      "9:\n"
       "mov " CPULLM_Y ", %[p]\n" CPULLM_EACH(CPULLM_KEEP)
       : [codes] "+&r"(codes), [x] "+&r"(x), [segment] "+&r"(segment), [x_scale] "+&r"(x_scale), [minus] "+&r"(minus),
-        [apart_rows] "+&r"(apart_rows), [ask] "+&r"(ask), [at] "+&r"(at), [p] "=&r"(p), [steps] "=&r"(steps)
+        [apart] "+&r"(apart), [ask] "+&r"(ask), [at] "+&r"(at), [p] "=&r"(p), [steps] "=&r"(steps)
       : [run] "r"(&run), [x_step] "r"(tile * kStep), [ask_step] "r"(ask_step), [rows] "i"(R), [packed] "i"(int(kPacked)),
         [form] "i"(int(kForm)), [alone] "i"(int(kAlone)),
         [split] "i"(int(kSplit)), [kept] "i"(kKept)
@@ -192,7 +185,6 @@ void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const int32_t*
 #undef CPULLM_Y
 #undef CPULLM_SCALES
 #undef CPULLM_ZEROS
-#undef CPULLM_PRODUCTS
 #undef CPULLM_BF16
 #undef CPULLM_LOW
 #undef CPULLM_HIGH_SCALE
@@ -210,7 +202,6 @@ void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const int32_t*
 #undef CPULLM_JOIN
 #undef CPULLM_CODES
 #undef CPULLM_STEPS
-#undef CPULLM_APART
 #undef CPULLM_FLOAT
 #undef CPULLM_CHAIN
 #undef CPULLM_MINIMUM
@@ -218,38 +209,71 @@ void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const int32_t*
 #undef CPULLM_WIDEN
 // clang-format on
 
-constexpr int64_t kRunSegments = (kRunBytes / 16 + kRunTail) / kChunk;
+constexpr int64_t kRunSegments = (kRunBytes / 16 + kRunTail) / kChunk;  // most of a run
 
-// to [segments that have some, rows, 32] = inputs kept apart times their codes, as dot_run has them.
-template <Codes kCodes>
-inline void run_apart(const BlockSegment* segments, int64_t count, const uint32_t* apart_rows, const int32_t* apart,
-                      int64_t tile, int64_t rows, const uint8_t* codes, int32_t* to) {
-  using S = Simd;
-  static_assert(kRunSegments <= 32, "two vectors of words");
-  uint32_t some = 0;
-  for (int64_t s = 0; s < count; s += 16) {
-    const __m512i words = _mm512_maskz_loadu_epi32(__mmask16((1ull << (count - s)) - 1), apart_rows + s);
-    some |= uint32_t(_mm512_test_epi32_mask(words, words)) << s;
+// The inputs apart of a block of rows, run by run and tile by tile: made once, since all panels go by.
+struct ApartList {
+  // step, place: of the run's codes, and segment * rows + row of the tile's sums; value: in the lower half.
+  struct Entry {
+    uint16_t step, place;
+    int32_t value, shift;
+  };
+  static constexpr int64_t kMost = 4608, kMostTiles = 640;  // of the tiles of a run, over all runs
+  int64_t count, tiles;
+  Entry entries[kMost];
+  uint16_t ends[kMostTiles];
+
+  // Whether there is room for all that rows of k inputs may have apart.
+  static bool fits(int64_t rows, int64_t tiles, int64_t k, int64_t run_k) {
+    return rows * ((k + kActBlock - 1) / kActBlock) <= kMost && tiles * (k / run_k + 1) <= kMostTiles;
   }
-  for (; some; some &= some - 1) {
-    const int64_t s = __builtin_ctz(some);
-    for (int64_t r = 0; r < rows; ++r, to += kPanel) {
-      S::I lo = S::izero(), hi = S::izero();
-      if (apart_rows[s] >> r & 1) {
-        const int32_t value = apart[s * tile + r];
-        code_column<kCodes>(codes, segments[s].begin + (value & 255), 0, lo, hi);
-        lo = S::imul16(lo, value >> 8);
-        hi = S::imul16(hi, value >> 8);
+
+  void clear() { count = tiles = 0; }
+
+  // Those of the next tile of a run. apart_rows, apart: from its first segment on.
+  void add(const uint32_t* apart_rows, const int32_t* apart, int64_t tile, int64_t rows, const BlockSegment* segments,
+           int64_t segment_count) {
+    for (int64_t s = 0; s < segment_count; ++s) {
+      for (uint32_t left = apart_rows[s]; left; left &= left - 1) {
+        const int64_t r = __builtin_ctz(left);
+        const int32_t value = apart[s * tile + r], input = segments[s].begin + (value & 255);
+        entries[count++] = {uint16_t(input / kStep), uint16_t(s * rows + r), value >> 8 & 0xffff,
+                            input % int32_t(kStep) * 8};
       }
-      S::store_i32(to, lo);
-      S::store_i32(to + 16, kCodes == Codes::packed4 ? _mm512_slli_epi32(hi, 4) : hi);
     }
+    ends[tiles++] = uint16_t(count);
+  }
+};
+
+// sums [segments, rows, 32], zero before: inputs kept apart times their codes, as dot_run has them.
+template <bool kPacked>
+inline void place_apart(const ApartList::Entry* entry, const ApartList::Entry* end, const uint8_t* codes,
+                        int32_t* sums) {
+  for (; entry != end; ++entry) {
+    const __m512i shift = _mm512_set1_epi32(entry->shift), value = _mm512_set1_epi32(entry->value);
+    const uint8_t* const from = codes + entry->step * int64_t(kPacked ? 64 : 128);
+    const __m512i low = _mm512_srlv_epi32(_mm512_loadu_si512(from), shift);
+    const __m512i high = kPacked ? low : _mm512_srlv_epi32(_mm512_loadu_si512(from + 64), shift);
+    int32_t* const at = sums + entry->place * kPanel;
+    const auto store = [&](int32_t* to, __m512i codes_, int mask) {
+      _mm512_store_si512(to, _mm512_madd_epi16(_mm512_and_si512(codes_, _mm512_set1_epi32(mask)), value));
+    };
+    store(at, low, kPacked ? 0x0f : 0xff);
+    store(at + 16, high, kPacked ? 0xf0 : 0xff);
+  }
+}
+
+// Zeros there again.
+inline void clear_apart(const ApartList::Entry* entry, const ApartList::Entry* end, int32_t* sums) {
+  for (; entry != end; ++entry) {
+    int32_t* const at = sums + entry->place * kPanel;
+    _mm512_store_si512(at, _mm512_setzero_si512());
+    _mm512_store_si512(at + 16, _mm512_setzero_si512());
   }
 }
 
 using DotRun = void (*)(const uint8_t* codes, const int8_t* x, int64_t tile, const int32_t* minus, const float* x_scale,
-                        const BlockSegment* segment, const uint32_t* apart_rows, uintptr_t ask, int64_t ask_step,
-                        Run& run);
+                        const BlockSegment* segment, const int32_t* apart, uintptr_t ask, int64_t ask_step, Run& run);
 
 template <bool kPacked, Zeros kForm, bool kAlone>
 DotRun dot_run_of(int64_t rows) {
@@ -270,14 +294,36 @@ struct alignas(64) RunScratch {
   int32_t apart[kRunSegments * kRunRows * kPanel];
   float zeros[kPanel];
   float y[(kBlockRows + kRunRows) * kPanel];
+  ApartList list;
 };
 static_assert(sizeof(RunScratch) <= kScratchBytes, "scratch memory must hold it");
+
+// Where a run from input k0 on ends.
+inline int64_t run_end(const Weight& w, int64_t k0, int64_t run_k) {
+  return w.k_padded - k0 <= run_k + kRunTail ? w.k_padded : k0 + run_k;
+}
+
+// All inputs apart of rows [row0, row_end).
+inline void list_apart(const QuantizedRows& x, const Weight& w, int64_t run_k, int64_t row0, int64_t row_end,
+                       ApartList& list) {
+  BlockSegment segments[kRunSegments];
+  list.clear();
+  for (int64_t k0 = 0, k1 = 0, first = 0; k0 < w.k_padded; k0 = k1) {
+    k1 = run_end(w, k0, run_k);
+    const int64_t count = block_segments(k0, k1, w.group, segments);
+    for (int64_t r = row0; r < row_end; r += x.tile) {
+      const int64_t s = r * x.segments + first * x.tile;
+      list.add(x.apart_rows + r / x.tile * x.segments + first, x.apart + s, x.tile, min_of(x.tile, x.m - r), segments,
+               count);
+    }
+    first += count;
+  }
+}
 
 // linear_i8 of 2 and more rows.
 template <bool kPacked, Zeros kForm>
 void linear_i8_runs(const Weight& w, const QuantizedRows& x, const Output& out, Range panels, void* scratch) {
   auto& mine = *static_cast<RunScratch*>(scratch);
-  constexpr Codes kCodes = kPacked ? Codes::packed4 : Codes::u8;
   constexpr int64_t kBytes = kPacked ? 16 : 32;  // of an input's codes
   constexpr int64_t kRunK = kRunBytes / kBytes;
   constexpr int64_t kZeroBytes = kForm == Zeros::integer ? 1 : 2;
@@ -288,9 +334,12 @@ void linear_i8_runs(const Weight& w, const QuantizedRows& x, const Output& out, 
   run.low_nibbles = 0x0f0f0f0f;
   run.high_scale = 1.0f / 16;
   memset(mine.zeros, 0, sizeof mine.zeros);
+  memset(mine.apart, 0, sizeof mine.apart);
   for (int64_t row0 = 0; row0 < x.m; row0 += block_rows) {
     const int64_t row_end = min_of(row0 + block_rows, x.m), tiles = (row_end - row0 + x.tile - 1) / x.tile;
     const int64_t ask_step = (63 + tiles) / tiles;
+    const bool listed = ApartList::fits(row_end - row0, tiles, x.k_padded, kRunK);
+    if (listed) list_apart(x, w, kRunK, row0, row_end, mine.list);
     int64_t inputs = 0, count = 0;  // of the segments
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
       const uint8_t* codes = w.codes + panel * w.k_padded * kBytes;
@@ -298,9 +347,9 @@ void linear_i8_runs(const Weight& w, const QuantizedRows& x, const Output& out, 
       const bool plain = out.type == Float::f32 && !out.bias && (panel + 1) * kPanel <= w.n;
       float* const to = plain ? static_cast<float*>(out.y) + row0 * out.stride + panel * kPanel : mine.y;
       const int64_t to_stride = plain ? out.stride : kPanel;
-      int64_t k1;
+      int64_t k1, at_tile = 0;
       for (int64_t k0 = 0, first = 0; k0 < w.k_padded; k0 = k1, first += count) {
-        k1 = w.k_padded - k0 <= kRunK + kRunTail ? w.k_padded : k0 + kRunK;
+        k1 = run_end(w, k0, kRunK);
         const bool begins = k0 == 0, ends = k1 == w.k_padded;
         run.from_step = begins ? 0 : kPanel * 4;
         run.y_step = (ends ? to_stride : kPanel) * 4;
@@ -314,14 +363,22 @@ void linear_i8_runs(const Weight& w, const QuantizedRows& x, const Output& out, 
         for (int64_t r = row0; r < row_end; r += x.tile, ask += uintptr_t(inputs * kBytes / 64 * ask_step)) {
           const int64_t rows = min_of(x.tile, x.m - r), s = r * x.segments + first * x.tile;
           const uint32_t* apart_rows = x.apart_rows + r / x.tile * x.segments + first;
-          run.apart = mine.apart;
-          run_apart<kCodes>(segments, count, apart_rows, x.apart + s, x.tile, rows, codes, mine.apart);
+          ApartList& list = mine.list;
+          if (!listed) {
+            list.clear();
+            list.add(apart_rows, x.apart + s, x.tile, rows, segments, count);
+            at_tile = 0;
+          }
+          const ApartList::Entry* const apart = list.entries + (at_tile ? list.ends[at_tile - 1] : 0);
+          const ApartList::Entry* const apart_end = list.entries + list.ends[at_tile++];
+          place_apart<kPacked>(apart, apart_end, codes, mine.apart);
           run.from = begins ? mine.zeros : mine.y + (r - row0) * kPanel;
           run.y = ends ? to + (r - row0) * to_stride : mine.y + (r - row0) * kPanel;
           const auto multiply =
               tiles == 1 ? dot_run_of<kPacked, kForm, true>(rows) : dot_run_of<kPacked, kForm, false>(rows);
           multiply(codes, x.q + r * x.k_padded + k0 * x.tile, x.tile, x.minus + s,
-                   x.scale + r * x.blocks + k0 / kActBlock * x.tile, segments, apart_rows, ask, ask_step, run);
+                   x.scale + r * x.blocks + k0 / kActBlock * x.tile, segments, mine.apart, ask, ask_step, run);
+          clear_apart(apart, apart_end, mine.apart);
         }
         codes += inputs * kBytes;
       }
