@@ -334,7 +334,7 @@ void linear_i8_runs(const Weight& w, const QuantizedRows& x, const Output& out, 
   run.low_nibbles = 0x0f0f0f0f;
   run.high_scale = 1.0f / 16;
   memset(mine.zeros, 0, sizeof mine.zeros);
-  memset(mine.apart, 0, sizeof mine.apart);
+  memset(mine.apart, 0, size_t(min_of(kRunSegments, x.segments) * x.tile * kPanel) * 4);
   for (int64_t row0 = 0; row0 < x.m; row0 += block_rows) {
     const int64_t row_end = min_of(row0 + block_rows, x.m), tiles = (row_end - row0 + x.tile - 1) / x.tile;
     const int64_t ask_step = (63 + tiles) / tiles;
