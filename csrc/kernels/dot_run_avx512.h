@@ -19,7 +19,7 @@
 namespace cpullm {
 namespace {
 
-constexpr int kRunRows = 6;  // most rows of a tile
+constexpr int kRunRows = 5;  // most rows of a tile
 constexpr int64_t kRunBytes = 8192;  // codes of a run: with the next ones, half of L1
 constexpr int64_t kRunTail =
     kActBlock;  // inputs at the end that are no run of their own: sums would move for little; a
@@ -62,7 +62,7 @@ static_assert(__builtin_offsetof(Run, from) == 8 && __builtin_offsetof(Run, y) =
 #define CPULLM_SUMS "128+128*"
 #define CPULLM_EACH(ROW) \
   ROW(0, 0, 1, 12, 13, 24, 25, 8, 9) ROW(1, 2, 3, 14, 15, 26, 27, 20, 21) ROW(2, 4, 5, 16, 17, 22, 23, 10, 11) \
-  ROW(3, 6, 7, 18, 19, 10, 11, 22, 23) ROW(4, 8, 9, 20, 21, 30, 31, 30, 31) ROW(5, 10, 11, 22, 23, 30, 31, 30, 31)
+  ROW(3, 6, 7, 18, 19, 10, 11, 22, 23) ROW(4, 8, 9, 20, 21, 30, 31, 30, 31)
 #define CPULLM_IF(i, ...) ".if %c[rows] > " #i "\n" __VA_ARGS__ ".endif\n"
 #define CPULLM_LOAD(i, a, b, c, d, e, f, g, h) \
   CPULLM_IF(i, "vmovaps (%[p]), %%zmm" #e "\nvmovaps 64(%[p]), %%zmm" #f "\nadd " CPULLM_FROM_STEP ", %[p]\n"             \
@@ -135,7 +135,7 @@ template <int R, bool kSplit, bool kPacked, Zeros kForm, bool kAlone>
 void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const int32_t* minus, const float* x_scale,
                     const BlockSegment* segment, const int32_t* apart, uintptr_t ask, int64_t ask_step,
                     Run& run) {
-  constexpr int kKept = R == 6 || (R == 4 && kSplit) ? 2 : R == 5 ? 4 : R;
+  constexpr int kKept = R == 4 && kSplit ? 2 : R == 5 ? 4 : R;
   static_assert(R >= 1 && R <= kRunRows && (R <= 4 || !kSplit) && kChunk % (8 * kStep) == 0, "sums and chains fit, steps come in eights");
   const void* p;
   int64_t steps, at = 0;
@@ -285,7 +285,6 @@ DotRun dot_run_of(int64_t rows) {
       if (half_width) return dot_run<4, false, kPacked, kForm, kAlone>;
       return dot_run<4, true, kPacked, kForm, kAlone>;
     case 5: return dot_run<5, false, kPacked, kForm, kAlone>;
-    case 6: return dot_run<6, false, kPacked, kForm, kAlone>;
     default: __builtin_trap();  // a tile this level does not make
   }
 }
