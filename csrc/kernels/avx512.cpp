@@ -65,7 +65,7 @@ void linear_bf16(const Weight& w, const Bf16Rows& x, const Output& out, Range pa
                   });
 }
 
-TileShape tile_rows_i8(int64_t m, int64_t) { return {even_tile(m, half_width ? kRunRows - 1 : kRunRows), kStep}; }
+TileShape tile_rows_i8(int64_t m, int64_t) { return {even_tile(m, kRunRows), kStep}; }
 
 void linear_i8(const Weight& w, const QuantizedRows& x, const Output& out, Range panels, void* scratch) {
   if (x.m == 1) return linear_row_i8(w, x, out, panels);
