@@ -83,9 +83,13 @@ struct LayerRun {
         const LayerProgram& p = *part.p;
         part.o_out = at.take<float>(most * hidden);
         part.source = parallel || lp ? residual : at.take<float>(most * hidden);
-        part.up_out = at.take<float>(rows * p.intermediate * (p.gated ? 2 : 1));
+        const bool by_panels = blocks && acts_by_panels(p);
+        part.up_out = at.take<float>(rows * (by_panels ? kPanelsAtOnce * kPanel : p.intermediate) * (p.gated ? 2 : 1));
         part.mlp_out = at.take<float>(rows * hidden);
         part.a_bytes = std::max(team.a_bytes(p, block), team.a_bytes(p, most));
+        if (by_panels)
+          for (const int64_t some : {block, most})
+            part.a_bytes = std::max(part.a_bytes, team.input_bytes(compute, some, p.intermediate, p.down.w.group));
         part.b_bytes = std::max(team.b_bytes(p, block), team.b_bytes(p, most));
         part.input_a = at.take<char>(part.a_bytes);
         part.input_b = at.take<char>(part.b_bytes);
@@ -250,6 +254,10 @@ struct LayerRun {
     };
     for (Part& part : *this) {
       const LayerProgram& p = *part.p;
+      if (in_block && acts_by_panels(p)) {
+        act_by_panels(team, part, rows);
+        continue;
+      }
       total += panels_of(p.intermediate);
       if (!halves_apart(p)) continue;
       const int64_t width = 2 * p.intermediate;
@@ -262,6 +270,7 @@ struct LayerRun {
       Shared shared{some};
       for (Part& part : *this) {
         const LayerProgram& p = *part.p;
+        if (in_block && acts_by_panels(p)) continue;
         const int64_t width = p.intermediate * (p.gated ? 2 : 1), panels = panels_of(p.intermediate);
         const Range own = shared.next(panels);
         const int64_t c0 = own.begin * kPanel, c1 = std::min(own.end * kPanel, p.intermediate);
@@ -339,6 +348,10 @@ struct LayerRun {
     wait = false;
     for (Part& part : *this) {
       const LayerProgram& p = *part.p;
+      if (in_block && acts_by_panels(p)) {
+        part.in = part.h;
+        continue;
+      }
       const Rows acted{part.up_out, rows, p.intermediate, p.intermediate * (p.gated ? 2 : 1), Float::f32, nullptr};
       wait |= input(part.in, part.input_b, part.private_b, {}, acted, p.down);
     }

@@ -14,6 +14,7 @@
 #include "limits-inl.h"
 #include "linear_i8-inl.h"
 #include "dot_run_avx512.h"
+#include "quantize_avx512.h"
 //
 #include "dot_bf16_avx512.h"
 #include "linear_bf16-inl.h"
@@ -82,7 +83,7 @@ void linear_i8(const Weight& w, const QuantizedRows& x, const Output& out, Range
 void use_avx512(Kernels& k) {
   k.tile_i8 = tile_rows_i8;
   k.tile_f32 = tile_rows_f32;
-  k.quantize_rows = quantize_rows;
+  k.quantize_rows = quantize_rows_avx512;
   k.load_rows = load_rows;
   k.linear_i8 = linear_i8;
   k.block_rows = 64;
