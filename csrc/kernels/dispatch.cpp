@@ -86,12 +86,15 @@ int64_t read_l2_bytes() {
   return 512 * 1024;  // unknown: what the smallest servers of ten years have
 }
 
-bool made_by_amd() {
+// AMD's family of cores, 25: Zen 3 and 4, 26: Zen 5; 0: not AMD's.
+unsigned amd_family() {
 #ifdef CPULLM_REF_ONLY
-  return false;
+  return 0;
 #else
-  unsigned highest, b, c, d;
-  return __get_cpuid(0, &highest, &b, &c, &d) && b == signature_AMD_ebx;
+  unsigned a, b, c, d;
+  if (!__get_cpuid(0, &a, &b, &c, &d) || b != signature_AMD_ebx || !__get_cpuid(1, &a, &b, &c, &d)) return 0;
+  const unsigned family = a >> 8 & 15;
+  return family < 15 ? family : family + (a >> 20 & 255);
 #endif
 }
 
@@ -123,7 +126,8 @@ bool cpu_has_avx512_bf16() {
 }
 
 const int64_t l2_bytes = read_l2_bytes();
-const bool prefetch_codes = !made_by_amd();
+const bool prefetch_codes = amd_family() == 0;
+const bool pair_panels = amd_family() >= 26;
 
 const Kernels* select_kernels(const char* cap, const char** error) {
   int top = kLevels - 1;
