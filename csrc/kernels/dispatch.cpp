@@ -86,13 +86,16 @@ int64_t read_l2_bytes() {
   return 512 * 1024;  // unknown: what the smallest servers of ten years have
 }
 
-// The CPU's family where AMD made it, else 0.
+// AMD's family of cores, 25: Zen 3 and 4, 26: Zen 5; 0: not AMD's.
 unsigned amd_family() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-#ifndef CPULLM_REF_ONLY
+#ifdef CPULLM_REF_ONLY
+  return 0;
+#else
+  unsigned a, b, c, d;
   if (!__get_cpuid(0, &a, &b, &c, &d) || b != signature_AMD_ebx || !__get_cpuid(1, &a, &b, &c, &d)) return 0;
+  const unsigned family = a >> 8 & 15;
+  return family < 15 ? family : family + (a >> 20 & 255);
 #endif
-  return (a >> 8 & 15) + (a >> 20 & 255);
 }
 
 // One table per level, built once and never written again: other threads may be reading it.
@@ -123,8 +126,9 @@ bool cpu_has_avx512_bf16() {
 }
 
 const int64_t l2_bytes = read_l2_bytes();
-const bool prefetch_codes = !amd_family();
-const bool half_width = amd_family() && amd_family() < 26;
+const bool prefetch_codes = amd_family() == 0;
+const bool pair_panels = amd_family() >= 26;
+const bool half_width = amd_family() != 0 && amd_family() < 26;
 
 const Kernels* select_kernels(const char* cap, const char** error) {
   int top = kLevels - 1;

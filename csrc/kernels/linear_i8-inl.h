@@ -45,6 +45,7 @@ struct TileArgs {
   int64_t k_begin, k_end, group, tile;
   Zeros form;
   Float scale_type;
+  int64_t next_codes, next_params;  // bytes and elements to those of the second panel, where a kernel takes two
   // Only of many rows:
   const BlockSegment* segments;
   int64_t segment_count;
@@ -98,7 +99,7 @@ inline bool takes_row(const Weight& w) { return w.bits == 4 || Simd::kBias8 != 0
 
 // linear_i8 of one row.
 inline void linear_row_i8(const Weight& w, const QuantizedRows& x, const Output& out, Range panels) {
-  alignas(64) float y[kPanel];
+  alignas(64) float y[2 * kPanel];
   TileArgs a{};
   a.q = x.q;
   a.x_scale = x.scale;
@@ -111,13 +112,27 @@ inline void linear_row_i8(const Weight& w, const QuantizedRows& x, const Output&
   a.tile = 1;
   a.form = w.form;
   a.scale_type = w.scale_type;
-  for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+  int64_t panel = panels.begin;
+  if constexpr (Simd::kHalves == 1) {
+    const int64_t half = pair_panels ? (panels.end - panels.begin) / 2 : 0;  // of a pair: each is a stream of its own
+    a.next_codes = half * w.k_padded * kPanel * w.bits / 8;
+    a.next_params = half * w.groups * kPanel;
+    for (; panel < panels.begin + half; ++panel) {
+      at_panel(w, panel, a);
+      memset(y, 0, sizeof y);
+      w.bits == 8 ? row_i8<Codes::u8, 2>(a) : row_i8<Codes::packed4, 2>(a);
+      store_panel(out, w.n, 0, panel, y);
+      store_panel(out, w.n, 0, panel + half, y + kPanel);
+    }
+    panel += half;
+  }
+  for (; panel < panels.end; ++panel) {
     at_panel(w, panel, a);
-    memset(y, 0, sizeof y);
+    memset(y, 0, kPanel * sizeof(float));
     if constexpr (Simd::kBias8 != 0) {
-      w.bits == 8 ? row_i8<Codes::u8>(a) : row_i8<Codes::packed4>(a);
+      w.bits == 8 ? row_i8<Codes::u8, 1>(a) : row_i8<Codes::packed4, 1>(a);
     } else {
-      row_i8<Codes::packed4>(a);
+      row_i8<Codes::packed4, 1>(a);
     }
     store_panel(out, w.n, 0, panel, y);
   }

@@ -1,18 +1,24 @@
-// One row times a panel, from the first segment to the last: few enough numbers for intrinsics to keep all of them in
-// registers. Included by linear_i8-inl.h; the same chain as tile_i8, bit for bit.
+// One row times a panel or two, from the first segment to the last: few enough numbers for intrinsics to keep all of
+// them in registers. Included by linear_i8-inl.h; the same chain as tile_i8, bit for bit.
 //
 // Where every block of activations is made of equal segments and none of its inputs is kept apart, its code has no
 // branch: at groups of 32, ends of segments are a third of the work, and mispredicted or dependent ones stop the
 // stream of codes. High nibbles are multiplied in place where the dot product takes a code times 16 without saturation
 // (240 * 127 < 2^15): one shift per segment instead of one per step.
 // The thin streams of scales and zero points are prefetched: the core's own prefetchers lose them beside the codes.
-// Registers (avx512): 4 sums, 4 chains, codes, inputs, masks: 14 of 32.
+// Registers (avx512): 4 sums, 4 chains of a panel, codes, inputs, masks: 14 of 32; of two panels 18.
 #pragma once
 
 namespace cpullm {
 namespace {
 
-template <Codes kCodes, Zeros kForm, Float kScale>
+// A prefetch that stays among the loads where it is written: GCC moves the intrinsic's, a block's in front of its first
+// product, and a Zen 5 then reads a tenth less.
+inline __attribute__((always_inline)) void ask_in_order(const uint8_t* at) {
+  __asm__ volatile("prefetcht0 %0" : : "m"(*at));
+}
+
+template <Codes kCodes, Zeros kForm, Float kScale, int kPanels>
 struct Row {
   using S = Simd;
   using I = S::I;
@@ -20,32 +26,40 @@ struct Row {
   static constexpr int H = S::kHalves, L = S::kLanes;
   static constexpr int64_t kBlockBytes = kCodes == Codes::packed4 ? 64 : 128;
   static constexpr int kHighBits = kCodes == Codes::packed4 ? S::kHighBits : 0;
+  static constexpr int kChains = kPanels == 1 ? S::kDotChains : 1;  // of a sum
 
   const uint8_t* codes;
   const int8_t* q;
-  const int32_t *minus, *apart;
+  const int32_t* minus;
   const uint32_t* apart_rows;
   const uint16_t *scales, *minima;
   const uint8_t* zeros;
   bool prefetch;  // prefetch_codes
-  F block[H][2];
+  int64_t next_codes, next_params;  // see TileArgs
+  F block[kPanels][H][2];
 
-  // One segment of `chunks` chunks; kApart: an input may be kept apart.
+  // One segment of `chunks` chunks; kApart: an input may be kept apart, and `apart` is of this segment.
   template <bool kApart>
-  inline __attribute__((always_inline)) void segment(bool first, int64_t chunks) {
-    _mm_prefetch(reinterpret_cast<const char*>(scales) + 256, _MM_HINT_T0);
-    if (kForm == Zeros::integer) _mm_prefetch(reinterpret_cast<const char*>(zeros) + 128, _MM_HINT_T0);
-    if (kForm == Zeros::minimum) _mm_prefetch(reinterpret_cast<const char*>(minima) + 256, _MM_HINT_T0);
+  inline __attribute__((always_inline)) void segment(bool first, int64_t chunks, const int32_t* apart) {
+#pragma GCC unroll 2
+    for (int64_t p = 0; p < kPanels; ++p) {
+      const int64_t at = p * next_params;
+      _mm_prefetch(reinterpret_cast<const char*>(scales + at) + 256, _MM_HINT_T0);
+      if (kForm == Zeros::integer) _mm_prefetch(reinterpret_cast<const char*>(zeros + at) + 128, _MM_HINT_T0);
+      if (kForm == Zeros::minimum) _mm_prefetch(reinterpret_cast<const char*>(minima + at) + 256, _MM_HINT_T0);
+    }
 #pragma GCC unroll 2
     for (int h = 0; h < H; ++h) {
-      typename S::Dot dot[S::kDotChains][2];
+      typename S::Dot dot[kPanels][kChains][2];
+#pragma GCC unroll 4
+      for (auto& chains : dot)
 #pragma GCC unroll 2
-      for (auto& chain : dot)
-        for (auto& d : chain) d.clear();
+        for (auto& chain : chains)
+          for (auto& d : chain) d.clear();
       const uint8_t* w = codes;
       const int8_t* x = q;
       for (int64_t c = 0; c < chunks; ++c) {
-        if (h == 0 && prefetch)
+        if (kPanels == 1 && h == 0 && prefetch)
 #pragma GCC unroll 16
           for (int64_t at = 0; at < 8 * kBlockBytes; at += 64) {
             _mm_prefetch(reinterpret_cast<const char*>(w) + kCodesToL2 + at, _MM_HINT_T1);
@@ -53,51 +67,62 @@ struct Row {
           }
 #pragma GCC unroll 8
         for (int s = 0; s < 8; ++s) {
-          I lo, hi;
-          if (kCodes == Codes::packed4) {
-            S::load_nibbles(w + 64 * s, h, lo, hi);
-          } else {
-            _mm_prefetch(reinterpret_cast<const char*>(w) + 4096 + 128 * s + 64 * h, _MM_HINT_T0);
-            if (H == 1) _mm_prefetch(reinterpret_cast<const char*>(w) + 4160 + 128 * s, _MM_HINT_T0);
-            S::load_u8(w + 128 * s, h, lo, hi);
-          }
           const I four = S::broadcast4(x + kStep * s);
-          dot[s % S::kDotChains][0].step(lo, four);
-          dot[s % S::kDotChains][1].step(hi, four);
+#pragma GCC unroll 2
+          for (int p = 0; p < kPanels; ++p) {
+            const uint8_t* const step = w + p * next_codes + kBlockBytes * s;
+            if (kPanels == 2) {
+              ask_in_order(step + kPairToL1);
+              if (kCodes == Codes::u8) ask_in_order(step + kPairToL1 + 64);
+            }
+            I lo, hi;
+            if (kCodes == Codes::packed4) {
+              S::load_nibbles(step, h, lo, hi);
+            } else {
+              if (kPanels == 1) _mm_prefetch(reinterpret_cast<const char*>(step) + 4096 + 64 * h, _MM_HINT_T0);
+              if (kPanels == 1 && H == 1) _mm_prefetch(reinterpret_cast<const char*>(step) + 4160, _MM_HINT_T0);
+              S::load_u8(step, h, lo, hi);
+            }
+            dot[p][s % kChains][0].step(lo, four);
+            dot[p][s % kChains][1].step(hi, four);
+          }
         }
-        for (auto& chain : dot)
-          for (auto& d : chain) d.end_chunk();
+        for (auto& chains : dot)
+          for (auto& chain : chains)
+            for (auto& d : chain) d.end_chunk();
         w += 8 * kBlockBytes;
         x += kChunk;
       }
-      I sum[2] = {dot[0][0].result(), dot[0][1].result()};
-      if (S::kDotChains == 2)
-        for (int i = 0; i < 2; ++i) sum[i] = S::iadd(sum[i], dot[S::kDotChains - 1][i].result());
-      if (kHighBits) sum[1] = S::shift_right_signed(sum[1], kHighBits);
-      if (kApart && *apart_rows) {
-        I lo, hi;
-        code_column<kCodes>(codes, *apart & 255, h, lo, hi);
-        sum[0] = S::iadd(sum[0], S::imul16(lo, *apart >> 8));
-        sum[1] = S::iadd(sum[1], S::imul16(hi, *apart >> 8));
-      }
 #pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
-        const int64_t at = h * L + 16 * i;
-        if (kForm == Zeros::integer) {
-          sum[i] = S::add_times(sum[i], S::load_u8_as_i32(zeros + at), minus);
-        } else if (kForm == Zeros::symmetric) {
-          sum[i] = S::add_times(sum[i], S::iset1(kSymmetricZero<kCodes>), minus);
+      for (int p = 0; p < kPanels; ++p) {
+        I sum[2] = {dot[p][0][0].result(), dot[p][0][1].result()};
+        if (kChains == 2)
+          for (int i = 0; i < 2; ++i) sum[i] = S::iadd(sum[i], dot[p][kChains - 1][i].result());
+        if (kHighBits) sum[1] = S::shift_right_signed(sum[1], kHighBits);
+        if (kApart && *apart_rows) {
+          I lo, hi;
+          code_column<kCodes>(codes + p * next_codes, *apart & 255, h, lo, hi);
+          sum[0] = S::iadd(sum[0], S::imul16(lo, *apart >> 8));
+          sum[1] = S::iadd(sum[1], S::imul16(hi, *apart >> 8));
         }
-        const F f = S::to_float(sum[i]), scale = load_scale(scales + at, kScale);
-        F chain = first ? S::mul(f, scale) : S::fma(f, scale, block[h][i]);
-        if (kForm == Zeros::minimum) chain = S::fma(load_scale(minima + at, kScale), S::set1(-float(*minus)), chain);
-        block[h][i] = chain;
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+          const int64_t at = p * next_params + h * L + 16 * i;
+          if (kForm == Zeros::integer) {
+            sum[i] = S::add_times(sum[i], S::load_u8_as_i32(zeros + at), minus);
+          } else if (kForm == Zeros::symmetric) {
+            sum[i] = S::add_times(sum[i], S::iset1(kSymmetricZero<kCodes>), minus);
+          }
+          const F f = S::to_float(sum[i]), scale = load_scale(scales + at, kScale);
+          F chain = first ? S::mul(f, scale) : S::fma(f, scale, block[p][h][i]);
+          if (kForm == Zeros::minimum) chain = S::fma(load_scale(minima + at, kScale), S::set1(-float(*minus)), chain);
+          block[p][h][i] = chain;
+        }
       }
     }
     codes += chunks * 8 * kBlockBytes;
     q += chunks * kChunk;
     ++minus;
-    ++apart;
     ++apart_rows;
   }
 
@@ -110,30 +135,35 @@ struct Row {
 
 // kChunks: chunks of every segment of a full block; 0: segments of any length. Not inlined: a caller's numbers would take
 // registers from its loops.
-template <Codes kCodes, Zeros kForm, Float kScale, int kChunks>
+template <Codes kCodes, Zeros kForm, Float kScale, int kPanels, int kChunks>
 [[gnu::noinline]] void row_i8(const TileArgs& a) {
   using S = Simd;
-  using R = Row<kCodes, kForm, kScale>;
+  using R = Row<kCodes, kForm, kScale, kPanels>;
   constexpr int H = R::H, L = R::L;
   const int64_t column = a.k_begin / a.group * kPanel;
-  R row{a.codes, a.q, a.minus, a.apart, a.apart_rows, a.scales + column, nullptr, nullptr, prefetch_codes, {}};
+  R row{a.codes,      a.q,           a.minus, a.apart_rows, a.scales + column, nullptr, nullptr, prefetch_codes,
+        a.next_codes, a.next_params, {}};
   if (kForm == Zeros::integer) row.zeros = static_cast<const uint8_t*>(a.zeros) + column;
   if (kForm == Zeros::minimum) row.minima = static_cast<const uint16_t*>(a.zeros) + column;
   int64_t group_end = (a.k_begin / a.group + 1) * a.group;
   const float* x_scale = a.x_scale;
-  typename S::F y[H][2];
-  for (int h = 0; h < H; ++h)
-    for (int i = 0; i < 2; ++i) y[h][i] = S::load(a.y + h * L + 16 * i);
+  typename S::F y[kPanels][H][2];
+  for (int p = 0; p < kPanels; ++p)
+    for (int h = 0; h < H; ++h)
+      for (int i = 0; i < 2; ++i) y[p][h][i] = S::load(a.y + p * kPanel + h * L + 16 * i);
   for (int64_t k = a.k_begin; k < a.k_end;) {
     const int64_t block_end = min_of((k / kActBlock + 1) * kActBlock, a.k_end);
     constexpr int kSegments = kChunks ? int(kActBlock / kChunk) / kChunks : 1;
     const bool full = kChunks && block_end - k == kActBlock;
     uint32_t apart = 0;
-    for (int s = 0; full && s < kSegments; ++s) apart |= row.apart_rows[s];
+    for (int s = 0; full && s < kSegments; ++s) {
+      apart |= row.apart_rows[s];
+      __asm__("" : "+r"(apart));  // or GCC makes a vector of them, and parts it on the stack
+    }
     if (full && !apart) {
 #pragma GCC unroll 4
       for (int s = 0; s < kSegments; ++s) {
-        row.template segment<false>(s == 0, kChunks);
+        row.template segment<false>(s == 0, kChunks, nullptr);
         if (kSegments > 1) row.next_group();
       }
       k = block_end;
@@ -144,7 +174,7 @@ template <Codes kCodes, Zeros kForm, Float kScale, int kChunks>
     } else {
       for (bool first = true; k < block_end; first = false) {
         const int64_t end = min_of(group_end, block_end);
-        row.template segment<true>(first, (end - k) / kChunk);
+        row.template segment<true>(first, (end - k) / kChunk, a.apart + (row.minus - a.minus));
         k = end;
         if (k == group_end) {
           row.next_group();
@@ -154,31 +184,34 @@ template <Codes kCodes, Zeros kForm, Float kScale, int kChunks>
     }
     if (kSegments > 1) group_end = k + a.group;  // blocks end where groups do
     const typename S::F s = S::set1(*x_scale++);
-    for (int h = 0; h < H; ++h)
-      for (int i = 0; i < 2; ++i) y[h][i] = S::fma(row.block[h][i], s, y[h][i]);
+    for (int p = 0; p < kPanels; ++p)
+      for (int h = 0; h < H; ++h)
+        for (int i = 0; i < 2; ++i) y[p][h][i] = S::fma(row.block[p][h][i], s, y[p][h][i]);
   }
-  for (int h = 0; h < H; ++h)
-    for (int i = 0; i < 2; ++i) S::store(a.y + h * L + 16 * i, y[h][i]);
+  for (int p = 0; p < kPanels; ++p)
+    for (int h = 0; h < H; ++h)
+      for (int i = 0; i < 2; ++i) S::store(a.y + p * kPanel + h * L + 16 * i, y[p][h][i]);
 }
 
-template <Codes kCodes, Zeros kForm, Float kScale>
+template <Codes kCodes, Zeros kForm, Float kScale, int kPanels>
 void row_i8(const TileArgs& a) {
-  if (a.k_begin % kActBlock == 0 && a.group == 32) return row_i8<kCodes, kForm, kScale, 1>(a);
-  if (a.k_begin % kActBlock == 0 && a.group == 64) return row_i8<kCodes, kForm, kScale, 2>(a);
-  if (a.k_begin % kActBlock == 0 && a.group % kActBlock == 0) return row_i8<kCodes, kForm, kScale, 4>(a);
-  row_i8<kCodes, kForm, kScale, 0>(a);
+  if (a.k_begin % kActBlock == 0 && a.group == 32) return row_i8<kCodes, kForm, kScale, kPanels, 1>(a);
+  if (a.k_begin % kActBlock == 0 && a.group == 64) return row_i8<kCodes, kForm, kScale, kPanels, 2>(a);
+  if (a.k_begin % kActBlock == 0 && a.group % kActBlock == 0) return row_i8<kCodes, kForm, kScale, kPanels, 4>(a);
+  row_i8<kCodes, kForm, kScale, kPanels, 0>(a);
 }
 
-template <Codes kCodes, Zeros kForm>
+template <Codes kCodes, Zeros kForm, int kPanels>
 void row_i8(const TileArgs& a) {
-  a.scale_type == Float::f16 ? row_i8<kCodes, kForm, Float::f16>(a) : row_i8<kCodes, kForm, Float::bf16>(a);
+  a.scale_type == Float::f16 ? row_i8<kCodes, kForm, Float::f16, kPanels>(a)
+                             : row_i8<kCodes, kForm, Float::bf16, kPanels>(a);
 }
 
-template <Codes kCodes>
+template <Codes kCodes, int kPanels>
 void row_i8(const TileArgs& a) {
-  if (a.form == Zeros::symmetric) return row_i8<kCodes, Zeros::symmetric>(a);
+  if (a.form == Zeros::symmetric) return row_i8<kCodes, Zeros::symmetric, kPanels>(a);
   if (kCodes == Codes::u8) __builtin_unreachable();  // 8-bit codes are symmetric
-  a.form == Zeros::integer ? row_i8<kCodes, Zeros::integer>(a) : row_i8<kCodes, Zeros::minimum>(a);
+  a.form == Zeros::integer ? row_i8<kCodes, Zeros::integer, kPanels>(a) : row_i8<kCodes, Zeros::minimum, kPanels>(a);
 }
 
 }  // namespace
