@@ -43,8 +43,6 @@ inline __m512i load_low(const void* p, int64_t i, __mmask16 lanes) {
   return _mm512_srli_epi32(_mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes))), 16);
 }
 
-inline __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xffff : count > 0 ? (1u << count) - 1 : 0; }
-
 // out[i] = the largest lane of v[i], i < 4.
 inline void reduce_max4(const __m512* v, float* out) {
   const __m512 ab = _mm512_max_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
@@ -64,6 +62,8 @@ struct Bf16Tiles {
   static bool few(const Attention& a, int64_t rows) {
     return rows > 2 && a.type == CacheType::bf16 && a.width % 32 == 0;
   }
+
+  using Codes = CodeProducts;  // for few rows over int8 caches
 
   // Rows of a kv head as direct_scores wants them: of every 32 elements four vectors, vector t of them the t-th word of
   // every quarter, four times. Where the keys of a block are put for many rows: [rows, 2 padded].
