@@ -249,7 +249,8 @@ struct CodeProducts {
     alignas(64) int32_t largest[16] = {};
     __m512 top[kMostRows], sum[kMostRows];
     __m512i most[kMostRows];
-    __mmask16 counts[kMostRows][kGroups];
+    __mmask16 masks[kMostRows][kGroups];  // of keys that count
+    const __mmask16* counts[kMostRows];
     KeyBlock scaled = block;
     scaled.scaled = false;  // scores are, by now
     for (int64_t r = 0; r < kMostRows; ++r) {
@@ -261,11 +262,15 @@ struct CodeProducts {
       if (a.mask || a.softcap > 0.0f)
         adjust_scores(a, m, scaled, mask_offset(a, item, place_of(a, item.rows.begin + r)) + block.first, seen[r],
                       scores);
-      for (int64_t j = begin; j < end; j += 16) {
-        const __mmask16 keys = first_lanes(seen[r].end - j) & ~first_lanes(seen[r].begin - j);
-        counts[r][j / 16] = keys;
-        top[r] = _mm512_mask_max_ps(top[r], keys, top[r], S::load(scores + j));
+      if (r && seen[r].begin == seen[r - 1].begin && seen[r].end == seen[r - 1].end) {
+        counts[r] = counts[r - 1];
+      } else {
+        counts[r] = masks[r];
+        for (int64_t j = begin; j < end; j += 16)
+          masks[r][j / 16] = first_lanes(seen[r].end - j) & ~first_lanes(seen[r].begin - j);
       }
+      for (int64_t j = begin; j < end; j += 16)
+        top[r] = _mm512_mask_max_ps(top[r], counts[r][j / 16], top[r], S::load(scores + j));
     }
     for (int r = 0; r < kMostRows; r += 4) cpullm::reduce_max4(top + r, tops + r);
     const __mmask16 all = first_lanes(rows);
