@@ -53,8 +53,8 @@ struct LayerRun {
       part.p = g.layers[i].program;
       part.c = &g.layers[i].call;
       for (int j = 0; j < part.p->qkv_count; ++j) part.qkv_width += part.p->qkv[j].w.n;
-      part.plan =
-          plan_attention(c.batch, c.tokens, part.p->heads, part.p->kv_heads, c.length + c.tokens, part.p->head_dim);
+      part.plan = plan_attention(c.batch, c.tokens, part.p->heads, part.p->kv_heads, c.length + c.tokens,
+                                 part.p->head_dim, part.c->mask ? 0 : part.p->window);
     }
     carve(arena, threads);
   }

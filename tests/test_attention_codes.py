@@ -1,13 +1,19 @@
-"""Attention of 3 to 8 rows over int8 caches where it need not be exact, against a float64 softmax."""
+"""Attention of 3 to 8 rows over int8 caches where it need not be exact; how windows are cut into items."""
 
 import functools
 import math
+import os
+import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 from test_attention import OPTIONS, expected, inputs, options
 
 from torch_cpullm import ops
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("rows", [3, 4, 5, 6, 7, 8])
@@ -57,3 +63,28 @@ def test_few_rows_over_codes_show_what_is_not_finite(bad, isa):
     got = one(q, codes, codes, k_scale=wrong, v_scale=scales)
     assert bad == math.inf or not bool(got.isfinite().any())  # -inf is a score like others
     assert bool(one(q, codes, codes, k_scale=wrong, v_scale=wrong, window=9).isfinite().all())
+
+
+@pytest.mark.skipif(not (ROOT / "csrc/kernels/block.h").exists(), reason="needs the sources of a checkout")
+def test_items_cover_what_a_window_shows_and_no_more(tmp_path):
+    """8192 keys of which 512 are seen are as many items as 512 keys."""
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    program = tmp_path / "attention_items"
+    command = [*compiler, "-std=c++17", "-O1", "-Icsrc", "tests/attention_items.cpp", "-o", program]
+    subprocess.run(command, cwd=ROOT, check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    windowed, short = done.stdout.split()
+    assert windowed == short
+
+
+@pytest.mark.parametrize("window", [1, 64, 200, 512])
+@pytest.mark.parametrize("queries", [1, 5, 40])
+def test_windows_of_long_caches(window, queries, isa):
+    q, k, v = inputs((2, 6, 2, queries, 1500, 64), torch.float32)
+    for x in (k, v):
+        x[:, :, : 1500 - queries + 1 - window] = math.nan
+    got = ops.attention(q, k, v, scale=0.125, window=window)
+    first = 1500 - queries + 1 - window
+    want = expected(q, k[:, :, first:], v[:, :, first:], scale=0.125, window=window)
+    assert torch.allclose(got.double(), want, atol=1e-5)

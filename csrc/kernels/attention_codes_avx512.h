@@ -39,10 +39,10 @@ inline void reduce_max4(const __m512* v, float* out) {
 }
 
 struct CodeProducts {
-  static constexpr int64_t kColumns = 32;                  // of a tile of words
-  static constexpr int64_t kWordBytes = 4 * kColumns;      // a word of every column
-  static constexpr int64_t kTileBytes = 64 * kWordBytes;   // of values: kDirectKeys keys
-  static constexpr float kMost = 127 * 256 + 127;          // of two signed bytes
+  static constexpr int64_t kColumns = 32;  // of a tile of words
+  static constexpr int64_t kWordBytes = 4 * kColumns;  // a word of every column
+  static constexpr int64_t kTileBytes = 64 * kWordBytes;  // of values: kDirectKeys keys
+  static constexpr float kMost = 127 * 256 + 127;  // of two signed bytes
   static constexpr int kMostRows = 8;
 
   static bool few(const Attention& a, int64_t rows) {
@@ -51,12 +51,12 @@ struct CodeProducts {
 
   // What the scratch holds. The regions of many rows' tiles have room: 256 keys of a byte are 64 of a float.
   struct Memory {
-    int8_t* q;          // [rows, 2 padded]
-    uint8_t* keys;      // [kDirectKeys / 32, words, 32 keys]
-    uint8_t* values;    // [padded / 32, kDirectKeys / 4, 32 columns]
-    float* scores;      // [rows, kDirectKeys]
-    float *q_scale;     // [rows]
-    int32_t* q_bias;    // [rows]
+    int8_t* q;  // [rows, 2 padded]
+    uint8_t* keys;  // [kDirectKeys / 32, words, 32 keys]
+    uint8_t* values;  // [padded / 32, kDirectKeys / 4, 32 columns]
+    float* scores;  // [rows, kDirectKeys]
+    float* q_scale;  // [rows]
+    int32_t* q_bias;  // [rows]
 
     explicit Memory(const AttentionScratch& m)
         : q(reinterpret_cast<int8_t*>(m.q)),
@@ -68,7 +68,6 @@ struct CodeProducts {
   };
   static_assert(16 * 64 + 16 * kBlockKeys >= kMostRows * kDirectKeys, "scores have room");
 
-
   // 16 integers as four words of high bytes, then four of low ones.
   static void store_bytes(int8_t* to, __m512i x) {
     // Adding 128 rounds the high byte and leaves the low one without its sign.
@@ -76,8 +75,7 @@ struct CodeProducts {
     const __m512i words = _mm512_shuffle_epi8(
         bytes, _mm512_broadcast_i32x4(_mm_setr_epi8(1, 5, 9, 13, 0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1)));
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 0, 0, 0, 0, 0, 0, 0);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                        _mm512_castsi512_si256(_mm512_permutexvar_epi32(order, words)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(_mm512_permutexvar_epi32(order, words)));
   }
 
   // [largest] becomes what takes it to kMost, 0 where it is nothing or not finite.
@@ -105,9 +103,7 @@ struct CodeProducts {
     }
   }
 
-  static __m512i codes(const int8_t* p) {
-    return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128));
-  }
+  static __m512i codes(const int8_t* p) { return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128)); }
 
   // to [tiles, words, 32 keys]: words of 16 keys at a time, transposed by four in quarters, then by quarters.
   static void pack_keys(const int8_t* k, int64_t stride, int64_t count, int64_t width, uint8_t* to) {
@@ -213,8 +209,7 @@ struct CodeProducts {
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i)
-        finish(r, 16 * i, _mm512_add_epi32(_mm512_slli_epi32(high[r][i], 8), low[r][i]));
+      for (int i = 0; i < 2; ++i) finish(r, 16 * i, _mm512_add_epi32(_mm512_slli_epi32(high[r][i], 8), low[r][i]));
   }
 
   static __m512 to_floats(__m512i sum, int32_t bias) {
@@ -223,7 +218,7 @@ struct CodeProducts {
 
   struct Softened {
     alignas(64) float fade[16], scale[16];  // by which a row's sums shrink; of its integers
-    alignas(64) int32_t bias[16];           // what unsigned codes add to a sum of products
+    alignas(64) int32_t bias[16];  // what unsigned codes add to a sum of products
   };
 
   // [4] vectors to four numbers, every lane of which has been changed by all of its vector.
@@ -277,8 +272,8 @@ struct CodeProducts {
     const __m512 old = _mm512_maskz_loadu_ps(all, m.most), next = S::max(S::load(tops), old);
     const __m512 log2e = S::set1(kLog2e), never = S::set1(kNever);
     const __m512 least = _mm512_maskz_mov_ps(~_mm512_cmpeq_ps_mask(next, never), S::mul(next, log2e));
-    const __m512 shrink = _mm512_mask_mov_ps(exp2_roughly(S::fms(old, log2e, least)), _mm512_cmpeq_ps_mask(next, old),
-                                             S::set1(1.0f));
+    const __m512 shrink =
+        _mm512_mask_mov_ps(exp2_roughly(S::fms(old, log2e, least)), _mm512_cmpeq_ps_mask(next, old), S::set1(1.0f));
     S::store(from, least);
     for (int64_t r = 0; r < rows; ++r) {
       float* scores = at.scores + r * kDirectKeys;
@@ -313,8 +308,7 @@ struct CodeProducts {
       }
       sum[r] = _mm512_cvtepi32_ps(integers);  // exact, and so are sums of 256
     }
-    for (int r = 0; r < kMostRows; r += 4)
-      S::reduce_sum4(sum[r], sum[r + 1], sum[r + 2], sum[r + 3], sums + r);
+    for (int r = 0; r < kMostRows; r += 4) S::reduce_sum4(sum[r], sum[r + 1], sum[r + 2], sum[r + 3], sums + r);
     _mm512_store_si512(p.bias, _mm512_slli_epi32(_mm512_cvtps_epi32(S::load(sums)), 7));
   }
 
