@@ -54,7 +54,7 @@ struct LayerRun {
       part.c = &g.layers[i].call;
       for (int j = 0; j < part.p->qkv_count; ++j) part.qkv_width += part.p->qkv[j].w.n;
       part.plan = plan_attention(c.batch, c.tokens, part.p->heads, part.p->kv_heads, c.length + c.tokens,
-                                 part.p->head_dim, c.tiled);
+                                 part.p->head_dim, part.c->mask ? 0 : part.p->window, c.tiled);
     }
     carve(arena, threads);
   }

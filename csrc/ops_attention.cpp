@@ -138,7 +138,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Option
   const Kernels& table = kernels();
   const AttentionPlan plan = plan_attention(a);
   a.partial = split_buffer.get<float>(plan.partial);
-  const int64_t keys = plan.splits > 1 ? plan.split_keys : a.length;
+  const int64_t keys = plan.splits > 1 ? plan.split_keys : a.length - plan.first_key;
   parallel(plan.items, 2 * plan.block_rows * keys * a.width, [&](int64_t begin, int64_t end) {
     table.attention(a, {begin, end}, attention_scratch.get<float>(plan.scratch));
   });

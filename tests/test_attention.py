@@ -134,7 +134,8 @@ def test_int8_cache(shape, isa):
 def test_queries_and_probabilities_may_be_rounded(shape, cache, isa):
     """Not exact: scaled queries, then probabilities, are rounded to bf16; one or two rows and other levels are exact.
 
-    With such queries, what probabilities' rounding by 2^-9 can do: 2^-9 sum p |v|; as much again for the rest.
+    With such queries, what probabilities' rounding by 2^-9 can do: 2^-9 sum p |v|; as much again for the rest. Three to
+    eight rows over codes are rounded less: see test_attention_codes.
     """
     rounds = isa in ("avx512", "amx") and "avx512_bf16" in Path("/proc/cpuinfo").read_text()
     q, k, v = inputs(shape, torch.float32)
@@ -153,8 +154,11 @@ def test_queries_and_probabilities_may_be_rounded(shape, cache, isa):
         call = functools.partial(ops.attention, q, *caches, scale=0.3, length=t, **given)
         got, exact = (call(k_scale=scales[0], v_scale=scales[1], exact=exact) for exact in (False, True))
         rows = h // g * s
-        if not rounds or rows <= 2 or (rows <= 8 and (cache == "i8" or d % 32)):
+        if not rounds or rows <= 2 or (rows <= 8 and d % (64 if cache == "i8" else 32)):
             assert torch.equal(got, exact)
+            continue
+        if cache == "i8" and rows <= 8:
+            assert not torch.equal(got, exact)
             continue
         rounded = functools.partial(expected, (q * 0.3).to(torch.bfloat16), k, scale=1.0, **given)
         assert bool(((got - rounded(v)).abs() <= 2.0**-8 * rounded(v.abs()) + 1e-6).all())

@@ -209,6 +209,13 @@ static inline bool rounds_few(const Attention& a, const AttentionItem& at) {
   return false;
 }
 
+// Whether the rows of an item that reads codes as they are take them in int8 products.
+template <class Tiles>
+static inline bool takes_codes(const Attention& a, const AttentionItem& at, bool direct) {
+  if constexpr (Tiles::kFew) return direct && Tiles::Codes::few(a, at.rows.end - at.rows.begin);
+  return false;
+}
+
 template <int kRows, CacheType kType, class Tiles>
 static inline void few_rows(const Attention& a, const AttentionScratch& m, const AttentionItem& at,
                             const KeyBlock& block, const KeysAhead& ahead, int64_t first) {
@@ -220,6 +227,8 @@ static inline void few_rows(const Attention& a, const AttentionScratch& m, const
 template <CacheType kType, class Tiles>
 static inline void direct_pass(const Attention& a, const AttentionScratch& m, const AttentionItem& at,
                                const KeyBlock& block, const KeysAhead& ahead) {
+  if constexpr (kType == CacheType::i8 && Tiles::kFew)
+    if (takes_codes<Tiles>(a, at, true)) return Tiles::Codes::block(a, m, at, block, ahead);
   const int64_t rows = at.rows.end - at.rows.begin, most = even_tile(rows, Simd::kDirectRows);
   for (int64_t first = 0; first < rows;) {
     const int64_t n = min_of(rows - first, most);
@@ -325,8 +334,10 @@ static inline void load_queries(const Attention& a, const AttentionScratch& m, c
   }
   memset(m.sums, 0, size_t(padded_rows * m.padded) * 4);
   if (!direct) return Tiles::load(a, m, at);
-  if constexpr (Tiles::kFew)
+  if constexpr (Tiles::kFew) {
     if (rounds_few<Tiles>(a, at)) return Tiles::load_few(a, m, at);
+    if (takes_codes<Tiles>(a, at, direct)) return Tiles::Codes::load(a, m, at);
+  }
   const S::F scale = S::set1(a.scale);
   for (int64_t r = 0; r < rows; ++r) {
     const float* q = query_of(a, at, at.rows.begin + r);
@@ -356,6 +367,8 @@ static void attention_with(const Attention& a, Range items, float* scratch) {
     for (int64_t r = 0; r < rows; ++r) {
       float* sums = m.sums + r * m.padded;
       if (is_parted<Tiles>(a, at, direct)) for_pairs(sums, a.width, Simd::join);
+      if constexpr (Tiles::kFew)
+        if (takes_codes<Tiles>(a, at, direct)) Tiles::Codes::arrange(sums, a.width);
       if (plan.splits == 1) {
         finish_row(a, at.b, at.g, at.rows.begin + r, sums, m.most[r], m.total[r]);
         continue;

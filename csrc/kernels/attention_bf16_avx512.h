@@ -20,20 +20,6 @@ struct Bf16Products {
   }
 };
 
-constexpr float kLog2e = 1.44269504f;
-
-// 2^y, and 0 for -inf: 2^floor(y) times a polynomial of y - floor(y). Relative error below 5e-6: bf16 rounds to 2e-3.
-inline __m512 exp2_roughly(__m512 y) {
-  using S = Simd;
-  const S::F r = _mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  S::F p = S::set1(1.35341371e-2f);
-  p = S::fma(p, r, S::set1(5.20114899e-2f));
-  p = S::fma(p, r, S::set1(2.41442762e-1f));
-  p = S::fma(p, r, S::set1(6.93003826e-1f));
-  p = S::fma(p, r, S::set1(1.00000259f));
-  return _mm512_scalef_ps(p, y);  // takes the floor of y itself
-}
-
 // `lanes` of 16 elements from element i on as bf16 in the low halves of words; zero elsewhere.
 template <CacheType kType>
 inline __m512i load_low(const void* p, int64_t i, __mmask16 lanes) {
@@ -41,17 +27,6 @@ inline __m512i load_low(const void* p, int64_t i, __mmask16 lanes) {
     return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, static_cast<const uint16_t*>(p) + i));
   const __m128i codes = _mm_maskz_loadu_epi8(lanes, static_cast<const int8_t*>(p) + i);
   return _mm512_srli_epi32(_mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes))), 16);
-}
-
-inline __mmask16 first_lanes(int64_t count) { return count >= 16 ? 0xffff : count > 0 ? (1u << count) - 1 : 0; }
-
-// out[i] = the largest lane of v[i], i < 4.
-inline void reduce_max4(const __m512* v, float* out) {
-  const __m512 ab = _mm512_max_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
-  const __m512 cd = _mm512_max_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
-  const __m512 x = _mm512_max_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-  const __m256 y = _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
-  _mm_storeu_ps(out, _mm_max_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1)));
 }
 
 struct Bf16Tiles {
@@ -64,6 +39,8 @@ struct Bf16Tiles {
   static bool few(const Attention& a, int64_t rows) {
     return rows > 2 && a.type == CacheType::bf16 && a.width % 32 == 0;
   }
+
+  using Codes = CodeProducts;  // for few rows over int8 caches
 
   // Rows of a kv head as direct_scores wants them: of every 32 elements four vectors, vector t of them the t-th word of
   // every quarter, four times. Where the keys of a block are put for many rows: [rows, 2 padded].

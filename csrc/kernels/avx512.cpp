@@ -19,6 +19,8 @@
 #include "dot_bf16_avx512.h"
 #include "linear_bf16-inl.h"
 //
+#include "attention_codes_avx512.h"
+//
 #include "attention_bf16_avx512.h"
 //
 #include "weights-inl.h"

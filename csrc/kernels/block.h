@@ -102,13 +102,15 @@ struct Attention {
   bool tiled;  // rows go in tiles however few they are: their bits are those they have in a prompt of many
 };
 
-// How attention is cut into items; a function of the shapes alone. The rows of a kv head are its queries times its
-// query heads, query by query: row i * (h / g) + j.
+// How attention is cut into items; a function of the shapes and the window alone. The rows of a kv head are its queries
+// times its query heads, query by query: row i * (h / g) + j.
 struct AttentionPlan {
   int64_t rows;  // of one kv head
   int64_t block_rows;  // rows of one item
   int64_t blocks;  // ceil(rows / block_rows)
-  int64_t splits;  // runs of split_keys keys; 1: the kernel writes out itself, else combine_attention does
+  int64_t first_key;  // that any row sees, rounded down to kBlockKeys; 0 where a mask decides
+  int64_t
+      splits;  // runs of split_keys keys from first_key on; 1: the kernel writes out itself, else combine_attention does
   int64_t split_keys;  // a multiple of kBlockKeys
   int64_t items;  // of attention: ((b * kv_heads + g) * blocks + block) * splits + split
   int64_t combine_items;  // of combine_attention: (b * kv_heads + g) * rows + row; 0 where splits is 1
@@ -132,8 +134,11 @@ static inline int64_t padded_rows(const AttentionPlan& p) { return (p.block_rows
 static inline int64_t whole_blocks(int64_t keys) { return (keys + kBlockKeys - 1) / kBlockKeys * kBlockKeys; }
 
 static inline AttentionPlan plan_attention(int64_t batch, int64_t queries, int64_t heads, int64_t kv_heads,
-                                           int64_t length, int64_t width, bool tiled) {
+                                           int64_t length, int64_t width, int64_t window, bool tiled) {
   AttentionPlan p{};
+  if (window > 0 && length - queries + 1 > window)
+    p.first_key = (length - queries + 1 - window) / kBlockKeys * kBlockKeys;
+  length -= p.first_key;
   const int64_t padded = (width + 15) / 16 * 16;
   p.rows = heads / kv_heads * queries;
   const bool few = p.rows <= kFewRows;
@@ -156,7 +161,7 @@ static inline AttentionPlan plan_attention(int64_t batch, int64_t queries, int64
 }
 
 static inline AttentionPlan plan_attention(const Attention& a) {
-  return plan_attention(a.batch, a.queries, a.heads, a.kv_heads, a.length, a.width, a.tiled);
+  return plan_attention(a.batch, a.queries, a.heads, a.kv_heads, a.length, a.width, a.mask ? 0 : a.window, a.tiled);
 }
 
 // What an item works on: rows [rows.begin, rows.end) of kv head g of sequence b, keys [keys.begin, keys.end). Blocks are
@@ -175,8 +180,8 @@ static inline AttentionItem attention_item(const Attention& a, const AttentionPl
   at.b = item / (p.splits * p.blocks * a.kv_heads);
   const int64_t row_end = (block + 1) * p.block_rows;
   at.rows = {block * p.block_rows, row_end < p.rows ? row_end : p.rows};
-  const int64_t key_end = (at.split + 1) * p.split_keys;
-  at.keys = {at.split * p.split_keys, p.splits > 1 && key_end < a.length ? key_end : a.length};
+  const int64_t key_begin = p.first_key + at.split * p.split_keys, key_end = key_begin + p.split_keys;
+  at.keys = {key_begin, p.splits > 1 && key_end < a.length ? key_end : a.length};
   return at;
 }
 

@@ -282,8 +282,8 @@ DotRun dot_run_of(int64_t rows) {
     case 2: return dot_run<2, true, kPacked, kForm, kAlone>;
     case 3: return dot_run<3, true, kPacked, kForm, kAlone>;
     case 4:
-      if (half_width) return dot_run<4, false, kPacked, kForm, kAlone>;
-      return dot_run<4, true, kPacked, kForm, kAlone>;
+      if (split_chains) return dot_run<4, true, kPacked, kForm, kAlone>;
+      return dot_run<4, false, kPacked, kForm, kAlone>;
     case 5: return dot_run<5, false, kPacked, kForm, kAlone>;
     default: __builtin_trap();  // a tile this level does not make
   }

@@ -175,8 +175,9 @@ extern const int64_t l2_bytes;  // of one core's L2 cache, read when the library
 // two steps: a core waits for at most 16 lines on their way to L1 and 48 to L2. AMD's Zen 4 reads 15 % less with it: its
 // own prefetchers follow one stream better when no others stand in their queue.
 extern const bool prefetch_codes;
-extern const bool
-    half_width;  // whether a core makes one 64-byte dot product a cycle: AMD before Zen 5. Others make two
+// Whether four rows, whose sums take a dot product each a step, have two sets of sums. Zen 5 makes two dot products a cycle,
+// each 4 cycles long, beside everything else; other cores make one, or make them where they part nibbles.
+extern const bool split_chains;
 constexpr int64_t kCodesToL2 = 16 * 1024, kCodesToL1 = 2 * 1024;  // how far ahead, bytes
 // Whether that kernel (avx512) multiplies two panels at a time and asks for the codes of both. Zen 5 (AMD's family 26) loses
 // a stream of codes that is not asked for beside those of scales and inputs, and reads two faster than one.
