@@ -9,7 +9,7 @@
 namespace cpullm {
 namespace {
 
-constexpr int64_t kPanelsAtOnce = 8;  // of gate and of up in such a block, before they are activated
+constexpr int64_t kPanelsAtOnce = 16;  // of gate and of up in such a block, before they are activated
 
 // Blocks of a layer with m rows, of kernels whose products have a block size: as many for each of the threads asked for.
 inline int64_t blocks_of_rows(const Kernels& kernels, int64_t m, int64_t threads) {

@@ -232,9 +232,21 @@ struct Bf16Tiles {
         }
         for (int64_t c = 0; c < words; c += 4) S::transpose4(from + c, stride, m.keys + c * kBlockKeys + j, kBlockKeys);
       }
+      // Element i of the first key, then of the second: words 0..15 and 16..31 of both.
+      const __m512i steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+      const __m512i low_pairs =
+          _mm512_add_epi32(_mm512_mullo_epi32(steps, _mm512_set1_epi32(0x10001)), _mm512_set1_epi32(32 << 16));
+      const __m512i high_pairs = _mm512_add_epi16(low_pairs, _mm512_set1_epi16(16));
       for (int64_t j = 0; j < block.count; j += 2) {
         for (int64_t i = j; ask && i < j + 2; ++i) prefetch_row<kType>(block.k, a.k_stride[2], kBlockKeys + i, a.width);
-        for (int64_t c = 0; c < m.padded; c += S::kLanes) {
+        int64_t c = 0;
+        if (kType == CacheType::bf16 && j + 1 < block.count)  // whole vectors of both keys
+          for (const auto* v = static_cast<const uint16_t*>(block.v) + j * a.v_stride[2]; c + 32 <= a.width; c += 32) {
+            const __m512i even = _mm512_loadu_si512(v + c), odd = _mm512_loadu_si512(v + a.v_stride[2] + c);
+            _mm512_storeu_si512(m.values + j / 2 * m.padded + c, _mm512_permutex2var_epi16(even, low_pairs, odd));
+            _mm512_storeu_si512(m.values + j / 2 * m.padded + c + 16, _mm512_permutex2var_epi16(even, high_pairs, odd));
+          }
+        for (; c < m.padded; c += S::kLanes) {
           const __mmask16 lanes = first_lanes(a.width - c);
           const __m512i even = load_low<kType>(block.v, j * a.v_stride[2] + c, lanes);
           const __m512i odd =

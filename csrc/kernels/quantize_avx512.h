@@ -1,12 +1,12 @@
 // quantize_rows of the avx512 level, the same bits as rows-inl.h. Largest and second largest of four blocks are reduced
 // side by side and become scales in the lanes of one vector: nothing branches on values but for inputs kept apart, and
-// nothing waits for a reduction of its own. One Zen 5 core, ns per 128 inputs: see CONTRIBUTING.
+// nothing waits for a reduction of its own.
 #pragma once
 
 namespace cpullm {
 namespace {
 
-// The two largest magnitudes so far of each lane, as bits: they order like the floats. Of equal ones both count.
+// The two largest magnitudes of each lane, as bits: they order like the floats. Of equal ones both count.
 struct TwoLargest {
   __m512i most, second;
 };
@@ -84,7 +84,7 @@ inline int64_t place_of_largest(const float* x, int64_t width) {
   return found[0] ? __builtin_ctzll(found[0]) : 64 + __builtin_ctzll(found[1]);
 }
 
-// q [64] = round(x * inverse), zero beyond `width` and where inverse is 0. Returns their sums, lane i of inputs 4i to 4i + 3.
+// q [64] = round(x * inverse), zero beyond `width` and where inverse is 0. Returns sums of q + 128, eight at a time.
 inline __m512i codes_of(const float* x, int64_t width, float inverse, int8_t* q) {
   using S = Simd;
   const S::F factor = S::set1(inverse);
@@ -95,17 +95,17 @@ inline __m512i codes_of(const float* x, int64_t width, float inverse, int8_t* q)
   const S::I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const S::I codes = _mm512_maskz_permutexvar_epi32(inverse != 0.0f ? __mmask16(0xffff) : __mmask16(0), order, packed);
   _mm512_store_si512(q, codes);
-  return _mm512_dpbusd_epi32(S::izero(), _mm512_set1_epi8(1), codes);
+  return _mm512_sad_epu8(_mm512_xor_si512(codes, _mm512_set1_epi8(char(0x80))), S::izero());
 }
 
-// out [4] = the sums of the halves of a and of b.
-inline void reduce_halves(__m512i a, __m512i b, int32_t* out) {
+// out [4] = the sums of the codes of 32 inputs each, from those of codes_of() for twice 64.
+inline void reduce_chunks(__m512i a, __m512i b, int32_t* out) {
   const auto pairs = [](__m512i v) {
     return _mm256_hadd_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
   };
   const __m256i v = _mm256_hadd_epi32(pairs(a), pairs(b));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
-                   _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
+  const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_sub_epi32(sums, _mm_set1_epi32(128 * kChunk)));
 }
 
 void quantize_rows_avx512(const Rows& in, const QuantizedRows& out, Range rows) {
@@ -140,7 +140,7 @@ void quantize_rows_avx512(const Rows& in, const QuantizedRows& out, Range rows) 
         const int64_t j = b * kActBlock;
         row_scale[(j0 / kActBlock + b) * out.tile] = scale[b];
         apart_at[b] = -1;
-        reduce_halves(codes_of(x + j, width - j, inverse[b], q + j),
+        reduce_chunks(codes_of(x + j, width - j, inverse[b], q + j),
                       codes_of(x + j + 64, width - j - 64, inverse[b], q + j + 64), sums + j / kChunk);
       }
       for (; with_apart; with_apart &= with_apart - 1) {
