@@ -165,8 +165,8 @@ LONGEST = {"avx2": 10.5, "avx_vnni": 7.0, "avx512": 8.0, "amx": 16.0}
 def test_inner_loops_have_no_spills(level):
     """Sums stay in registers. Except in what intrinsics do with 16 of them: there the counts above are the guard.
 
-    Attention of few rows transposes keys between its products, so its loops have no length per product; of their
-    instructions at most a sixth may be spills, which GCC 12 makes of the words of four keys.
+    Attention of few rows transposes keys between its products, so its loops have no length per product; of four rows GCC
+    12 stores and loads one word of eight keys.
     """
     few_rows = ("attention_with<", "few_rows<", "direct_scores<", "direct_values<")
     few_registers = ("row_i8", "(cpullm::Codes)2") if level in ("avx2", "avx_vnni") else ()
@@ -177,7 +177,7 @@ def test_inner_loops_have_no_spills(level):
             dots = sum(bool(DOT.match(mnemonic)) for _, mnemonic, _ in loop)
             spilled = [] if any(word in name for word in few_registers) else spills(loop)
             attends = level == "avx512" and any(word in name for word in few_rows)
-            if len(spilled) > (len(loop) / 6 if attends else 0):
+            if len(spilled) > (2 if attends else 0):
                 bad.append(f"{name[:90]}: {len(spilled)} of {len(loop)}: {spilled[0]}")
             if len(loop) > LONGEST[level] * dots and "unpack" not in name and not attends:
                 bad.append(f"{name[:90]}: {len(loop)} instructions for {dots} dot products")

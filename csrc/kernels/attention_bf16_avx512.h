@@ -43,14 +43,16 @@ struct Bf16Tiles {
   using Codes = CodeProducts;  // for few rows over int8 caches
 
   // Rows of a kv head as direct_scores wants them: of every 32 elements four vectors, vector t of them the t-th word of
-  // every quarter, four times. Where the keys of a block are put for many rows: [rows, 2 padded].
+  // every quarter, four times. Where the keys of a block are put for many rows: [width / 32, rows, 64], so that one
+  // pointer leads to all rows.
   static void load_few(const Attention& a, const AttentionScratch& m, const AttentionItem& at) {
     using S = Simd;
     const S::F scale = S::set1(a.scale);
-    for (int64_t r = 0; r < at.rows.end - at.rows.begin; ++r) {
+    const int64_t rows = at.rows.end - at.rows.begin;
+    for (int64_t r = 0; r < rows; ++r) {
       const float* q = query_of(a, at, at.rows.begin + r);
-      float* to = m.keys + 2 * r * m.padded;
-      for (int64_t c = 0; c < a.width; c += 32, to += 64) {
+      float* to = m.keys + 64 * r;
+      for (int64_t c = 0; c < a.width; c += 32, to += 64 * rows) {
         const __m512i x = to_bf16(S::mul(S::load(q + c), scale), S::mul(S::load(q + c + 16), scale));
         _mm512_storeu_si512(to, _mm512_shuffle_epi32(x, _MM_PERM_AAAA));
         _mm512_storeu_si512(to + 16, _mm512_shuffle_epi32(x, _MM_PERM_BBBB));
@@ -63,20 +65,24 @@ struct Bf16Tiles {
   // scores [kRows, kDirectKeys] = q K^T of pairs, eight keys at a time: transposed by four in quarters, which all rows
   // share, so that a sum has four quarters of four keys. Asks for the first `ask` of the block's values.
   template <int kRows>
-  static void direct_scores(const float* q, int64_t q_stride, const void* k, int64_t k_stride, const void* v,
+  static void direct_scores(const float* q, int64_t q_step, const void* k, int64_t k_stride, const void* v,
                             int64_t v_stride, int64_t ask, int64_t count, int64_t width, float* scores) {
     const auto* keys = static_cast<const uint16_t*>(k);
     for (int64_t j = 0; j < count; j += 16) {
       for (int64_t i = j; i < j + 16 && i < ask; ++i) prefetch_row<CacheType::bf16>(v, v_stride, i, width);
-      __m512 sum[4][kRows];
+      __m512 half[2][kRows];  // of both groups of four keys: fewer registers than sums
+      const auto halves = [](__m512 a, __m512 b) {
+        return _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);
+      };
 #pragma GCC unroll 2
       for (int g = 0; g < 4; g += 2) {
+        __m512 sum[2][kRows];
         const uint16_t* row[8];
         for (int i = 0; i < 8; ++i) row[i] = keys + min_of(j + 4 * g + i, count - 1) * k_stride;  // hidden later
 #pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) sum[g][r] = sum[g + 1][r] = Simd::zero();
+        for (int r = 0; r < kRows; ++r) sum[0][r] = sum[1][r] = Simd::zero();
         const float* x = q;
-        for (int64_t c = 0; c < width; c += 32, x += 64) {
+        for (int64_t c = 0; c < width; c += 32, x += q_step) {
           __m512 words[2][4];
 #pragma GCC unroll 2
           for (int h = 0; h < 2; ++h) {
@@ -94,18 +100,17 @@ struct Bf16Tiles {
           for (int t = 0; t < 4; ++t)
 #pragma GCC unroll 4
             for (int r = 0; r < kRows; ++r) {
-              const __m512 y = Simd::load(x + r * q_stride + 16 * t);
-              sum[g][r] = Bf16Products::step(y, words[0][t], sum[g][r]);
-              sum[g + 1][r] = Bf16Products::step(y, words[1][t], sum[g + 1][r]);
+              const __m512 y = Simd::load(x + 64 * r + 16 * t);
+              sum[0][r] = Bf16Products::step(y, words[0][t], sum[0][r]);
+              sum[1][r] = Bf16Products::step(y, words[1][t], sum[1][r]);
             }
         }
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) half[g / 2][r] = halves(sum[0][r], sum[1][r]);
       }
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        const auto halves = [](__m512 a, __m512 b) {
-          return _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);
-        };
-        const __m512 a = halves(sum[0][r], sum[1][r]), b = halves(sum[2][r], sum[3][r]);
+        const __m512 a = half[0][r], b = half[1][r];
         Simd::store(scores + r * kDirectKeys + j, _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd));
       }
     }
@@ -166,8 +171,8 @@ struct Bf16Tiles {
   static void few_rows(const Attention& a, const AttentionScratch& m, const AttentionItem& at, const KeyBlock& block,
                        const KeysAhead& ahead, int64_t first) {
     const bool asks = first == 0;
-    direct_scores<kRows>(m.keys + 2 * first * m.padded, 2 * m.padded, block.k, a.k_stride[2], block.v, a.v_stride[2],
-                         asks ? block.count : 0, block.count, a.width, m.scores);
+    direct_scores<kRows>(m.keys + 64 * first, 64 * (at.rows.end - at.rows.begin), block.k, a.k_stride[2], block.v,
+                         a.v_stride[2], asks ? block.count : 0, block.count, a.width, m.scores);
     float fade[kRows];
     const Range seen = soften_rows<kRows>(a, m, at, block, first, fade);
     for (int r = 0; r < kRows; ++r) {

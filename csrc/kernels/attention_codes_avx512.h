@@ -314,8 +314,8 @@ struct CodeProducts {
 
   // Rows [first, first + kRows): scores [kRows, kDirectKeys]; asks for the first `ask` of the block's values.
   template <int kRows>
-  static void scores_of(const Attention& a, const AttentionScratch& m, const KeyBlock& block, int64_t first,
-                        int64_t ask) {
+  [[gnu::noinline]] static void scores_of(const Attention& a, const AttentionScratch& m, const KeyBlock& block,
+                                          int64_t first, int64_t ask) {
     const Memory at(m);
     const int64_t groups = a.width / 16, ask_rows = 512 / a.width;
     int64_t asked = 0;
@@ -337,8 +337,8 @@ struct CodeProducts {
 
   // Rows [first, first + kRows): sums = fade sums + p V; asks for the next keys.
   template <int kRows>
-  static void values_of(const Attention& a, const AttentionScratch& m, int64_t begin, int64_t end, int64_t first,
-                        const Softened& p, const KeysAhead& ahead) {
+  [[gnu::noinline]] static void values_of(const Attention& a, const AttentionScratch& m, int64_t begin, int64_t end,
+                                          int64_t first, const Softened& p, const KeysAhead& ahead) {
     const Memory at(m);
     const int64_t ask_rows = 512 / a.width;
     int64_t asked = 0;
