@@ -245,56 +245,6 @@ struct LayerRun {
     }
   }
 
-  // up_out [rows, intermediate] of each part (stride `width`) = act(gate) * up.
-  void up_and_act(int64_t rows) {
-    int64_t total = 0;
-    bool apart = false;
-    const auto halves_apart = [](const LayerProgram& p) {  // they do not begin at panels
-      return p.gated && p.up_count == 1 && p.intermediate % kPanel;
-    };
-    for (Part& part : *this) {
-      const LayerProgram& p = *part.p;
-      if (in_block && acts_by_panels(p)) {
-        act_by_panels(team, part, rows);
-        continue;
-      }
-      total += panels_of(p.intermediate);
-      if (!halves_apart(p)) continue;
-      const int64_t width = 2 * p.intermediate;
-      team.each(panels_of(width), hidden, rows,
-                [&](Range some) { team.product(p.up[0], part.in, part.up_out, width, some); });
-      apart = true;
-    }
-    if (apart) team.sync();
-    const auto some_panels = [&](Range some) {
-      Shared shared{some};
-      for (Part& part : *this) {
-        const LayerProgram& p = *part.p;
-        if (in_block && acts_by_panels(p)) continue;
-        const int64_t width = p.intermediate * (p.gated ? 2 : 1), panels = panels_of(p.intermediate);
-        const Range own = shared.next(panels);
-        const int64_t c0 = own.begin * kPanel, c1 = std::min(own.end * kPanel, p.intermediate);
-        if (c0 >= c1) continue;
-        if (!halves_apart(p)) {
-          team.product(p.up[0], part.in, part.up_out, width, own);
-          if (p.gated && p.up_count == 1) {
-            team.product(p.up[0], part.in, part.up_out, width, {own.begin + panels, own.end + panels});
-          } else if (p.gated) {
-            team.product(p.up[1], part.in, part.up_out + p.intermediate, width, own);
-          }
-        }
-        float* gate = part.up_out + c0;
-        const Activation act{gate, p.gated ? gate + p.intermediate : nullptr, gate, c1 - c0, width, width, width,
-                             p.act};
-        team.kernels.activation(act, {0, rows});
-      }
-    };
-    team.each(total, 2 * hidden, rows, [&](Range own) {
-      const int64_t step = in_block ? kPanelsAtOnce : total;
-      for (int64_t i = own.begin; i < own.end; i += step) some_panels({i, std::min(i + step, own.end)});
-    });
-  }
-
   // Rows [row0, row0 + rows) of what the MLP of a part reads.
   Rows source_rows(const Part& part, int64_t row0, int64_t rows) const {
     if (!parallel && c.stage == Stage::whole)
@@ -342,7 +292,7 @@ struct LayerRun {
       }
     }
     if (wait) team.sync();
-    up_and_act(rows);
+    up_and_act(*this, rows);
     expect_hidden(&LayerProgram::down);
     team.sync();
     wait = false;
