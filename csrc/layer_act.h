@@ -8,15 +8,15 @@ namespace {
 
 constexpr int64_t kPanelsAtOnce = 16;  // of gate and of up in such a block, before they are activated
 
-// Whether a block's down projection can have its input while gate and up are made, kPanelsAtOnce panels of them at a time:
-// these are whole blocks and groups of inputs, in their own order, and the halves of one weight begin at panels.
+// Whether a block's down projection can have its input while gate and up are made, kPanelsAtOnce panels at a time: they
+// are whole blocks and groups of inputs, in their own order, and the halves of one weight begin at panels.
 inline bool acts_by_panels(const LayerProgram& p) {
   const int64_t unit = Team::quantize_unit(round_up(p.intermediate, kChunk), p.down.w.group);
   return !p.down.order && kPanelsAtOnce * kPanel % unit == 0 &&
          !(p.gated && p.up_count == 1 && p.intermediate % kPanel);
 }
 
-// part.h = act(gate) * up, the input of `down`; gate and up of some panels are in up_out, where they stay in a near cache.
+// part.h = act(gate) * up, the input of `down`; up_out holds gate and up of some panels, so that they stay in L2.
 inline void act_by_panels(const Team& team, Part& part, int64_t rows) {
   const LayerProgram& p = *part.p;
   const int64_t panels = panels_of(p.intermediate), width = kPanelsAtOnce * kPanel,
