@@ -168,7 +168,7 @@ def test_inner_loops_have_no_spills(level):
     Attention of few rows transposes keys between its products, so its loops have no length per product; of four rows GCC
     12 stores and loads one word of eight keys.
     """
-    few_rows = ("attention_with<", "few_rows<", "direct_scores<", "direct_values<")
+    few_rows = ("attention_with<", "all_blocks<", "few_rows<", "direct_scores<", "direct_values<")
     few_registers = ("row_i8", "(cpullm::Codes)2") if level in ("avx2", "avx_vnni") else ()
     loops, bad = 0, []
     for name, code in objdump(OBJECTS / f"{level}.o").items():

@@ -5,8 +5,8 @@
 // An item goes through its keys in blocks. Few rows read keys and values as they are, converted in registers: kDirectKeys
 // keys, meanwhile asking for their values, then these, meanwhile asking for the next keys, so that memory is never idle.
 // Many rows turn a block into fp32 once, keys transposed, and take it tile by tile: kQueryRows rows x 2 vectors of sums
-// in registers. What a row adds up, and in which order, depends on the cache's length, which decides the splits, and on
-// whether rows are few, but not on what stands in the rows beside it.
+// in registers. What a row adds up, and in which order, depends on the cache's length and the window, which decide the
+// splits, and on whether rows are few, but not on what stands in the rows beside it.
 #pragma once
 
 #include "attention_block-inl.h"

@@ -78,7 +78,7 @@ struct CodeProducts {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(_mm512_permutexvar_epi32(order, words)));
   }
 
-  // [largest] becomes what takes it to kMost, 0 where it is nothing or not finite.
+  // What takes `largest` to kMost; 0 where it is nothing or not finite.
   static __m512 inverse_of(__m512 largest) {
     const __mmask16 some = _mm512_cmp_ps_mask(largest, Simd::set1(0x1p-110f), _CMP_GT_OQ) &
                            _mm512_cmp_ps_mask(largest, Simd::set1(__builtin_inff()), _CMP_LT_OQ);
@@ -221,7 +221,7 @@ struct CodeProducts {
     alignas(64) int32_t bias[16];  // what unsigned codes add to a sum of products
   };
 
-  // [4] vectors to four numbers, every lane of which has been changed by all of its vector.
+  // As reduce_max4 of floats, of magnitudes as integers, which keep nan.
   static void reduce_max4(const __m512i* v, int32_t* out) {
     const auto max = [](__m512i x, __m512i y) { return _mm512_max_epi32(x, y); };
     const __m512i ab = max(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));

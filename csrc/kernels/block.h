@@ -97,7 +97,7 @@ struct Attention {
   Float mask_type;
   bool mask_is_bool;
   // Not exact: where a level has bf16 products and a kv head more than two rows, queries and probabilities may be rounded
-  // to bf16 over caches whose values bf16 holds.
+  // to bf16 over caches whose values bf16 holds; of 3 to 8 rows over int8 caches to 16-bit integers.
   bool exact;
   bool tiled;  // rows go in tiles however few they are: their bits are those they have in a prompt of many
 };
