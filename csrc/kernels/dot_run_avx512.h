@@ -1,17 +1,26 @@
-// Tiles of the avx512 level, 2 rows and more: a run of segments of a tile is one piece of assembly, in which int32 sums,
-// the fp32 chain of the activation block and that of the output never leave the registers. The chain of ref.cpp, bit for
-// bit in what comes out.
+// Tiles of the avx512 level, 2 rows and more: a run of segments of a tile is one piece of assembly, in which int32
+// sums, the fp32 chain of the activation block and most of the output's never leave the registers. The chain of
+// ref.cpp, bit for bit in what comes out.
 //
-// In assembly because GCC 12 moves and spills sums kept in arrays by intrinsics. 4 or 5 rows x 32 columns is what fits: of
-// 8 rows the chains are in memory, where a store of 64 bytes takes two cycles of Zen 4; that cost 15 % at group 32.
-// Nibbles are parted once per tile, on units that the dot products leave free on Zen 4 and not on Intel: the high ones
+// In assembly because GCC 12 moves and spills sums kept in arrays by intrinsics. 5 rows x 32 columns is what fits, and
+// of the output's chains those of 4 rows: a store of 64 bytes takes the time of two dot products (Zen 4, Zen 5), so
+// the block's chains, which change with every group, must not be in memory (15 % at group 32); the output's change
+// every 128 inputs.
+// Inputs are broadcast to a register that both halves of the panel share: Zen 5 makes as many dot products as loads,
+// and 4 rows with inputs from memory have 10 loads beside 8 dot products.
+// A sum takes a dot product every 4 cycles: up to 4 rows have a second sum for odd steps (kSplit) where a core makes
+// two dot products a cycle, except that a lone tile of 2 or 3 rows waits for memory: the fewer instructions, the
+// further ahead a core asks for codes.
+// Nibbles are parted once per tile, on units that the dot products leave free on Zen and not on Intel: the high ones
 // stay where they are, 16 times the code, and their columns take a 16th of the scale: exact of scales above 2^-122.
-// All tiles pass over the codes of a run, in L1, before the next run, and meanwhile each asks for its share of that one's.
-// Bound on Zen 4, where dot products and fma share two units: 64 of 74 slots at group 32 and 4 rows, 86 %; 94 % at 128.
-// A block's chain starts from +0, as ref's; row_i8 and amx start from the first product: an output may differ only where
-// that is -0, and sums of outputs start from +0, which takes either.
-// Registers: zmm0-9 sums of row i in 2i and 2i + 1; zmm10-19 the block's chains; zmm20-29 the output's, but zmm28 of up
-// to 4 rows the mask 15; zmm30-31 codes of 16 columns each, zero points, scales, minima. Inputs come from memory.
+// All tiles pass over the codes of a run, in L1, before the next run, and meanwhile each asks for its share of that
+// one's.
+// Bound on Zen, where dot products and fma share two units: 64 of 75 slots at group 32, 86 %; 94 % at 128.
+// A block's chain starts from +0, as ref's; row_i8 and amx start from the first product: an output may differ only
+// where that is -0, and sums of outputs start from +0, which takes either.
+// Registers: zmm0-9 sums of row i in 2i and 2i + 1; zmm12-21 the block's chains; zmm28 the mask 15, zmm29 inputs,
+// zmm30-31 codes of 16 columns each, zero points, scales, minima; in the rest second sums and the output's chains, as
+// CPULLM_EACH lists them.
 #pragma once
 
 #include <immintrin.h>
@@ -20,10 +29,10 @@ namespace cpullm {
 namespace {
 
 constexpr int kRunRows = 5;  // most rows of a tile
+constexpr int64_t kFewTiles = 4;  // up to so many, codes in DRAM are asked for in two steps
 constexpr int64_t kRunBytes = 8192;  // codes of a run: with the next ones, half of L1
-constexpr int64_t kRunTail =
-    kActBlock;  // inputs at the end that are no run of their own: sums would move for little; a
-// run ends where blocks of activations do
+// Inputs at the end that are no run of their own: sums would move for little. A run ends where blocks of activations do.
+constexpr int64_t kRunTail = kActBlock;
 static_assert(kRunTail % kActBlock == 0 && kRunBytes / 32 % kActBlock == 0, "runs are whole blocks");
 
 // What a run needs besides.
@@ -62,6 +71,7 @@ static_assert(__builtin_offsetof(Run, from) == 8 && __builtin_offsetof(Run, y) =
 #define CPULLM_FROM_STEP "64(%[run])"
 #define CPULLM_Y_STEP "72(%[run])"
 #define CPULLM_SUMS "128+128*"
+// Row, its sums, the block's chains, the output's, second sums.
 #define CPULLM_EACH(ROW) \
   ROW(0, 0, 1, 12, 13, 24, 25, 8, 9) ROW(1, 2, 3, 14, 15, 26, 27, 20, 21) ROW(2, 4, 5, 16, 17, 22, 23, 10, 11) \
   ROW(3, 6, 7, 18, 19, 10, 11, 22, 23) ROW(4, 8, 9, 20, 21, 30, 31, 30, 31)
@@ -86,19 +96,21 @@ static_assert(__builtin_offsetof(Run, from) == 8 && __builtin_offsetof(Run, y) =
                "vpxord %%zmm" #a ", %%zmm" #a ", %%zmm" #a "\nvpxord %%zmm" #b ", %%zmm" #b ", %%zmm" #b "\n.endif\n"     \
                ".if %c[split]\nvpxord %%zmm" #g ", %%zmm" #g ", %%zmm" #g "\n"   \
                "vpxord %%zmm" #h ", %%zmm" #h ", %%zmm" #h "\n.endif\n")
-#define CPULLM_DOT(i, a, b, c, d, e, f, g, h)                                  \
-  CPULLM_IF(i, "vpbroadcastd 4*" #i "(%[x]), %%zmm29\n"                        \
-               "vpdpbusd %%zmm29, %%zmm30, %%zmm" #a "\nvpdpbusd %%zmm29, %%zmm31, %%zmm" #b "\n")
+#define CPULLM_DOT(i, a, b, c, d, e, f, g, h)                                                            \
+  CPULLM_IF(i, ".if %c[split] || %c[rows] > 3\nvpbroadcastd 4*" #i "(%[x]), %%zmm29\n"                    \
+               "vpdpbusd %%zmm29, %%zmm30, %%zmm" #a "\nvpdpbusd %%zmm29, %%zmm31, %%zmm" #b "\n.else\n"  \
+               "vpdpbusd 4*" #i "(%[x])%{1to16%}, %%zmm30, %%zmm" #a "\n"                                 \
+               "vpdpbusd 4*" #i "(%[x])%{1to16%}, %%zmm31, %%zmm" #b "\n.endif\n")
 #define CPULLM_DOT_OTHER(i, a, b, c, d, e, f, g, h) CPULLM_DOT(i, g, h, c, d, e, f, a, b)
 #define CPULLM_JOIN(i, a, b, c, d, e, f, g, h) \
   CPULLM_IF(i, "vpaddd %%zmm" #g ", %%zmm" #a ", %%zmm" #a "\nvpaddd %%zmm" #h ", %%zmm" #b ", %%zmm" #b "\n")
 #define CPULLM_CODES(s)                                                                                       \
   ".if %c[packed]\nvmovdqu64 64*" #s "(%[codes]), %%zmm31\n"                                                  \
   "vpandd %%zmm28, %%zmm31, %%zmm30\nvpandnd %%zmm31, %%zmm28, %%zmm31\n"                                     \
-  "prefetcht0 (%[ask])\n.if %c[alone]\nprefetcht1 8192(%[ask])\n.endif\nadd %[ask_step], %[ask]\n.else\n"     \
+  "prefetcht0 (%[ask])\n.if %c[few]\nprefetcht1 8192(%[ask])\n.endif\nadd %[ask_step], %[ask]\n.else\n"     \
   "vmovdqu64 128*" #s "(%[codes]), %%zmm30\nvmovdqu64 128*" #s "+64(%[codes]), %%zmm31\n"                     \
   "prefetcht0 (%[ask])\nprefetcht0 (%[ask],%[ask_step])\n"                                                    \
-  ".if %c[alone]\nprefetcht1 8192(%[ask])\nprefetcht1 8192(%[ask],%[ask_step])\n.endif\n"                     \
+  ".if %c[few]\nprefetcht1 8192(%[ask])\nprefetcht1 8192(%[ask],%[ask_step])\n.endif\n"                     \
   "lea (%[ask],%[ask_step],2), %[ask]\n.endif\n"
 #define CPULLM_STEPS(s, t)                                                                                    \
   CPULLM_CODES(s) CPULLM_EACH(CPULLM_DOT) "add %[x_step], %[x]\n"                                             \
@@ -128,14 +140,14 @@ static_assert(__builtin_offsetof(Run, from) == 8 && __builtin_offsetof(Run, y) =
   "4:\nvcvtph2ps (%[p],%[at],2), %%zmm30\nvcvtph2ps 32(%[p],%[at],2), %%zmm31\n5:\nprefetcht0 256(%[p],%[at],2)\n"
 
 // R rows x [steps, tile, 4] times the run's codes. All pointers stand at the run's begin: minus and x_scale [.., tile].
-// ask: codes to bring to L1 meanwhile, ask_step bytes for each 64 of codes. kAlone: no other tile is there, memory is what
-// the run waits for: those of the run after to L2, on whose way may be more lines than on that to L1.
-template <int R, bool kSplit, bool kPacked, Zeros kForm, bool kAlone>
+// ask: codes to bring to L1 meanwhile, ask_step bytes for each 64 of codes. kFew: few tiles are there, memory is what
+// a run may wait for: those of the run after to L2, on whose way may be more lines than on that to L1.
+template <int R, bool kSplit, bool kPacked, Zeros kForm, bool kFew>
 void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const int32_t* minus, const float* x_scale,
-                    const BlockSegment* segment, const uint32_t* apart_rows, uintptr_t ask, int64_t ask_step,
-                    Run& run) {
-  constexpr int kKept = R == 4 && kSplit ? 2 : R == 5 ? 4 : R;
-  static_assert(R >= 1 && R <= kRunRows && (R <= 4 || !kSplit) && kChunk % (8 * kStep) == 0, "sums and chains fit, steps come in eights");
+             const BlockSegment* segment, const uint32_t* apart_rows, uintptr_t ask, int64_t ask_step, Run& run) {
+  constexpr int kKept = R == 5 ? 4 : R == 4 && kSplit ? 2 : R;  // rows whose outputs' chains are in registers
+  static_assert(R >= 1 && R <= kRunRows && (R <= 4 || !kSplit), "sums and chains fit");
+  static_assert(kChunk % (8 * kStep) == 0, "steps come in eights");
   const void* p;
   int64_t steps, at = 0;
   __asm__ volatile(
@@ -181,8 +193,7 @@ void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const int32_t*
       : [codes] "+&r"(codes), [x] "+&r"(x), [segment] "+&r"(segment), [x_scale] "+&r"(x_scale), [minus] "+&r"(minus),
         [apart_rows] "+&r"(apart_rows), [ask] "+&r"(ask), [at] "+&r"(at), [p] "=&r"(p), [steps] "=&r"(steps)
       : [run] "r"(&run), [x_step] "r"(tile * kStep), [ask_step] "r"(ask_step), [rows] "i"(R), [packed] "i"(int(kPacked)),
-        [form] "i"(int(kForm)), [alone] "i"(int(kAlone)),
-        [split] "i"(int(kSplit)), [kept] "i"(kKept)
+        [form] "i"(int(kForm)), [few] "i"(int(kFew)), [split] "i"(int(kSplit)), [kept] "i"(kKept)
       : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12",
         "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24",
         "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31", "memory", "cc");
@@ -251,16 +262,15 @@ using DotRun = void (*)(const uint8_t* codes, const int8_t* x, int64_t tile, con
                         const BlockSegment* segment, const uint32_t* apart_rows, uintptr_t ask, int64_t ask_step,
                         Run& run);
 
-template <bool kPacked, Zeros kForm, bool kAlone>
-DotRun dot_run_of(int64_t rows) {
+// alone: no other tile is there.
+template <bool kPacked, Zeros kForm, bool kFew>
+DotRun dot_run_of(int64_t rows, bool alone) {
   switch (rows) {
-    case 1: return dot_run<1, true, kPacked, kForm, kAlone>;
-    case 2: return dot_run<2, true, kPacked, kForm, kAlone>;
-    case 3: return dot_run<3, true, kPacked, kForm, kAlone>;
-    case 4:
-      if (half_width) return dot_run<4, false, kPacked, kForm, kAlone>;
-      return dot_run<4, true, kPacked, kForm, kAlone>;
-    case 5: return dot_run<5, false, kPacked, kForm, kAlone>;
+    case 1: return dot_run<1, true, kPacked, kForm, kFew>;
+    case 2: return alone ? dot_run<2, false, kPacked, kForm, true> : dot_run<2, true, kPacked, kForm, kFew>;
+    case 3: return alone ? dot_run<3, false, kPacked, kForm, true> : dot_run<3, true, kPacked, kForm, kFew>;
+    case 4: return half_width ? dot_run<4, false, kPacked, kForm, kFew> : dot_run<4, true, kPacked, kForm, kFew>;
+    case 5: return dot_run<5, false, kPacked, kForm, kFew>;
     default: __builtin_trap();  // a tile this level does not make
   }
 }
@@ -317,8 +327,8 @@ void linear_i8_runs(const Weight& w, const QuantizedRows& x, const Output& out, 
           run_apart<kCodes>(segments, count, apart_rows, x.apart + s, x.tile, rows, codes, mine.apart);
           run.from = begins ? mine.zeros : mine.y + (r - row0) * kPanel;
           run.y = ends ? to + (r - row0) * to_stride : mine.y + (r - row0) * kPanel;
-          const auto multiply =
-              tiles == 1 ? dot_run_of<kPacked, kForm, true>(rows) : dot_run_of<kPacked, kForm, false>(rows);
+          const auto multiply = tiles <= kFewTiles ? dot_run_of<kPacked, kForm, true>(rows, tiles == 1)
+                                                   : dot_run_of<kPacked, kForm, false>(rows, false);
           multiply(codes, x.q + r * x.k_padded + k0 * x.tile, x.tile, x.minus + s,
                    x.scale + r * x.blocks + k0 / kActBlock * x.tile, segments, apart_rows, ask, ask_step, run);
         }
