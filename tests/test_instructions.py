@@ -186,7 +186,7 @@ def test_inner_loops_have_no_spills(level):
 
 
 def test_sums_of_a_full_tile_are_all_in_registers():
-    """avx512: 5 rows x 32 columns, eight steps: 80 dot products, beside them 5 broadcasts and at most 8 others a step."""
+    """avx512: 5 rows x 32 columns, eight steps: 80 dot products, beside them 5 broadcasts and 8 others a step."""
     found = [
         len(loop)
         for code in objdump(OBJECTS / "avx512.o").values()

@@ -124,7 +124,7 @@ bool cpu_has_avx512_bf16() {
 
 const int64_t l2_bytes = read_l2_bytes();
 const bool prefetch_codes = !amd_family();
-const bool half_width = amd_family() && amd_family() < 26;
+const bool wide_dots = amd_family() >= 26;
 
 const Kernels* select_kernels(const char* cap, const char** error) {
   int top = kLevels - 1;

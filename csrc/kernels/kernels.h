@@ -175,8 +175,8 @@ extern const int64_t l2_bytes;  // of one core's L2 cache, read when the library
 // two steps: a core waits for at most 16 lines on their way to L1 and 48 to L2. AMD's read 15 % less with it: their own
 // prefetchers follow one stream better when no others stand in their queue.
 extern const bool prefetch_codes;
-extern const bool
-    half_width;  // whether a core makes one 64-byte dot product a cycle: AMD before Zen 5. Others make two
+// Whether a core makes two 64-byte dot products a cycle beside other vector work: AMD from Zen 5 on.
+extern const bool wide_dots;
 constexpr int64_t kCodesToL2 = 16 * 1024, kCodesToL1 = 2 * 1024;  // how far ahead, bytes
 
 // Levels fill the table from the slowest to the fastest; each overwrites what it does better.
