@@ -56,11 +56,11 @@ COUNTS = {
         ("int8", 1, 512, 32, 4): 1505,
         ("int8", 1, 512, 128, 4): 1356,
         ("int8", 1, 512, 128, 8): 1331,
-        ("int8", 4, 512, 128, 4): 2876,
-        ("int8", 8, 512, 32, 4): 6674,
-        ("int8", 16, 256, 128, 4): 5686,
-        ("int8", 64, 256, 128, 4): 19840,
-        ("int8", 64, 256, 32, 4): 23806,
+        ("int8", 4, 512, 128, 4): 3565,
+        ("int8", 8, 512, 32, 4): 8394,
+        ("int8", 16, 256, 128, 4): 6860,
+        ("int8", 64, 256, 128, 4): 22459,
+        ("int8", 64, 256, 32, 4): 26611,
         ("fp32", 1, 512, 128, 4): 5665,
         ("fp32", 12, 256, 128, 4): 14178,
         ("bf16", 14, 512, 128, 4): 18286,
@@ -186,7 +186,7 @@ def test_inner_loops_have_no_spills(level):
 
 
 def test_sums_of_a_full_tile_are_all_in_registers():
-    """avx512: 5 rows x 32 columns, eight steps: 80 dot products, beside them 8 instructions a step and few others."""
+    """avx512: 5 rows x 32 columns, eight steps: 80 dot products, beside them 5 broadcasts and 8 others a step."""
     found = [
         len(loop)
         for code in objdump(OBJECTS / "avx512.o").values()
@@ -194,4 +194,4 @@ def test_sums_of_a_full_tile_are_all_in_registers():
         if sum(mnemonic == "vpdpbusd" for _, mnemonic, _ in loop) == 80
     ]
     assert found
-    assert max(found) <= 80 + 8 * 8 + 4
+    assert max(found) <= 80 + 8 * 13 + 4

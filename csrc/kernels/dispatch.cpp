@@ -128,7 +128,7 @@ bool cpu_has_avx512_bf16() {
 const int64_t l2_bytes = read_l2_bytes();
 const bool prefetch_codes = amd_family() == 0;
 const bool pair_panels = amd_family() >= 26;
-const bool split_chains = pair_panels;
+const bool wide_dots = amd_family() >= 26;
 
 const Kernels* select_kernels(const char* cap, const char** error) {
   int top = kLevels - 1;

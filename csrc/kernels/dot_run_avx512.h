@@ -1,17 +1,26 @@
-// Tiles of the avx512 level, 2 rows and more: a run of segments of a tile is one piece of assembly, in which int32 sums,
-// the fp32 chain of the activation block and that of the output never leave the registers. The chain of ref.cpp, bit for
-// bit in what comes out.
+// Tiles of the avx512 level, 2 rows and more: a run of segments of a tile is one piece of assembly, in which int32
+// sums, the fp32 chain of the activation block and most of the output's never leave the registers. The chain of
+// ref.cpp, bit for bit in what comes out.
 //
-// In assembly because GCC 12 moves and spills sums kept in arrays by intrinsics. 4 or 5 rows x 32 columns is what fits: of
-// 8 rows the chains are in memory, where a store of 64 bytes takes two cycles of Zen 4; that cost 15 % at group 32.
-// Nibbles are parted once per tile, on units that the dot products leave free on Zen 4 and not on Intel: the high ones
+// In assembly because GCC 12 moves and spills sums kept in arrays by intrinsics. 5 rows x 32 columns is what fits: of
+// 8 rows the chains are in memory, where a store of 64 bytes takes the time of two dot products of Zen 4 and Zen 5;
+// that cost 15 % at group 32.
+// Two forms, by `wide_dots`. Zen 5 makes as many dot products as loads, two a cycle of 4 cycles' latency (kWide):
+// inputs are broadcast to a register that both halves of the panel share, and up to 4 rows have second sums for odd
+// steps. Registers are then left for the outputs' chains of 2 rows of 4 and of 4 of 5: the others change in memory
+// every 128 inputs. Elsewhere inputs come from memory: on Zen 4 the other form loses 1 to 4 %, and on Intel additions
+// take the dot products' ports. A lone tile of 2 or 3 rows waits for memory, and the fewer its instructions, the
+// further ahead a core asks for codes: as elsewhere.
+// Nibbles are parted once per tile, on units that the dot products leave free on Zen and not on Intel: the high ones
 // stay where they are, 16 times the code, and their columns take a 16th of the scale: exact of scales above 2^-122.
-// All tiles pass over the codes of a run, in L1, before the next run, and meanwhile each asks for its share of that one's.
-// Bound on Zen 4, where dot products and fma share two units: 64 of 74 slots at group 32 and 4 rows, 86 %; 94 % at 128.
-// A block's chain starts from +0, as ref's; row_i8 and amx start from the first product: an output may differ only where
-// that is -0, and sums of outputs start from +0, which takes either.
-// Registers: zmm0-9 sums of row i in 2i and 2i + 1; zmm10-19 the block's chains; zmm20-29 the output's, but zmm28 of up
-// to 4 rows the mask 15; zmm30-31 codes of 16 columns each, zero points, scales, minima. Inputs come from memory.
+// All tiles pass over the codes of a run, in L1, before the next run, and meanwhile each asks for its share of that
+// one's.
+// Bound on Zen, where dot products and fma share two units: 64 of 75 slots at group 32, 86 %; 94 % at 128.
+// A block's chain starts from +0, as ref's; row_i8 and amx start from the first product: an output may differ only
+// where that is -0, and sums of outputs start from +0, which takes either.
+// Registers: zmm0-9 sums of row i in 2i and 2i + 1; zmm12-21 the block's chains; zmm28 the mask 15 and zmm29 inputs,
+// or the fifth row's output; zmm30-31 codes of 16 columns each, zero points, scales, minima; in the rest second sums
+// and the output's chains, as CPULLM_EACH lists them.
 #pragma once
 
 #include <immintrin.h>
@@ -21,9 +30,8 @@ namespace {
 
 constexpr int kRunRows = 5;  // most rows of a tile
 constexpr int64_t kRunBytes = 8192;  // codes of a run: with the next ones, half of L1
-constexpr int64_t kRunTail =
-    kActBlock;  // inputs at the end that are no run of their own: sums would move for little; a
-// run ends where blocks of activations do
+// Inputs at the end that are no run of their own: sums would move for little. A run ends where blocks of activations do.
+constexpr int64_t kRunTail = kActBlock;
 static_assert(kRunTail % kActBlock == 0 && kRunBytes / 32 % kActBlock == 0, "runs are whole blocks");
 
 // What a run needs besides.
@@ -34,7 +42,7 @@ struct Run {
   const uint16_t* scales;  // [groups, 32] from the run's first group on
   const void* zeros;  // the same
   int64_t bf16;  // whether scales and minima are
-  uint32_t low_nibbles;
+  uint32_t low_nibbles, high_nibbles;
   float high_scale;  // what sums of the high ones take
   int64_t from_step, y_step;
   alignas(64) float sums[kRunRows * kPanel];  // the output's chains that no registers are left for
@@ -42,9 +50,9 @@ struct Run {
 static_assert(__builtin_offsetof(Run, from) == 8 && __builtin_offsetof(Run, y) == 16 &&
                   __builtin_offsetof(Run, scales) == 24 && __builtin_offsetof(Run, zeros) == 32 &&
                   __builtin_offsetof(Run, bf16) == 40 && __builtin_offsetof(Run, low_nibbles) == 48 &&
-                  __builtin_offsetof(Run, high_scale) == 52 && __builtin_offsetof(Run, from_step) == 56 &&
-                  __builtin_offsetof(Run, y_step) == 64 && __builtin_offsetof(Run, sums) == 128 &&
-                  __builtin_offsetof(BlockSegment, ends_block) == 4 &&
+                  __builtin_offsetof(Run, high_nibbles) == 52 && __builtin_offsetof(Run, high_scale) == 56 &&
+                  __builtin_offsetof(Run, from_step) == 64 && __builtin_offsetof(Run, y_step) == 72 &&
+                  __builtin_offsetof(Run, sums) == 128 && __builtin_offsetof(BlockSegment, ends_block) == 4 &&
                   __builtin_offsetof(BlockSegment, ends_group) == 8 && sizeof(BlockSegment) == 16,
               "as the assembly has them");
 
@@ -56,13 +64,15 @@ static_assert(__builtin_offsetof(Run, from) == 8 && __builtin_offsetof(Run, y) =
 #define CPULLM_ZEROS "32(%[run])"
 #define CPULLM_BF16 "40(%[run])"
 #define CPULLM_LOW "48(%[run])"
-#define CPULLM_HIGH_SCALE "52(%[run])"
-#define CPULLM_FROM_STEP "56(%[run])"
-#define CPULLM_Y_STEP "64(%[run])"
+#define CPULLM_HIGH "52(%[run])"
+#define CPULLM_HIGH_SCALE "56(%[run])"
+#define CPULLM_FROM_STEP "64(%[run])"
+#define CPULLM_Y_STEP "72(%[run])"
 #define CPULLM_SUMS "128+128*"
+// Row, its sums, the block's chains, the output's, second sums.
 #define CPULLM_EACH(ROW) \
   ROW(0, 0, 1, 12, 13, 24, 25, 8, 9) ROW(1, 2, 3, 14, 15, 26, 27, 20, 21) ROW(2, 4, 5, 16, 17, 22, 23, 10, 11) \
-  ROW(3, 6, 7, 18, 19, 10, 11, 22, 23) ROW(4, 8, 9, 20, 21, 30, 31, 30, 31)
+  ROW(3, 6, 7, 18, 19, 10, 11, 22, 23) ROW(4, 8, 9, 20, 21, 28, 29, 28, 29)
 #define CPULLM_IF(i, ...) ".if %c[rows] > " #i "\n" __VA_ARGS__ ".endif\n"
 #define CPULLM_LOAD(i, a, b, c, d, e, f, g, h) \
   CPULLM_IF(i, "vmovaps (%[p]), %%zmm" #e "\nvmovaps 64(%[p]), %%zmm" #f "\nadd " CPULLM_FROM_STEP ", %[p]\n"             \
@@ -87,19 +97,22 @@ static_assert(__builtin_offsetof(Run, from) == 8 && __builtin_offsetof(Run, y) =
                "vmovdqa64 128*" #i "(%[apart]), %%zmm" #a "\nvmovdqa64 128*" #i "+64(%[apart]), %%zmm" #b           \
                "\n.else\nvpaddd 128*" #i "(%[apart]), %%zmm" #a ", %%zmm" #a                                       \
                "\nvpaddd 128*" #i "+64(%[apart]), %%zmm" #b ", %%zmm" #b "\n.endif\n")
-#define CPULLM_DOT(i, a, b, c, d, e, f, g, h)                                  \
-  CPULLM_IF(i, "vpbroadcastd 4*" #i "(%[x]), %%zmm29\n"                        \
-               "vpdpbusd %%zmm29, %%zmm30, %%zmm" #a "\nvpdpbusd %%zmm29, %%zmm31, %%zmm" #b "\n")
+#define CPULLM_DOT(i, a, b, c, d, e, f, g, h)                                                            \
+  CPULLM_IF(i, ".if %c[wide]\nvpbroadcastd 4*" #i "(%[x]), %%zmm29\n"                    \
+               "vpdpbusd %%zmm29, %%zmm30, %%zmm" #a "\nvpdpbusd %%zmm29, %%zmm31, %%zmm" #b "\n.else\n"  \
+               "vpdpbusd 4*" #i "(%[x])%{1to16%}, %%zmm30, %%zmm" #a "\n"                                 \
+               "vpdpbusd 4*" #i "(%[x])%{1to16%}, %%zmm31, %%zmm" #b "\n.endif\n")
 #define CPULLM_DOT_OTHER(i, a, b, c, d, e, f, g, h) CPULLM_DOT(i, g, h, c, d, e, f, a, b)
 #define CPULLM_JOIN(i, a, b, c, d, e, f, g, h) \
   CPULLM_IF(i, "vpaddd %%zmm" #g ", %%zmm" #a ", %%zmm" #a "\nvpaddd %%zmm" #h ", %%zmm" #b ", %%zmm" #b "\n")
 #define CPULLM_CODES(s)                                                                                       \
   ".if %c[packed]\nvmovdqu64 64*" #s "(%[codes]), %%zmm31\n"                                                  \
-  "vpandd %%zmm28, %%zmm31, %%zmm30\nvpandnd %%zmm31, %%zmm28, %%zmm31\n"                                     \
-  "prefetcht0 (%[ask])\n.if %c[alone]\nprefetcht1 8192(%[ask])\n.endif\nadd %[ask_step], %[ask]\n.else\n"     \
+  ".if %c[rows] <= 4 || %c[wide]\nvpandd %%zmm28, %%zmm31, %%zmm30\nvpandnd %%zmm31, %%zmm28, %%zmm31\n.else\n" \
+  "vpandd " CPULLM_LOW "%{1to16%}, %%zmm31, %%zmm30\nvpandd " CPULLM_HIGH "%{1to16%}, %%zmm31, %%zmm31\n.endif\n" \
+  "prefetcht0 (%[ask])\n.if %c[few]\nprefetcht1 8192(%[ask])\n.endif\nadd %[ask_step], %[ask]\n.else\n"     \
   "vmovdqu64 128*" #s "(%[codes]), %%zmm30\nvmovdqu64 128*" #s "+64(%[codes]), %%zmm31\n"                     \
   "prefetcht0 (%[ask])\nprefetcht0 (%[ask],%[ask_step])\n"                                                    \
-  ".if %c[alone]\nprefetcht1 8192(%[ask])\nprefetcht1 8192(%[ask],%[ask_step])\n.endif\n"                     \
+  ".if %c[few]\nprefetcht1 8192(%[ask])\nprefetcht1 8192(%[ask],%[ask_step])\n.endif\n"                     \
   "lea (%[ask],%[ask_step],2), %[ask]\n.endif\n"
 #define CPULLM_STEPS(s, t)                                                                                    \
   CPULLM_CODES(s) CPULLM_EACH(CPULLM_DOT) "add %[x_step], %[x]\n"                                             \
@@ -112,12 +125,14 @@ static_assert(__builtin_offsetof(Run, from) == 8 && __builtin_offsetof(Run, y) =
 #define CPULLM_MINIMUM(i, a, b, c, d, e, f, g, h)                                       \
   CPULLM_IF(i, "vcvtdq2ps 4*" #i "(%[minus])%{1to16%}, %%zmm" #a "\n"             \
                "vfnmadd231ps %%zmm30, %%zmm" #a ", %%zmm" #c "\nvfnmadd231ps %%zmm31, %%zmm" #a ", %%zmm" #d "\n")
-#define CPULLM_BLOCK(i, a, b, c, d, e, f, g, h)                                                                 \
-  CPULLM_IF(i, "vbroadcastss 4*" #i "(%[x_scale]), %%zmm29\n.if %c[kept] > " #i "\n"                              \
-               "vfmadd231ps %%zmm29, %%zmm" #c ", %%zmm" #e "\nvfmadd231ps %%zmm29, %%zmm" #d ", %%zmm" #f "\n.else\n" \
-               "vfmadd213ps " CPULLM_SUMS #i "(%[run]), %%zmm29, %%zmm" #c "\n"                                   \
-               "vfmadd213ps 64+" CPULLM_SUMS #i "(%[run]), %%zmm29, %%zmm" #d "\n"                                \
-               "vmovaps %%zmm" #c ", " CPULLM_SUMS #i "(%[run])\n"                                                \
+#define CPULLM_BLOCK(i, a, b, c, d, e, f, g, h)                                                                   \
+  CPULLM_IF(i, ".if %c[kept] > " #i "\n"                                                                           \
+               "vfmadd231ps 4*" #i "(%[x_scale])%{1to16%}, %%zmm" #c ", %%zmm" #e "\n"                             \
+               "vfmadd231ps 4*" #i "(%[x_scale])%{1to16%}, %%zmm" #d ", %%zmm" #f "\n.else\n"                      \
+               "vbroadcastss 4*" #i "(%[x_scale]), %%zmm29\n"                                                      \
+               "vfmadd213ps " CPULLM_SUMS #i "(%[run]), %%zmm29, %%zmm" #c "\n"                                    \
+               "vfmadd213ps 64+" CPULLM_SUMS #i "(%[run]), %%zmm29, %%zmm" #d "\n"                                 \
+               "vmovaps %%zmm" #c ", " CPULLM_SUMS #i "(%[run])\n"                                                 \
                "vmovaps %%zmm" #d ", 64+" CPULLM_SUMS #i "(%[run])\n.endif\n")
 // Scales or minima of the group, from p on.
 #define CPULLM_WIDEN                                                                                    \
@@ -129,19 +144,20 @@ static_assert(__builtin_offsetof(Run, from) == 8 && __builtin_offsetof(Run, y) =
 // R rows x [steps, tile, 4] times the run's codes. All pointers stand at the run's begin: minus and x_scale [.., tile].
 // apart [segments, rows, 32], 64-byte aligned: inputs kept apart times their codes; added without asking, since which
 // segments have some is as good as random, and a wrong guess costs a third of a segment of 32 inputs.
-// ask: codes to bring to L1 meanwhile, ask_step bytes for each 64 of codes. kAlone: no other tile is there, memory is what
-// the run waits for: those of the run after to L2, on whose way may be more lines than on that to L1.
-template <int R, bool kSplit, bool kPacked, Zeros kForm, bool kAlone>
+// ask: codes to bring to L1 meanwhile, ask_step bytes for each 64 of codes. kFew: few tiles are there, memory is what
+// a run may wait for: those of the run after to L2, on whose way may be more lines than on that to L1.
+template <int R, bool kWide, bool kPacked, Zeros kForm, bool kFew>
 void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const int32_t* minus, const float* x_scale,
-                    const BlockSegment* segment, const int32_t* apart, uintptr_t ask, int64_t ask_step,
-                    Run& run) {
-  constexpr int kKept = R == 4 && kSplit ? 2 : R == 5 ? 4 : R;
-  static_assert(R >= 1 && R <= kRunRows && (R <= 4 || !kSplit) && kChunk % (8 * kStep) == 0, "sums and chains fit, steps come in eights");
+             const BlockSegment* segment, const int32_t* apart, uintptr_t ask, int64_t ask_step, Run& run) {
+  constexpr bool kSplit = kWide && R <= 4;  // two sums
+  constexpr int kKept = !kWide ? R : R == 5 ? 4 : R == 4 ? 2 : R;  // rows whose outputs' chains are in registers
+  static_assert(R >= 1 && R <= kRunRows, "sums and chains fit");
+  static_assert(kChunk % (8 * kStep) == 0, "steps come in eights");
   const void* p;
   int64_t steps, at = 0;
   __asm__ volatile(
       "mov " CPULLM_FROM ", %[p]\n" CPULLM_EACH(CPULLM_LOAD)
-      "vpbroadcastd " CPULLM_LOW ", %%zmm28\n"
+      ".if %c[rows] <= 4 || %c[wide]\nvpbroadcastd " CPULLM_LOW ", %%zmm28\n.endif\n"
       "0:\n" CPULLM_EACH(CPULLM_CLEAR)
       "1:\n"
       "mov (%[segment]), %k[steps]\n"
@@ -174,8 +190,7 @@ void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const int32_t*
       : [codes] "+&r"(codes), [x] "+&r"(x), [segment] "+&r"(segment), [x_scale] "+&r"(x_scale), [minus] "+&r"(minus),
         [apart] "+&r"(apart), [ask] "+&r"(ask), [at] "+&r"(at), [p] "=&r"(p), [steps] "=&r"(steps)
       : [run] "r"(&run), [x_step] "r"(tile * kStep), [ask_step] "r"(ask_step), [rows] "i"(R), [packed] "i"(int(kPacked)),
-        [form] "i"(int(kForm)), [alone] "i"(int(kAlone)),
-        [split] "i"(int(kSplit)), [kept] "i"(kKept)
+        [form] "i"(int(kForm)), [few] "i"(int(kFew)), [wide] "i"(int(kWide)), [split] "i"(int(kSplit)), [kept] "i"(kKept)
       : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12",
         "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", "xmm23", "xmm24",
         "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31", "memory", "cc");
@@ -187,6 +202,7 @@ void dot_run(const uint8_t* codes, const int8_t* x, int64_t tile, const int32_t*
 #undef CPULLM_ZEROS
 #undef CPULLM_BF16
 #undef CPULLM_LOW
+#undef CPULLM_HIGH
 #undef CPULLM_HIGH_SCALE
 #undef CPULLM_FROM_STEP
 #undef CPULLM_Y_STEP
@@ -275,18 +291,23 @@ inline void clear_apart(const ApartList::Entry* entry, const ApartList::Entry* e
 using DotRun = void (*)(const uint8_t* codes, const int8_t* x, int64_t tile, const int32_t* minus, const float* x_scale,
                         const BlockSegment* segment, const int32_t* apart, uintptr_t ask, int64_t ask_step, Run& run);
 
-template <bool kPacked, Zeros kForm, bool kAlone>
+template <bool kWide, bool kPacked, Zeros kForm, bool kFew>
 DotRun dot_run_of(int64_t rows) {
   switch (rows) {
-    case 1: return dot_run<1, true, kPacked, kForm, kAlone>;
-    case 2: return dot_run<2, true, kPacked, kForm, kAlone>;
-    case 3: return dot_run<3, true, kPacked, kForm, kAlone>;
-    case 4:
-      if (split_chains) return dot_run<4, true, kPacked, kForm, kAlone>;
-      return dot_run<4, false, kPacked, kForm, kAlone>;
-    case 5: return dot_run<5, false, kPacked, kForm, kAlone>;
+    case 1: return dot_run<1, kWide, kPacked, kForm, kFew>;
+    case 2: return dot_run<2, kWide, kPacked, kForm, kFew>;
+    case 3: return dot_run<3, kWide, kPacked, kForm, kFew>;
+    case 4: return dot_run<4, kWide, kPacked, kForm, kFew>;
+    case 5: return dot_run<5, kWide, kPacked, kForm, kFew>;
     default: __builtin_trap();  // a tile this level does not make
   }
+}
+
+template <bool kPacked, Zeros kForm>
+DotRun dot_run_of(int64_t rows, int64_t tiles) {
+  if (wide_dots && (tiles > 1 || rows > 3))
+    return tiles <= 4 ? dot_run_of<true, kPacked, kForm, true>(rows) : dot_run_of<true, kPacked, kForm, false>(rows);
+  return tiles == 1 ? dot_run_of<false, kPacked, kForm, true>(rows) : dot_run_of<false, kPacked, kForm, false>(rows);
 }
 
 struct alignas(64) RunScratch {
@@ -331,6 +352,7 @@ void linear_i8_runs(const Weight& w, const QuantizedRows& x, const Output& out, 
   Run run{};
   run.bf16 = w.scale_type == Float::bf16;
   run.low_nibbles = 0x0f0f0f0f;
+  run.high_nibbles = 0xf0f0f0f0;
   run.high_scale = 1.0f / 16;
   memset(mine.zeros, 0, sizeof mine.zeros);
   memset(mine.apart, 0, size_t(min_of(kRunSegments, x.segments) * x.tile * kPanel) * 4);
@@ -373,8 +395,7 @@ void linear_i8_runs(const Weight& w, const QuantizedRows& x, const Output& out, 
           place_apart<kPacked>(apart, apart_end, codes, mine.apart);
           run.from = begins ? mine.zeros : mine.y + (r - row0) * kPanel;
           run.y = ends ? to + (r - row0) * to_stride : mine.y + (r - row0) * kPanel;
-          const auto multiply =
-              tiles == 1 ? dot_run_of<kPacked, kForm, true>(rows) : dot_run_of<kPacked, kForm, false>(rows);
+          const DotRun multiply = dot_run_of<kPacked, kForm>(rows, tiles);
           multiply(codes, x.q + r * x.k_padded + k0 * x.tile, x.tile, x.minus + s,
                    x.scale + r * x.blocks + k0 / kActBlock * x.tile, segments, mine.apart, ask, ask_step, run);
           clear_apart(apart, apart_end, mine.apart);

@@ -175,9 +175,8 @@ extern const int64_t l2_bytes;  // of one core's L2 cache, read when the library
 // in two steps: a core waits for at most 16 lines on their way to L1 and 48 to L2. AMD's Zen 4 reads 15 % less with it:
 // its own prefetchers follow one stream better when no others stand in their queue.
 extern const bool prefetch_codes;
-// Whether four rows, whose sums take a dot product each a step, have two sets of sums. Zen 5 makes two dot products a cycle,
-// each 4 cycles long, beside everything else; other cores make one, or make them where they part nibbles.
-extern const bool split_chains;
+// Whether a core makes two 64-byte dot products a cycle beside other vector work: AMD from Zen 5 on.
+extern const bool wide_dots;
 constexpr int64_t kCodesToL2 = 16 * 1024, kCodesToL1 = 2 * 1024;  // how far ahead, bytes
 // Whether that kernel (avx512) multiplies two panels at a time and asks for the codes of both. Zen 5 (AMD's family 26)
 // loses a stream of codes that is not asked for beside those of scales and inputs, and reads two faster than one.
