@@ -33,10 +33,8 @@ def test_few_rows_over_codes(rows, dim, isa):
         k, v = (code[:, :, :t].double() * scale[:, :, :t, None] for code, scale in zip(codes, scales, strict=True))
         pad = torch.ones(2, 1, 1, t, dtype=torch.bool)
         pad[1, ..., : t // 2] = False
-        more = {
-            "padding": {"mask": pad},
-            "long window": {"window": 270, "softcap": 3.0, "sinks": torch.randn(2 * rows)},
-        }
+        long = {"window": 270, "softcap": 3.0, "sinks": torch.randn(2 * rows)}
+        more = {"padding": {"mask": pad}, "long window": long}
         cases = {name: options(name, (2, 2 * rows, 2, 1, t, dim), torch.float32) for name in OPTIONS} | more
         for name, given in cases.items():
             unseen = max(0, t - given.get("window", t))

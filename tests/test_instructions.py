@@ -165,8 +165,8 @@ LONGEST = {"avx2": 10.5, "avx_vnni": 7.0, "avx512": 8.0, "amx": 16.0}
 def test_inner_loops_have_no_spills(level):
     """Sums stay in registers. Except in what intrinsics do with 16 of them: there the counts above are the guard.
 
-    Attention of few rows transposes keys between its products, so its loops have no length per product; of four rows GCC
-    12 stores and loads one word of eight keys.
+    Attention of few rows transposes keys between its products, so its loops have no length per product; of four rows
+    GCC 12 stores and loads one word of eight keys.
     """
     few_rows = ("attention_with<", "all_blocks<", "few_rows<", "direct_scores<", "direct_values<")
     few_registers = ("row_i8", "(cpullm::Codes)2") if level in ("avx2", "avx_vnni") else ()
