@@ -141,8 +141,9 @@ LayerCall check_call(const LayerProgram& p, const Tensor& x, const OptionalTenso
 Tensor run_steps(Steps& steps, const Tensor& x, const RankMemory* ranks = nullptr,
                  const RankMemory* rank_team = nullptr, const HeadProgram* head = nullptr) {
   const Tensor source = x.is_contiguous() ? x : torch::stable::contiguous(x);
-  const bool whole = steps.layers[0].call.stage == Stage::whole, last = steps.layers.back().call.last;
-  const int64_t sizes[] = {x.size(0), last ? 1 : x.size(1), head ? head->linear.w.n : x.size(2)};
+  const LayerCall& first = steps.layers[0].call;
+  const int64_t sizes[] = {x.size(0), first.last ? 1 : x.size(1), head ? head->linear.w.n : x.size(2)};
+  const bool whole = first.stage == Stage::whole;
   Tensor y = empty_cpu(sizes, 3, whole ? x.scalar_type() : ScalarType::Float);
   if (x.numel() == 0) return y;
   const Kernels& table = kernels();
@@ -192,17 +193,6 @@ Tensor run_steps(Steps& steps, const Tensor& x, const RankMemory* ranks = nullpt
   return y;
 }
 
-// The layer is to compute the last token alone.
-void ask_for_last(Layer& layer) {
-  const LayerProgram& p = *layer.program;
-  LayerCall& call = layer.call;
-  STD_TORCH_CHECK(
-      p.compute == Compute::int8 && !p.parallel && call.k_cache && call.tokens * (p.heads / p.kv_heads) > kFewRows,
-      kForward, ": the last token alone is of a sequential layer in int8 with a cache and a prompt of more than ",
-      kFewRows, " rows per key and value head, got ", call.tokens, " tokens");
-  call.last = true;
-}
-
 Tensor layer_forward(int64_t handle, const Tensor& x, const OptionalTensor& cos, const OptionalTensor& sin,
                      const OptionalTensor& mask, const OptionalTensor& k_cache, const OptionalTensor& v_cache,
                      const OptionalTensor& k_scale, const OptionalTensor& v_scale, int64_t length, bool last) {
@@ -210,7 +200,13 @@ Tensor layer_forward(int64_t handle, const Tensor& x, const OptionalTensor& cos,
   steps.programs.push_back(find_program(kForward, handle));
   const LayerProgram& p = layer_of(steps.programs[0], handle);
   steps.layers.push_back({&p, check_call(p, x, cos, sin, mask, k_cache, v_cache, k_scale, v_scale, length)});
-  if (last) ask_for_last(steps.layers[0]);
+  LayerCall& call = steps.layers[0].call;
+  call.last = last;
+  STD_TORCH_CHECK(!last || (p.compute == Compute::int8 && !p.parallel && call.k_cache &&
+                            call.tokens * (p.heads / p.kv_heads) > kFewRows),
+                  kForward,
+                  ": the last token alone is of a sequential layer in int8 with a cache and a prompt of more than ",
+                  kFewRows, " rows per key and value head, got ", call.tokens, " tokens");
   steps.group({1}, 0, {});
   return run_steps(steps, x);
 }
@@ -365,7 +361,7 @@ int64_t stack_create(std::vector<int64_t> handles, std::vector<Tensor> caches, s
 void stack_free(int64_t stack) { stacks.free(stack); }
 
 Tensor stack_forward(int64_t stack, const Tensor& x_or_ids, std::vector<Tensor> angles, const OptionalTensor& mask,
-                     int64_t length, int64_t head, int64_t embedding, int64_t first, bool last) {
+                     int64_t length, int64_t head, int64_t embedding, int64_t first) {
   constexpr const char* op = "cpullm::stack_forward";
   std::shared_ptr<const Stack> s = stacks.find(stack);
   STD_TORCH_CHECK(s, op, ": there is no stack ", stack);
@@ -401,15 +397,11 @@ Tensor stack_forward(int64_t stack, const Tensor& x_or_ids, std::vector<Tensor> 
                     length + call.tokens);
   }
   steps.group(s->groups, s->bypass, {});
-  if (last) {
-    STD_TORCH_CHECK(s->groups.back() == 1, op, ": the last layer is one of a group, which has no last token alone");
-    ask_for_last(steps.layers.back());
-  }
   if (!head) return run_steps(steps, x);
   steps.programs.push_back(find_program(op, head));
-  const HeadProgram& top = steps.programs.back()->as<HeadProgram>(op, head, "head");
-  STD_TORCH_CHECK(top.hidden == x.size(2), op, ": the head reads rows of ", top.hidden, ", x has ", shape_of(x));
-  return run_steps(steps, x, nullptr, nullptr, &top);
+  const HeadProgram& last = steps.programs.back()->as<HeadProgram>(op, head, "head");
+  STD_TORCH_CHECK(last.hidden == x.size(2), op, ": the head reads rows of ", last.hidden, ", x has ", shape_of(x));
+  return run_steps(steps, x, nullptr, nullptr, &last);
 }
 
 // Barriers that the last run started by this thread passed.
@@ -451,10 +443,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cpullm, m) {
   // rotary's indices point into angles; mask: of every layer. The caches of the stack take the new tokens. head: of
   // head_create, 0 for none: the result is what it makes of the last layer's, [b, s, n]. embedding: of embedding_create:
   // x is its rows of these ids [b, s]. first: -1, or angles are of many positions and the tokens' are those from it on.
-  // last: as of layer_forward.
   m.def(
       "stack_forward(int stack, Tensor x, Tensor[] angles, Tensor? mask, int length, int head=0, int embedding=0, "
-      "int first=-1, bool last=False) -> Tensor");
+      "int first=-1) -> Tensor");
   m.def("layer_barriers() -> int");
 }
 

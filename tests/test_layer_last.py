@@ -11,7 +11,7 @@ from layer_programs import STRUCTURES, cache_of, call, padded_mask, spec
 import torch_cpullm
 from torch_cpullm import ops
 from torch_cpullm.kv_cache import CpuLlmCache
-from torch_cpullm.layer_program import Program, Stack
+from torch_cpullm.layer_program import Program
 from torch_cpullm.layer_prompt import PromptStep
 
 CACHES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -78,20 +78,15 @@ def test_what_does_not_fit_is_an_error():
 
 @pytest.fixture
 def alone(monkeypatch):
-    """How many last layers computed the last token alone, by themselves or in a stack, as a list of one."""
-    count, alone, together = [0], Program.last, Stack.__call__
+    """How many last layers computed the last token alone, as a list of one."""
+    count, real = [0], Program.last
 
     def last(self, *args):
-        y = alone(self, *args)
+        y = real(self, *args)
         count[0] += y is not None
         return y
 
-    def stack(self, *args):
-        count[0] += args[-1] is True
-        return together(self, *args)
-
     monkeypatch.setattr(Program, "last", last)
-    monkeypatch.setattr(Stack, "__call__", stack)
     return count
 
 

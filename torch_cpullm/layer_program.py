@@ -48,7 +48,7 @@ class Program:
         self._kv_heads, self._head_dim = spec.kv_heads, spec.head_dim
         # Tokens for last(): of fp32 products the order of additions depends on the rows.
         alone = spec.o.compute == "int8" and not spec.parallel and spec.ranks is None
-        self.least = 1 + MOST_FEW_ROWS // (spec.heads // spec.kv_heads) if alone else sys.maxsize
+        self._least = 1 + MOST_FEW_ROWS // (spec.heads // spec.kv_heads) if alone else sys.maxsize
         # Sums over the ranks that cut the layer, in a run; in one as a member of a group, whose own sum is another.
         self.ranks, self.sums = spec.ranks, 1 if spec.parallel else 2
         self.member_sums = 0 if spec.parallel else 1 + (spec.post_mlp_norm is not None)
@@ -67,7 +67,7 @@ class Program:
         """The last token of what a call returns, [b, 1, hidden], with the same bits; None where that is not done, of
         few tokens or without a cache.
         """
-        if cache is None or x.dim() != 3 or x.shape[1] < self.least:
+        if cache is None or x.dim() != 3 or x.shape[1] < self._least:
             return None
         return self._with_cache(x, cos, sin, mask, cache, True)
 
@@ -154,11 +154,10 @@ class Stack:
         head: Head | None = None,
         embedding: Embedding | None = None,
         first: int = -1,
-        last: bool = False,
     ) -> Tensor:
-        """Run all layers once; the caches take the new tokens. last: y of the last token, see :meth:`Program.last`."""
+        """Run all layers once; the caches take the new tokens."""
         before, after = 0 if embedding is None else embedding.handle, 0 if head is None else head.handle
-        return _stack_forward(self._number, x, angles, mask, length, after, before, first, last)
+        return _stack_forward(self._number, x, angles, mask, length, after, before, first)
 
 
 def run_group(programs: Sequence[Program], bypass: int, calls: Sequence[tuple], ranks: Any = None) -> Tensor | None:

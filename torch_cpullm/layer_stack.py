@@ -184,13 +184,8 @@ class LayerStack:
             return None
         mask, cache, count = shared[0], shared[2], len(self._programs)
         angles = [t for t in rotary if t is not None]
-        only = step.only and self._groups[-1] == 1 and self.is_whole and x.shape[1] >= self._programs[-1].least
-        rotary_ = self._one_rotary if angles else self._no_rotary
-        y = self.run(unchanged, x, angles, rotary_, mask, cache, last=only)
+        y = self.run(unchanged, x, angles, self._one_rotary if angles else self._no_rotary, mask, cache)
         if y is not None:
-            y = y.expand(x.shape) if only else y
-            if step.ends is not None:
-                step.ends.append(y[:, -1:])
             step.out, step.frame, step.shared, step.last = y, frame, shared, Seen(x, (shared[:2],) * count, y)
         return y
 
@@ -205,12 +200,11 @@ class LayerStack:
         head: Head | None = None,
         embedding: Embedding | None = None,
         first: int = -1,
-        last: bool = False,
     ) -> Tensor | None:
         """The output of all layers, or what ``head`` makes of it; None if each has to be called.
 
         unchanged: as in :meth:`begin`. The rest: see :class:`layer_program.Stack`; without :attr:`is_whole` there are
-        neither head nor embedding, first is -1, and last False.
+        neither head nor embedding and first is -1.
         """
         if self.hooked() or not unchanged():
             return None
@@ -220,7 +214,7 @@ class LayerStack:
         held, buffers, length = ready
         mask = fitting(mask, length + x.shape[1])
         if buffers.stack is not None:
-            y = buffers.stack(x, angles, mask, length, head, embedding, first, last)
+            y = buffers.stack(x, angles, mask, length, head, embedding, first)
         else:
             tensors = angles if mask is None else [*angles, mask]
             masks = [-1 if mask is None else len(angles)] * len(self._programs)

@@ -479,7 +479,7 @@ def _layers_forward_fake(
 
 
 @torch.library.register_fake("cpullm::stack_forward")
-def _stack_forward_fake(stack, x, angles, mask, length, head=0, embedding=0, first=-1, last=False):
+def _stack_forward_fake(stack, x, angles, mask, length, head=0, embedding=0, first=-1):
     raise RuntimeError("cpullm::stack_forward writes caches that a trace does not see: trace layers_forward instead")
 
 
