@@ -1,4 +1,4 @@
-"""All layers of a decoder as one operator.
+"""All layers of a decoder as one operator, for the few tokens of a decode step.
 
 The call of the first layer computes all of them; the calls of the others, which the decoder makes one after another,
 hand the result on. That is right only while the decoder does nothing between its layers but pass on what it got. So
@@ -25,7 +25,7 @@ from torch.nn.modules import module as hooks
 from .layer_program import Embedding, Head, Program, Stack, Sums, fitting, run_all
 from .layer_watch import wait
 
-MOST_TOKENS = 1024  # of a sequence in one step: a longer one can be interrupted between its layers
+MOST_TOKENS = 8  # of a sequence in one step; beyond, the operators' own cost does not matter
 BUFFERS = "_stack_buffers"  # attribute of a cache: a _Buffers
 _DEPTH = 12  # frames between a layer's forward and its decoder's
 
