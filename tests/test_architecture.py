@@ -37,6 +37,7 @@ LAYERS = [
             "layer_graph",
             "layer_stack",
             "layer_decoder",
+            "layer_prompt",
             "layer_token",
             "layer_angles",
             "layer_group",

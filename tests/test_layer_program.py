@@ -289,4 +289,5 @@ def test_barriers_of_a_token(structure):
         for tokens, position, more in ((7, 0, None), (1, 7, 0), (260, 8, None), (1, 268, 1)):
             program(*call(layer, 1, tokens, position), None, cache)
             if more is not None:
-                assert torch.ops.cpullm.layer_barriers() == count + more
+                split = more and not layer.window  # a window shows too few keys to be split
+                assert torch.ops.cpullm.layer_barriers() == count + split
