@@ -181,7 +181,7 @@ constexpr int64_t kCodesToL2 = 16 * 1024, kCodesToL1 = 2 * 1024;  // how far ahe
 // Whether that kernel (avx512) multiplies two panels at a time and asks for the codes of both. Zen 5 (AMD's family 26)
 // loses a stream of codes that is not asked for beside those of scales and inputs, and reads two faster than one.
 extern const bool pair_panels;
-constexpr int64_t kPairToL1 = 3 * 1024;
+constexpr int64_t kPairToL1 = 3 * 1024, kLoneToL1 = 6 * 1024;  // a panel that is left over is one stream
 
 // Levels fill the table from the slowest to the fastest; each overwrites what it does better.
 void use_ref(Kernels& k);

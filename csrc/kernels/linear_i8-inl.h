@@ -97,6 +97,14 @@ namespace {
 // Whether row_i8 takes these weights.
 inline bool takes_row(const Weight& w) { return w.bits == 4 || Simd::kBias8 != 0; }
 
+// One panel of one row. kAsk: see row_i8.
+template <bool kAsk>
+inline void one_panel(const Weight& w, const TileArgs& a) {
+  if constexpr (Simd::kBias8 != 0)
+    if (w.bits == 8) return row_i8<Codes::u8, 1, kAsk>(a);
+  row_i8<Codes::packed4, 1, kAsk>(a);
+}
+
 // linear_i8 of one row.
 inline void linear_row_i8(const Weight& w, const QuantizedRows& x, const Output& out, Range panels) {
   alignas(64) float y[2 * kPanel];
@@ -120,7 +128,7 @@ inline void linear_row_i8(const Weight& w, const QuantizedRows& x, const Output&
     for (; panel < panels.begin + half; ++panel) {
       at_panel(w, panel, a);
       memset(y, 0, sizeof y);
-      w.bits == 8 ? row_i8<Codes::u8, 2>(a) : row_i8<Codes::packed4, 2>(a);
+      w.bits == 8 ? row_i8<Codes::u8, 2, true>(a) : row_i8<Codes::packed4, 2, true>(a);
       store_panel(out, w.n, 0, panel, y);
       store_panel(out, w.n, 0, panel + half, y + kPanel);
     }
@@ -129,11 +137,7 @@ inline void linear_row_i8(const Weight& w, const QuantizedRows& x, const Output&
   for (; panel < panels.end; ++panel) {
     at_panel(w, panel, a);
     memset(y, 0, kPanel * sizeof(float));
-    if constexpr (Simd::kBias8 != 0) {
-      w.bits == 8 ? row_i8<Codes::u8, 1>(a) : row_i8<Codes::packed4, 1>(a);
-    } else {
-      row_i8<Codes::packed4, 1>(a);
-    }
+    pair_panels ? one_panel<true>(w, a) : one_panel<false>(w, a);
     store_panel(out, w.n, 0, panel, y);
   }
 }

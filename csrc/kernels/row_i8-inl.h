@@ -18,7 +18,8 @@ inline __attribute__((always_inline)) void ask_in_order(const uint8_t* at) {
   __asm__ volatile("prefetcht0 %0" : : "m"(*at));
 }
 
-template <Codes kCodes, Zeros kForm, Float kScale, int kPanels>
+// kAsk: asks for codes step by step, see pair_panels; else by `prefetch`.
+template <Codes kCodes, Zeros kForm, Float kScale, int kPanels, bool kAsk>
 struct Row {
   using S = Simd;
   using I = S::I;
@@ -26,6 +27,7 @@ struct Row {
   static constexpr int H = S::kHalves, L = S::kLanes;
   static constexpr int64_t kBlockBytes = kCodes == Codes::packed4 ? 64 : 128;
   static constexpr int kHighBits = kCodes == Codes::packed4 ? S::kHighBits : 0;
+  static constexpr int64_t kToL1 = kPanels == 1 ? kLoneToL1 : kPairToL1;
   static constexpr int kChains = kPanels == 1 ? S::kDotChains : 1;  // of a sum
 
   const uint8_t* codes;
@@ -59,7 +61,7 @@ struct Row {
       const uint8_t* w = codes;
       const int8_t* x = q;
       for (int64_t c = 0; c < chunks; ++c) {
-        if (kPanels == 1 && h == 0 && prefetch)
+        if (!kAsk && h == 0 && prefetch)
 #pragma GCC unroll 16
           for (int64_t at = 0; at < 8 * kBlockBytes; at += 64) {
             _mm_prefetch(reinterpret_cast<const char*>(w) + kCodesToL2 + at, _MM_HINT_T1);
@@ -71,16 +73,16 @@ struct Row {
 #pragma GCC unroll 2
           for (int p = 0; p < kPanels; ++p) {
             const uint8_t* const step = w + p * next_codes + kBlockBytes * s;
-            if (kPanels == 2) {
-              ask_in_order(step + kPairToL1);
-              if (kCodes == Codes::u8) ask_in_order(step + kPairToL1 + 64);
+            if (kAsk && h == 0) {
+              ask_in_order(step + kToL1);
+              if (kCodes == Codes::u8) ask_in_order(step + kToL1 + 64);
             }
             I lo, hi;
             if (kCodes == Codes::packed4) {
               S::load_nibbles(step, h, lo, hi);
             } else {
-              if (kPanels == 1) _mm_prefetch(reinterpret_cast<const char*>(step) + 4096 + 64 * h, _MM_HINT_T0);
-              if (kPanels == 1 && H == 1) _mm_prefetch(reinterpret_cast<const char*>(step) + 4160, _MM_HINT_T0);
+              if (!kAsk) _mm_prefetch(reinterpret_cast<const char*>(step) + 4096 + 64 * h, _MM_HINT_T0);
+              if (!kAsk && H == 1) _mm_prefetch(reinterpret_cast<const char*>(step) + 4160, _MM_HINT_T0);
               S::load_u8(step, h, lo, hi);
             }
             dot[p][s % kChains][0].step(lo, four);
@@ -135,10 +137,10 @@ struct Row {
 
 // kChunks: chunks of every segment of a full block; 0: segments of any length. Not inlined: a caller's numbers would take
 // registers from its loops.
-template <Codes kCodes, Zeros kForm, Float kScale, int kPanels, int kChunks>
+template <Codes kCodes, Zeros kForm, Float kScale, int kPanels, bool kAsk, int kChunks>
 [[gnu::noinline]] void row_i8(const TileArgs& a) {
   using S = Simd;
-  using R = Row<kCodes, kForm, kScale, kPanels>;
+  using R = Row<kCodes, kForm, kScale, kPanels, kAsk>;
   constexpr int H = R::H, L = R::L;
   const int64_t column = a.k_begin / a.group * kPanel;
   R row{a.codes,      a.q,           a.minus, a.apart_rows, a.scales + column, nullptr, nullptr, prefetch_codes,
@@ -193,25 +195,26 @@ template <Codes kCodes, Zeros kForm, Float kScale, int kPanels, int kChunks>
       for (int i = 0; i < 2; ++i) S::store(a.y + p * kPanel + h * L + 16 * i, y[p][h][i]);
 }
 
-template <Codes kCodes, Zeros kForm, Float kScale, int kPanels>
+template <Codes kCodes, Zeros kForm, Float kScale, int kPanels, bool kAsk>
 void row_i8(const TileArgs& a) {
-  if (a.k_begin % kActBlock == 0 && a.group == 32) return row_i8<kCodes, kForm, kScale, kPanels, 1>(a);
-  if (a.k_begin % kActBlock == 0 && a.group == 64) return row_i8<kCodes, kForm, kScale, kPanels, 2>(a);
-  if (a.k_begin % kActBlock == 0 && a.group % kActBlock == 0) return row_i8<kCodes, kForm, kScale, kPanels, 4>(a);
-  row_i8<kCodes, kForm, kScale, kPanels, 0>(a);
+  if (a.k_begin % kActBlock == 0 && a.group == 32) return row_i8<kCodes, kForm, kScale, kPanels, kAsk, 1>(a);
+  if (a.k_begin % kActBlock == 0 && a.group == 64) return row_i8<kCodes, kForm, kScale, kPanels, kAsk, 2>(a);
+  if (a.k_begin % kActBlock == 0 && a.group % kActBlock == 0) return row_i8<kCodes, kForm, kScale, kPanels, kAsk, 4>(a);
+  row_i8<kCodes, kForm, kScale, kPanels, kAsk, 0>(a);
 }
 
-template <Codes kCodes, Zeros kForm, int kPanels>
+template <Codes kCodes, Zeros kForm, int kPanels, bool kAsk>
 void row_i8(const TileArgs& a) {
-  a.scale_type == Float::f16 ? row_i8<kCodes, kForm, Float::f16, kPanels>(a)
-                             : row_i8<kCodes, kForm, Float::bf16, kPanels>(a);
+  a.scale_type == Float::f16 ? row_i8<kCodes, kForm, Float::f16, kPanels, kAsk>(a)
+                             : row_i8<kCodes, kForm, Float::bf16, kPanels, kAsk>(a);
 }
 
-template <Codes kCodes, int kPanels>
+template <Codes kCodes, int kPanels, bool kAsk>
 void row_i8(const TileArgs& a) {
-  if (a.form == Zeros::symmetric) return row_i8<kCodes, Zeros::symmetric, kPanels>(a);
+  if (a.form == Zeros::symmetric) return row_i8<kCodes, Zeros::symmetric, kPanels, kAsk>(a);
   if (kCodes == Codes::u8) __builtin_unreachable();  // 8-bit codes are symmetric
-  a.form == Zeros::integer ? row_i8<kCodes, Zeros::integer, kPanels>(a) : row_i8<kCodes, Zeros::minimum, kPanels>(a);
+  a.form == Zeros::integer ? row_i8<kCodes, Zeros::integer, kPanels, kAsk>(a)
+                           : row_i8<kCodes, Zeros::minimum, kPanels, kAsk>(a);
 }
 
 }  // namespace
