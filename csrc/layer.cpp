@@ -44,8 +44,8 @@ struct LayerRun {
     parallel = first.parallel;
     compute = first.compute;
     lp = g.count == 1 || g.bypass == kAllMembers;
-    const bool by_rows =
-        goes_by_rows(kernels, compute, m, threads) && c.stage == Stage::whole && !parallel && !parts_sum && !spread;
+    const bool by_rows = goes_by_rows(kernels, compute, m, threads) && c.stage == Stage::whole && !c.tiled &&
+                         !parallel && !parts_sum && !spread;
     blocks = by_rows ? blocks_of_rows(kernels, m, threads) : 0;
     for (int64_t i = 0; i < g.count; ++i) {
       Part& part = parts[i];

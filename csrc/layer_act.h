@@ -6,7 +6,7 @@
 namespace cpullm {
 namespace {
 
-constexpr int64_t kPanelsAtOnce = 16;  // of gate and of up in such a block, before they are activated
+constexpr int64_t kPanelsAtOnce = 16;  // of gate and of up in a block of rows (layer_rows.h), before they are activated
 
 // Whether a block's down projection can have its input while gate and up are made, kPanelsAtOnce panels at a time: they
 // are whole blocks and groups of inputs, in their own order, and the halves of one weight begin at panels.
@@ -46,7 +46,7 @@ inline void act_by_panels(const Team& team, Part& part, int64_t rows) {
   }
 }
 
-// up_out [rows, intermediate] of each part (stride `width`) = act(gate) * up.
+// up_out [rows, intermediate] of each part (stride `width`) = act(gate) * up; or its part.h, see act_by_panels.
 template <class LayerRun>
 void up_and_act(LayerRun& run, int64_t rows) {
   Team& team = run.team;

@@ -50,6 +50,17 @@ def test_last_token_has_the_same_bits(structure, batch, tokens, masked, kind, is
         assert torch.equal(short.values, whole.values)
 
 
+@pytest.mark.parametrize("batch", [127, 130])
+def test_so_many_sequences_that_their_last_tokens_would_go_by_blocks(batch):
+    layer = spec(**{**STRUCTURES["llama"], "linears": {"compute": "int8"}})
+    program = Program(layer)
+    torch.set_num_threads(1)
+    whole, short = cache_of(torch.bfloat16), cache_of(torch.bfloat16)
+    x, cos, sin = call(layer, batch, 60, 0, torch.bfloat16)
+    expected = program(x, cos, sin, None, whole)
+    assert torch.equal(program.last(x, cos, sin, None, short), expected[:, -1:])
+
+
 def test_what_does_not_fit_is_an_error():
     layer = spec(linears={"compute": "int8"})
     program = Program(layer)
@@ -205,6 +216,37 @@ def test_another_norm_is_learnt_again(alone):
     assert alone[0] == 1
     assert not torch.equal(second[0], first[0])
     same_as_first(model, ids, second)
+
+
+def test_a_class_that_keeps_hidden_states_is_not_learnt(alone, monkeypatch):
+    model, ids, _ = optimised()
+    real = type(model.model.norm).forward
+
+    def keeping(self, x):
+        model.kept = x
+        return real(self, x)
+
+    monkeypatch.setattr(type(model.model.norm), "forward", keeping)
+    model = torch_cpullm.optimize(ALL["llama"].build(), torch_cpullm.CpuLlmConfig())
+    for _ in range(3):
+        prompt(model, ids)
+    assert alone[0] == 0
+    assert not torch.equal(model.kept[:, 0], model.kept[:, -1])
+
+
+def test_a_class_that_writes_to_hidden_states(monkeypatch):
+    model, ids, _ = optimised()
+    real = type(model.model.norm).forward
+
+    def writing(self, x):
+        x += 1
+        return real(self, x)
+
+    monkeypatch.setattr(type(model.model.norm), "forward", writing)
+    model = torch_cpullm.optimize(ALL["llama"].build(), torch_cpullm.CpuLlmConfig())
+    first = prompt(model, ids)
+    for _ in range(2):
+        same_as_first(model, ids, first)
 
 
 def test_two_threads_that_ask_for_different_things(alone):

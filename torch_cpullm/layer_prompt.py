@@ -16,6 +16,8 @@ from .layer_decoder import SETTINGS, TRIES, DecoderStep, children, gives
 from .layer_watch import Glance, Watch
 from .linear import PackedLinear
 
+_RESULT = {"logits", "past_key_values"}  # all that is in the result of such a call
+
 
 @dataclass(frozen=True)
 class _Learnt:
@@ -50,20 +52,31 @@ class PromptStep:
                 with stack.last_of_prompt(only=True):
                     return forward()
             self._learnt = None
+        glances, names = (Glance(model), Glance(decoder, SETTINGS)), _names(model, decoder)
         with stack.last_of_prompt(only=False) as ends:
             out = forward()
+        if len(ends) != 1:  # the last layer's program did not run
+            return out
         self._tries -= 1
-        names = {name for name, value in vars(out).items() if value is not None}
-        if len(ends) == 1 and names == {"logits", "past_key_values"} and out.past_key_values is cache:
-            self._learn(model, decoder, ends[0], out.logits)
+        if getattr(out, "past_key_values", None) is not cache:
+            return out
+        # A class that keeps something of its hidden states would keep something else.
+        kept = names != _names(model, decoder) or not glances[0].same(model) or not glances[1].same(decoder)
+        if not kept and {name for name, value in vars(out).items() if value is not None} == _RESULT:
+            self._learn(model, decoder, glances, ends[0], out.logits)
         return out
 
-    def _learn(self, model: Any, decoder: nn.Module, y: Tensor, logits: Tensor) -> None:
+    def _learn(self, model: Any, decoder: nn.Module, glances: tuple[Glance, Glance], y: Tensor, logits: Tensor) -> None:
         heads = [module for module in model.children() if isinstance(module, PackedLinear)]
         for norm in children(decoder):
             for head in heads:
                 if gives(nn.Sequential(norm, head), logits, y):
                     parts = nn.ModuleList([norm, head])
-                    self._learnt = _Learnt(parts, Watch([parts], None), Glance(model), Glance(decoder, SETTINGS))
+                    self._learnt = _Learnt(parts, Watch([parts], None), *glances)
                     self._tries = TRIES
                     return
+
+
+def _names(*modules: nn.Module) -> list[set[str]]:
+    """The names of their attributes."""
+    return [set(vars(module)) for module in modules]

@@ -146,11 +146,13 @@ class LayerStack:
         only: it computes that token alone, where it can, and returns it in every token's place.
         """
         step = self._step
-        step.ends, step.only = [], only
+        ends: list[Tensor] = []
+        before = step.ends, step.only
         try:
-            yield step.ends
+            step.ends, step.only = ends, only
+            yield ends
         finally:
-            step.ends, step.only = None, False
+            step.ends, step.only = before
 
     def compute(self, index: int, run: Any, ready: tuple[Tensor, Any, Any, Any, Any]) -> Tensor:
         """``run(*ready)``, layer ``index`` on its own; see :meth:`last_of_prompt`."""
@@ -158,8 +160,8 @@ class LayerStack:
         if step.ends is None or index != self._last:
             return run(*ready)
         y = run.last(*ready) if step.only and isinstance(run, Program) else None
-        whole = run(*ready) if y is None else y.expand(ready[0].shape)
-        step.ends.append(whole[:, -1:])
+        whole = run(*ready) if y is None else y.expand(ready[0].shape).contiguous()  # it may be written to
+        step.ends.append(whole[:, -1:].clone())
         return whole
 
     # ---- running ----------------------------------------------------------------------------------------------------

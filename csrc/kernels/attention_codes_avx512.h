@@ -1,8 +1,8 @@
 // Attention of 3 to 8 rows over int8 caches in int8 products, where it need not be exact.
 //
 // Queries, and a block's probabilities times the values' scales, become 16-bit integers relative to their row's largest
-// and are taken as two signed bytes, 256 high + low. A 2^-16th of the largest is no more than bf16's 2^-9th of each, in a
-// block of 256 keys even if every one is off the same way. Codes are unsigned, code + 128: an integer sum says what that
+// and are taken as two signed bytes, 256 high + low: off by 2^-16 of the largest, 2^-8 of it if all of a block's 256 keys
+// are off the same way. Codes are unsigned, code + 128: an integer sum says what that
 // adds.
 //
 // A block of keys and its values are turned into words of four codes once for all rows: of neighbouring head elements for
@@ -44,6 +44,7 @@ struct CodeProducts {
   static constexpr int64_t kTileBytes = 64 * kWordBytes;  // of values: kDirectKeys keys
   static constexpr float kMost = 127 * 256 + 127;  // of two signed bytes
   static constexpr int kMostRows = 8;
+  static_assert(Simd::kDirectMost <= kMostRows, "few rows fit");
 
   static bool few(const Attention& a, int64_t rows) {
     return rows > 2 && a.type == CacheType::i8 && a.width % 64 == 0 && a.width <= 512;

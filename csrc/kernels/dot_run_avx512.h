@@ -15,7 +15,7 @@
 // stay where they are, 16 times the code, and their columns take a 16th of the scale: exact of scales above 2^-122.
 // All tiles pass over the codes of a run, in L1, before the next run, and meanwhile each asks for its share of that
 // one's.
-// Bound on Zen, where dot products and fma share two units: 64 of 75 slots at group 32, 86 %; 94 % at 128.
+// Bound on Zen, where dot products and fma share two units: 64 of 75 slots at group 32, 85 %; 94 % at 128.
 // A block's chain starts from +0, as ref's; row_i8 and amx start from the first product: an output may differ only
 // where that is -0, and sums of outputs start from +0, which takes either.
 // Registers: zmm0-9 sums of row i in 2i and 2i + 1; zmm12-21 the block's chains; zmm28 the mask 15 and zmm29 inputs,
@@ -229,12 +229,14 @@ constexpr int64_t kRunSegments = (kRunBytes / 16 + kRunTail) / kChunk;  // most 
 
 // The inputs apart of a block of rows, run by run and tile by tile: made once, since all panels go by.
 struct ApartList {
-  // step, place: of the run's codes, and segment * rows + row of the tile's sums; value: in the lower half.
+  // step, shift: where the run's codes have the input, 4 to a step; place: segment * rows + row of the tile's sums;
+  // value: in the lower half.
   struct Entry {
     uint16_t step, place;
     int32_t value, shift;
   };
-  static constexpr int64_t kMost = 4608, kMostTiles = 640;  // of the tiles of a run, over all runs
+  static constexpr int64_t kMost = 4608;  // entries: one per block of activations of each row
+  static constexpr int64_t kMostTiles = 640;  // of all runs together
   int64_t count, tiles;
   Entry entries[kMost];
   uint16_t ends[kMostTiles];
@@ -347,7 +349,8 @@ void linear_i8_runs(const Weight& w, const QuantizedRows& x, const Output& out, 
   constexpr int64_t kBytes = kPacked ? 16 : 32;  // of an input's codes
   constexpr int64_t kRunK = kRunBytes / kBytes;
   constexpr int64_t kZeroBytes = kForm == Zeros::integer ? 1 : 2;
-  const int64_t block_rows = even_tile((x.m + x.tile - 1) / x.tile, rows_per_block(x) / x.tile) * x.tile;
+  const int64_t fitting = min_of(rows_per_block(x), ApartList::kMost / x.blocks) / x.tile;
+  const int64_t block_rows = even_tile((x.m + x.tile - 1) / x.tile, fitting > 0 ? fitting : 1) * x.tile;
   BlockSegment segments[kRunSegments];
   Run run{};
   run.bf16 = w.scale_type == Float::bf16;
