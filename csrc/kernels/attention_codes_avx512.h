@@ -94,8 +94,9 @@ struct CodeProducts {
       for (int64_t c = 0; c < a.width; c += 16) top = Simd::max_u32(top, Simd::magnitude(Simd::load(q + c)));
       const __m512 largest = _mm512_castsi512_ps(_mm512_set1_epi32(int(Simd::reduce_max_u32(top))));
       const __m512 inverse = inverse_of(largest);
+      const __mmask16 some = _mm512_cmp_ps_mask(inverse, _mm512_setzero_ps(), _CMP_NEQ_OQ);
       for (int64_t c = 0; c < a.width; c += 16) {
-        const __m512i integer = _mm512_cvtps_epi32(Simd::mul(Simd::load(q + c), inverse));
+        const __m512i integer = _mm512_maskz_cvtps_epi32(some, Simd::mul(Simd::load(q + c), inverse));
         store_bytes(to.q + 2 * (r * m.padded + c), integer);
         sum = _mm512_add_epi32(sum, integer);
       }
