@@ -407,7 +407,7 @@ def test_sampling_repeats_itself_for_one_seed(llama):
 
 
 def test_interrupt_leaves_the_numbers_and_no_traceback():
-    with command("generate", "Count to one thousand.", "-n", 4000) as process:
+    with command("generate", "Write a long story about a dragon.", "-n", 4000) as process:  # ten seconds or more
         first = process.stdout.read(60)  # it speaks
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)
