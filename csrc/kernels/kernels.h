@@ -175,14 +175,15 @@ extern const int64_t l2_bytes;  // of one core's L2 cache, read when the library
 // in two steps: a core waits for at most 16 lines on their way to L1 and 48 to L2. AMD's Zen 4 reads 15 % less with it:
 // its own prefetchers follow one stream better when no others stand in their queue.
 extern const bool prefetch_codes;
+constexpr int64_t kCodesToL2 = 16 * 1024, kCodesToL1 = 2 * 1024;  // how far ahead, bytes
+// Whether that kernel asks for codes step by step, and on avx512 multiplies two panels at a time. Zen 5 (AMD's family 26)
+// loses a stream of codes that is not asked for beside those of scales and inputs, and reads two faster than one.
+extern const bool pair_panels;
+constexpr int64_t kPairToL1 = 3 * 1024;  // how far ahead of each of two panels, bytes
+constexpr int64_t kLoneToL1 = 6 * 1024;  // the same of one: on the 256-bit levels, or left over
 // Whether a core makes two 64-byte dot products a cycle beside other vector work: AMD from Zen 5 on, but for its laptops,
 // where the form for it was not measured.
 extern const bool wide_dots;
-constexpr int64_t kCodesToL2 = 16 * 1024, kCodesToL1 = 2 * 1024;  // how far ahead, bytes
-// Whether that kernel (avx512) multiplies two panels at a time and asks for the codes of both. Zen 5 (AMD's family 26)
-// loses a stream of codes that is not asked for beside those of scales and inputs, and reads two faster than one.
-extern const bool pair_panels;
-constexpr int64_t kPairToL1 = 3 * 1024, kLoneToL1 = 6 * 1024;  // a panel that is left over is one stream
 
 // Levels fill the table from the slowest to the fastest; each overwrites what it does better.
 void use_ref(Kernels& k);
