@@ -17,14 +17,6 @@ from torch_cpullm.layer_prompt import PromptStep
 CACHES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    before = torch.get_num_threads()
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize(
     ("batch", "tokens", "masked"), [(1, 300, False), (1, 101, False), (3, 110, True), (2, 140, False)]

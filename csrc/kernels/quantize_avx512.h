@@ -164,19 +164,7 @@ void quantize_rows_avx512(const Rows& in, const QuantizedRows& out, Range rows) 
         }
         out.minus[segment * out.tile + lane] = -sum;
       }
-      int8_t* to = row_q + j0 * out.tile;
-      if (out.tile == 1) {
-        memcpy(to, q, size_t(width));
-      } else if (out.unit == kStep) {
-        const int64_t step = kStep * out.tile;
-        for (int64_t j = 0; j < width; j += 2 * kStep, to += 2 * step) {
-          memcpy(to, q + j, kStep);
-          memcpy(to + step, q + j + kStep, kStep);
-        }
-      } else {
-        for (int64_t j = 0; j < width; j += out.unit)
-          memcpy(to + j * out.tile, q + j, size_t(min_of(out.unit, width - j)));
-      }
+      interleave(q, width, out, row_q + j0 * out.tile);
     }
   }
 }

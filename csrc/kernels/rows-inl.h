@@ -72,6 +72,21 @@ static inline BlockParams block_params(const float* v, int64_t width) {
   return {scale, 1.0f / scale, int32_t(at)};
 }
 
+// Codes [width] of one row, a multiple of kChunk, to their places among the rows of a tile.
+static inline void interleave(const int8_t* q, int64_t width, const QuantizedRows& out, int8_t* to) {
+  if (out.tile == 1) {
+    memcpy(to, q, size_t(width));
+  } else if (out.unit == kStep) {
+    const int64_t step = kStep * out.tile;
+    for (int64_t j = 0; j < width; j += 2 * kStep, to += 2 * step) {
+      memcpy(to, q + j, kStep);
+      memcpy(to + step, q + j + kStep, kStep);
+    }
+  } else {
+    for (int64_t j = 0; j < width; j += out.unit) memcpy(to + j * out.tile, q + j, size_t(min_of(out.unit, width - j)));
+  }
+}
+
 // q = round(x / scale) per row and block of kActBlock inputs, an outgrowing input apart. Same results as ref.cpp. A few
 // blocks at a time: first all their scales, then all their codes, so that one block's reductions and division do not
 // hold up the next.
@@ -131,15 +146,7 @@ static inline BlockParams block_params(const float* v, int64_t width) {
         }
         out.minus[segment * out.tile + lane] = -sum;
       }
-      int8_t* to = row_q + j0 * out.tile;
-      if (out.tile == 1) {
-        memcpy(to, q, size_t(width));
-      } else if (out.unit == kStep) {
-        for (int64_t s = 0; s < width / kStep; ++s) memcpy(to + s * out.tile * kStep, q + s * kStep, kStep);
-      } else {
-        for (int64_t j = 0; j < width; j += out.unit)
-          memcpy(to + j * out.tile, q + j, size_t(min_of(out.unit, width - j)));
-      }
+      interleave(q, width, out, row_q + j0 * out.tile);
     }
   }
 }
